@@ -1,0 +1,257 @@
+"""The default config, the one place where every field is named and explained, and its checks."""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sync_jax.data.catalogue import DATASETS
+from sync_jax.errors import InputError
+from sync_jax.methods import METHODS
+from sync_jax.models import BACKBONES
+
+# The coverages of every published table, in percent.
+COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
+
+# Fields that may change between a run and its continuation or re-evaluation: they move no weight.
+OPERATIONAL = ("data.data_dir", "data.source", "log.", "checkpoint.", "evaluation.")
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default; the files in `configs/` change what they must."""
+    config = ConfigDict()
+    config.method = "sync"  # a name in methods.METHODS
+    config.seed = 0  # initialisation, order of the examples, augmentation
+    # Coverage that SelectiveNet and SYNC train for, and the operating point in the report.
+    config.target_coverage = 0.8
+
+    config.data = ConfigDict()
+    config.data.name = "fashion_mnist"  # a name in data.catalogue.DATASETS
+    config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
+    config.data.source = ""  # a folder with the upstream files; empty: look for them
+    config.data.calibration_size = 6000  # held out of the official training split
+    config.data.split_seed = 0  # of that hold-out; apart from `seed`, so that seeds share it
+    config.data.crop_padding = 2  # pixels; 0: no random crop
+    config.data.flip = True  # left to right
+
+    config.model = ConfigDict()
+    config.model.name = "cnn"  # a name in models.BACKBONES
+    config.model.width = 32  # channels of the first convolution
+    config.model.features = 256  # size of the feature vector
+
+    # losses.sync_loss and losses.selectivenet_loss. The SYNC values are provisional: the paper's
+    # are not public, and which are best is an open question.
+    config.loss = ConfigDict()
+    config.loss.coverage_weight = 32.0
+    config.loss.alpha = 0.5
+    config.loss.prior_power = 3.0
+    config.loss.prior_weight = 0.0
+    config.loss.sync_weight = 0.5
+    config.loss.divergence = "bce"  # or "mse"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 0.1  # peak
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.schedule = "cosine"  # or "linear", "step"
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.decay_epochs = 25.0  # "step" only: multiply by decay_factor this often
+    config.optimizer.decay_factor = 0.5
+
+    config.train = ConfigDict()
+    config.train.epochs = 30.0  # may be fractional
+    config.train.batch_size = 128  # over all devices together
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    config.log.calibration_every_epochs = 1.0  # accuracy and mean g on the calibration split
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1.0
+    config.checkpoint.keep = 3  # the latest so many
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 1000
+    config.evaluation.coverages = COVERAGES  # percent
+    # Certificates: error rates that a user may ask of the answers, each held with confidence
+    # 1 - delta over the draw of the calibration split.
+    config.evaluation.target_risks = (0.01, 0.02, 0.05)
+    config.evaluation.delta = 0.05
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that a command line or a config file can get wrong.
+
+    Raises:
+        InputError: naming the field, the value and the choices.
+    """
+    ours, theirs = (dict(_flatten(x.to_dict())) for x in (default_config(), config))
+    for field in theirs.keys() - ours.keys():
+        raise InputError(str(unknown_field(f"config.{field}")))
+    for field in ours.keys() - theirs.keys():
+        raise InputError(f"config.{field} is missing; begin with sync_jax.config.default_config()")
+    _choice(config, "method", METHODS)
+    _choice(config, "data.name", DATASETS)
+    _choice(config, "model.name", BACKBONES)
+    _choice(config, "loss.divergence", ("bce", "mse"))
+    _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
+
+    _integer(config, "seed", low=0, high=2**31 - 1)
+    _integer(config, "data.split_seed", low=0, high=2**31 - 1)
+    _integer(config, "data.crop_padding", low=0, high=64)
+    _integer(config, "data.calibration_size", low=1)
+    _integer(config, "model.width", low=1)
+    _integer(config, "model.features", low=1)
+    _integer(config, "train.batch_size", low=1)
+    _integer(config, "log.every_steps", low=1)
+    _integer(config, "checkpoint.keep", low=1)
+    _integer(config, "evaluation.batch_size", low=1)
+
+    unit = _range("in (0, 1]", lambda x: 0 < x <= 1)
+    fraction = _range("in [0, 1]", lambda x: 0 <= x <= 1)
+    open_unit = _range("in (0, 1)", lambda x: 0 < x < 1)
+    positive = _range("above 0", lambda x: x > 0)
+    non_negative = _range("at least 0", lambda x: x >= 0)
+    unit(config, "target_coverage")
+    fraction(config, "loss.alpha")
+    fraction(config, "optimizer.momentum")
+    open_unit(config, "evaluation.delta")
+    for field in ("optimizer.learning_rate", "optimizer.decay_epochs", "optimizer.decay_factor"):
+        positive(config, field)
+    for field in ("train.epochs", "checkpoint.every_epochs", "log.calibration_every_epochs"):
+        positive(config, field)
+    for field in ("optimizer.weight_decay", "optimizer.warmup_epochs"):
+        non_negative(config, field)
+    for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
+        non_negative(config, f"loss.{field}")
+    _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
+    _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
+
+    info = DATASETS[config.data.name]
+    train_size = info.num_train - config.data.calibration_size
+    if train_size < info.num_classes or config.data.calibration_size < info.num_classes:
+        raise InputError(
+            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
+            f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
+            f"one of each, so use {info.num_classes} to {info.num_train - info.num_classes}"
+        )
+    if config.train.batch_size > train_size:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
+            f"training examples"
+        )
+    if config.optimizer.warmup_epochs >= config.train.epochs:
+        raise InputError(
+            f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs:g} must be less than "
+            f"config.train.epochs={config.train.epochs:g}"
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as strict, stable JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def describe_differences(config: ConfigDict, saved: Path) -> list[str]:
+    """Fields in which a config and a saved one are different experiments, one phrase each.
+
+    Args:
+        config: this one.
+        saved: a file with the other, as `to_json` makes it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        theirs = dict(_flatten(json.loads(saved.read_text())))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{saved} cannot be read: {error}") from error
+    ours = dict(_flatten(json.loads(to_json(config))))
+    return [
+        f"config.{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
+        for field in sorted(ours.keys() | theirs.keys())
+        if ours.get(field) != theirs.get(field) and not field.startswith(OPERATIONAL)
+    ]
+
+
+def unknown_field(path: str) -> str | None:
+    """What is wrong with a path such as 'config.train.epochs'; None where it names a field."""
+    node: Any = default_config()
+    *parents, last = path.split(".")
+    where = parents[0] if parents else last
+    for name in (*parents[1:], last):
+        if not isinstance(node, ConfigDict):
+            return f"{path}: {where} is a value and has no fields"
+        if name not in node:
+            return (
+                f"{path}: {where} has no field {name!r}{suggestion(name, node)}; "
+                f"choose from {', '.join(node)}"
+            )
+        node, where = node[name], f"{where}.{name}"
+    if isinstance(node, ConfigDict):
+        return f"{path} is no value; choose from its fields {', '.join(node)}"
+    return None
+
+
+def suggestion(word: str, choices: Collection[str]) -> str:
+    """' (did you mean x?)' when one of the choices is close, else ''."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def _choice(config: ConfigDict, field: str, choices: Collection[str]) -> None:
+    value = _get(config, field)
+    if value not in choices:
+        raise InputError(
+            f"config.{field}={value!r} is unknown{suggestion(str(value), choices)}; "
+            f"choose from {', '.join(sorted(choices))}"
+        )
+
+
+def _integer(config: ConfigDict, field: str, *, low: int, high: int | None = None) -> None:
+    value = _get(config, field)
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"config.{field}={value} must be {bounds}")
+
+
+def _range(
+    bounds: str, accepts: Callable[[float], bool]
+) -> Callable[[ConfigDict, str], None]:
+    def check(config: ConfigDict, field: str) -> None:
+        value = _get(config, field)
+        if not math.isfinite(value) or not accepts(value):
+            raise InputError(f"config.{field}={value} must be {bounds}")
+
+    return check
+
+
+def _each(config: ConfigDict, field: str, bounds: str, accepts: Callable[[float], bool]) -> None:
+    values = _get(config, field)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    if not values or not numbers or not all(accepts(x) for x in values):
+        raise InputError(f"config.{field}={tuple(values)} must be a list of {bounds}")
+    if len(set(values)) < len(values):
+        raise InputError(f"config.{field}={tuple(values)} names a value twice")

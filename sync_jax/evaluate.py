@@ -1,0 +1,227 @@
+"""Predictions on a split, thresholds from the calibration split, and the evaluation record."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from sync_jax import guarantees, metrics
+from sync_jax.data.parts import Part
+from sync_jax.errors import InputError
+from sync_jax.scores import REQUIRED_OUTPUT, SCORES
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A network's outputs on a split, a row per example.
+
+    Attributes:
+        outputs: by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
+            auxiliary_logits `[n, classes]`; float32.
+        labels: `[n]` int32.
+        index: `[n]` int64, positions in the official split.
+    """
+
+    outputs: dict[str, np.ndarray]
+    labels: np.ndarray
+    index: np.ndarray
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """`[n]` float64, 1 where the most probable class is not the label."""
+        return (np.argmax(self.outputs["logits"], axis=-1) != self.labels).astype(np.float64)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`[n, classes]` float64: in float32 a confident mistake would have probability 0."""
+        logits = self.outputs["logits"].astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    def confidence(self, score: str) -> np.ndarray:
+        """`[n]` float64, by a name in `scores.SCORES`. Float64 keeps confident examples apart."""
+        outputs = {name: output.astype(np.float64) for name, output in self.outputs.items()}
+        return SCORES[score](outputs)
+
+    @property
+    def mean_selection(self) -> float | None:
+        """Mean of the selection function g; None without a selection head."""
+        if "selection_logits" not in self.outputs:
+            return None
+        return float(self.confidence("selection").mean())
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz file, complete or not at all."""
+        outputs = {f"outputs/{name}": output for name, output in self.outputs.items()}
+        temporary = path.with_name(f"{path.name}.incomplete")
+        with temporary.open("wb") as file:
+            np.savez(file, labels=self.labels, index=self.index, **outputs)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Predictions":
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: there is no such file, or it is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            outputs = {
+                name.removeprefix("outputs/"): array
+                for name, array in arrays.items()
+                if name.startswith("outputs/")
+            }
+            return cls(outputs, arrays["labels"], arrays["index"])
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: train the run to its end first") from None
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+
+def predict(part: Part, outputs_of: Callable[[Array], dict[str, Array]], batch_size: int) -> Predictions:
+    """Outputs for every example exactly once, whatever the batch size.
+
+    Args:
+        part: n examples.
+        outputs_of: images `[batch_size, height, width, channels]` uint8 to a dict of arrays
+            `[batch_size, ...]`. It is always given whole batches: the last is filled up with zeros,
+            whose outputs are dropped.
+        batch_size: examples at a time.
+
+    Raises:
+        InputError: no examples.
+    """
+    size = len(part.labels)
+    if size == 0:
+        raise InputError("there are no examples to predict")
+    rows: list[dict[str, np.ndarray]] = []
+    pending: dict[str, Array] | None = None
+    for start in range(0, size, batch_size):
+        images = part.images[start : start + batch_size]
+        padding = batch_size - len(images)
+        if padding:
+            images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
+        following = outputs_of(images)
+        if pending is not None:  # fetched while the device works on the next
+            rows.append(jax.device_get(pending))
+        pending = following
+    rows.append(jax.device_get(pending))
+    outputs = {
+        name: np.concatenate([row[name] for row in rows])[:size].astype(np.float32)
+        for name in rows[0]
+    }
+    return Predictions(outputs, part.labels, part.index)
+
+
+def summary(predictions: Predictions) -> dict[str, Any]:
+    """What concerns the classifier as a whole, apart from any confidence score."""
+    probabilities, labels = predictions.probabilities, predictions.labels
+    record: dict[str, Any] = {
+        "n": len(labels),
+        "accuracy": metrics.accuracy(probabilities, labels),
+        "negative_log_likelihood": metrics.negative_log_likelihood(
+            probabilities, labels, floor=np.finfo(np.float64).tiny
+        ),
+        "brier": metrics.brier(probabilities, labels),
+    }
+    for binning in ("width", "mass"):
+        error = metrics.expected_calibration_error(probabilities, labels, binning=binning)  # type: ignore[arg-type]
+        record[f"ece_{error.bins}_bins_of_equal_{binning}"] = error.value
+    if predictions.mean_selection is not None:
+        record["mean_selection"] = predictions.mean_selection
+    return record
+
+
+def evaluation_record(
+    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
+) -> dict[str, Any]:
+    """Both protocols for every score that the outputs allow; see `report` for the schema.
+
+    Args:
+        calibration: where thresholds come from.
+        test: where they are judged.
+        config: target_coverage and the `evaluation` section: coverages, target_risks, delta.
+        score: the method's own score.
+
+    Returns:
+        Plain dicts, lists and numbers; undefined values are NaN.
+    """
+    names = [name for name in SCORES if REQUIRED_OUTPUT[name] in test.outputs]
+    return {
+        "calibration": summary(calibration),
+        "test": summary(test),
+        "method_score": score,
+        "scores": {
+            name: _score_record(
+                calibration.confidence(name),
+                calibration.wrong,
+                test.confidence(name),
+                test.wrong,
+                config,
+            )
+            for name in names
+        },
+    }
+
+
+def _score_record(
+    calibration_confidence: np.ndarray,
+    calibration_wrong: np.ndarray,
+    confidence: np.ndarray,
+    wrong: np.ndarray,
+    config: ConfigDict,
+) -> dict[str, Any]:
+    def rank_based(coverage: float) -> dict[str, float]:
+        return {
+            "coverage": coverage,
+            "selective_risk": metrics.selective_risk(confidence, wrong, coverage=coverage),
+        }
+
+    def calibrated(coverage: float) -> dict[str, Any]:
+        threshold = metrics.threshold_for_coverage(calibration_confidence, coverage=coverage)
+        return {"target_coverage": coverage, **_deployed(threshold)}
+
+    def certified(target_risk: float) -> dict[str, Any]:
+        certificate = guarantees.sgr(
+            calibration_confidence,
+            1 - calibration_wrong,
+            target_risk=target_risk,
+            delta=config.evaluation.delta,
+        )
+        return {**certificate.to_dict(), "test": _deployed(certificate.threshold)}
+
+    def _deployed(threshold: float | None) -> dict[str, Any]:
+        result = metrics.deployed(confidence, wrong, threshold=threshold)
+        return {
+            "threshold": result.threshold,
+            "coverage": result.coverage,
+            "selective_risk": result.risk,
+            "n_accepted": result.n_accepted,
+            "n_errors": result.n_errors,
+        }
+
+    coverages = [percent / 100 for percent in config.evaluation.coverages]
+    return {
+        "aurc": {
+            convention: metrics.aurc(confidence, wrong, convention=convention)
+            for convention in ("mean", "fd_shifts", "torch_uncertainty")
+        },
+        "excess_aurc": metrics.excess_aurc(confidence, wrong),
+        "normalised_aurc": metrics.normalised_aurc(confidence, wrong),
+        "augrc": metrics.augrc(confidence, wrong),
+        "excess_augrc": metrics.excess_augrc(confidence, wrong),
+        "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
+        "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
+        "rank_based": [rank_based(coverage) for coverage in coverages],
+        "deployed": [calibrated(coverage) for coverage in coverages],
+        "operating_point": calibrated(config.target_coverage),
+        "certificates": [certified(risk) for risk in config.evaluation.target_risks],
+    }

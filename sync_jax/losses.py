@@ -1,0 +1,216 @@
+"""Objectives on arrays: pure functions, logits in, numbers out.
+
+Every argument named `logits` holds unnormalised log-probabilities, `labels` holds class indices and
+`mask` is 1 for real examples and 0 for padding (None: all are real). All arithmetic is in float32,
+whatever the inputs' precision. Means run over the real examples of the whole array: under `jax.jit`
+with a sharded batch that is the global batch.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+# Keeps the selective risk finite when the selection head rejects every example. It is far below
+# the selection weight of one confidently accepted example, so it biases nothing.
+EPSILON = 1e-8
+
+Terms = dict[str, Array]
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Softmax cross-entropy of each example.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: `[batch]`, integers in `[0, classes)`.
+
+    Returns:
+        `[batch]` float32, in nats.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def softmax_response_prior(logits: Array, *, power: float) -> Array:
+    """The selective prior: the largest softmax probability to a power, as a constant.
+
+    The softmax response (Geifman & El-Yaniv, 2017) under `stop_gradient`: whatever uses the prior
+    learns from the classifier's confidence, and the classifier never learns to please the prior.
+
+    Args:
+        logits: `[batch, classes]`.
+        power: exponent; above 1 it stretches the confident end, where most examples crowd.
+
+    Returns:
+        `[batch]` float32 in `(0, 1]`.
+    """
+    log_response = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+    return jax.lax.stop_gradient(jnp.exp(power * log_response))
+
+
+def masked_mean(values: Array, mask: Array | None) -> Array:
+    """Mean of `values` `[batch]` over the real examples; 0 when there are none."""
+    if mask is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(mask > 0, values, 0.0)) / jnp.maximum(jnp.sum(mask > 0), 1)
+
+
+def cross_entropy_loss(
+    logits: Array, labels: Array, *, mask: Array | None = None
+) -> tuple[Array, Terms]:
+    """Mean cross-entropy: the plain classifier that softmax response is applied to.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: `[batch]`.
+        mask: `[batch]` or None.
+
+    Returns:
+        The loss, a scalar, and its terms by name.
+    """
+    loss = masked_mean(cross_entropy(logits, labels), mask)
+    return loss, {"cross_entropy": loss}
+
+
+def selectivenet_loss(
+    logits: Array,
+    selection_logits: Array,
+    auxiliary_logits: Array,
+    labels: Array,
+    *,
+    target_coverage: float,
+    coverage_weight: float = 32.0,
+    alpha: float = 0.5,
+    mask: Array | None = None,
+) -> tuple[Array, Terms]:
+    """SelectiveNet (Geifman & El-Yaniv, 2019, equations 3 to 6).
+
+    With g = sigmoid(selection_logits), l the cross-entropy of `logits` and h of `auxiliary_logits`:
+
+        alpha * (sum(g l) / sum(g) + coverage_weight * max(0, target_coverage - mean(g))^2)
+        + (1 - alpha) * mean(h)
+
+    The authors' code divides the risk by the batch size instead of by the coverage; this is the
+    paper's form.
+
+    Args:
+        logits: `[batch, classes]`.
+        selection_logits: `[batch]`.
+        auxiliary_logits: `[batch, classes]`.
+        labels: `[batch]`.
+        target_coverage: the coverage below which the penalty sets in, in `(0, 1]`.
+        coverage_weight: weight of the coverage penalty, lambda in the paper.
+        alpha: share of the selective part; the rest goes to the auxiliary head.
+        mask: `[batch]` or None.
+
+    Returns:
+        The loss, a scalar, and its terms by name.
+    """
+    weights = jax.nn.sigmoid(selection_logits.astype(jnp.float32))
+    return _selective_objective(
+        weights,
+        cross_entropy(logits, labels),
+        cross_entropy(auxiliary_logits, labels),
+        target_coverage=target_coverage,
+        coverage_weight=coverage_weight,
+        alpha=alpha,
+        mask=mask,
+    )
+
+
+def sync_loss(
+    logits: Array,
+    selection_logits: Array,
+    auxiliary_logits: Array,
+    labels: Array,
+    *,
+    target_coverage: float,
+    coverage_weight: float = 32.0,
+    alpha: float = 0.5,
+    prior_power: float = 3.0,
+    prior_weight: float = 0.0,
+    sync_weight: float = 0.5,
+    divergence: str = "bce",
+    mask: Array | None = None,
+) -> tuple[Array, Terms]:
+    """SelectiveNet's objective with the softmax response as a selective prior.
+
+    One family that contains every reading of the abstract of "Selective Prior Synchronization via
+    SYNC Loss" (arXiv 2602.11316); the paper's own equation is not public. With p the prior
+    (`softmax_response_prior`) and g = sigmoid(selection_logits), it is `selectivenet_loss` with g
+    replaced by the weight w = g * p^prior_weight, plus
+
+        sync_weight * mean(D(g, p))
+
+    where D is the binary cross-entropy or the squared difference. `prior_weight=0, sync_weight=0`
+    is SelectiveNet.
+
+    Args:
+        logits: `[batch, classes]`.
+        selection_logits: `[batch]`.
+        auxiliary_logits: `[batch, classes]`.
+        labels: `[batch]`.
+        target_coverage: see `selectivenet_loss`.
+        coverage_weight: see `selectivenet_loss`.
+        alpha: see `selectivenet_loss`.
+        prior_power: exponent of the softmax response in the prior.
+        prior_weight: exponent of the prior in the selection weight.
+        sync_weight: weight of the synchronisation term.
+        divergence: D, 'bce' or 'mse'.
+        mask: `[batch]` or None.
+
+    Returns:
+        The loss, a scalar, and its terms by name.
+
+    Raises:
+        ValueError: unknown divergence.
+    """
+    selection_logits = selection_logits.astype(jnp.float32)
+    selection = jax.nn.sigmoid(selection_logits)
+    prior = softmax_response_prior(logits, power=prior_power)
+    if divergence == "bce":
+        # From logits: sigmoid saturates in float32, its logarithm must not.
+        distance = optax.sigmoid_binary_cross_entropy(selection_logits, prior)
+    elif divergence == "mse":
+        distance = jnp.square(selection - prior)
+    else:
+        raise ValueError(f"divergence must be 'bce' or 'mse', got {divergence!r}")
+    selective, terms = _selective_objective(
+        selection * prior**prior_weight,
+        cross_entropy(logits, labels),
+        cross_entropy(auxiliary_logits, labels),
+        target_coverage=target_coverage,
+        coverage_weight=coverage_weight,
+        alpha=alpha,
+        mask=mask,
+    )
+    synchronisation = masked_mean(distance, mask)
+    terms = terms | {"synchronisation": synchronisation}
+    return selective + sync_weight * synchronisation, terms
+
+
+def _selective_objective(
+    weights: Array,
+    losses: Array,
+    auxiliary_losses: Array,
+    *,
+    target_coverage: float,
+    coverage_weight: float,
+    alpha: float,
+    mask: Array | None,
+) -> tuple[Array, Terms]:
+    """Selective risk, coverage penalty and auxiliary loss; all inputs `[batch]`."""
+    coverage = masked_mean(weights, mask)
+    # Numerator and denominator are both divided by the number of examples: their ratio is unchanged
+    # and EPSILON means the same for every batch size.
+    risk = masked_mean(weights * losses, mask) / (coverage + EPSILON)
+    penalty = jnp.square(jnp.maximum(0.0, target_coverage - coverage))
+    auxiliary = masked_mean(auxiliary_losses, mask)
+    loss = alpha * (risk + coverage_weight * penalty) + (1.0 - alpha) * auxiliary
+    terms = {
+        "selective_risk": risk,
+        "coverage_penalty": penalty,
+        "weight_coverage": coverage,
+        "auxiliary_loss": auxiliary,
+    }
+    return loss, terms

@@ -1,0 +1,119 @@
+"""Trains, calibrates and evaluates a selective classifier, and writes its report.
+
+  python -m sync_jax.main --config=configs/fashion_mnist.py
+  python -m sync_jax.main --config=configs/fashion_mnist.py --config.method=ce --config.seed=1
+
+A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
+config or input (nothing is written), 130 interrupted.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Python file with get_config(). --config.x.y=z changes one of its fields."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run: config, checkpoints, metrics, report. Default: "
+    "runs/<config>-<method>-seed<seed>.",
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["prepare", "train", "evaluate"],
+    "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
+    "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
+    "saved predictions, with other --config.evaluation.* values.",
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Does what --mode says."""
+    if len(arguments) > 1:
+        _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
+    # Imported here, for --helpshort need not wait for JAX.
+    from sync_jax import config as config_lib
+    from sync_jax import errors, train
+
+    config = _CONFIG.value
+    if not flags.FLAGS["config"].present:
+        _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)
+    if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
+        _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    try:
+        config_lib.validate(config)
+        default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
+        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
+        if _MODE.value == "prepare":
+            train.prepare(config)
+        elif _MODE.value == "train":
+            train.train_and_evaluate(config, workdir)
+        else:
+            train.evaluate_finished(config, workdir)
+    except errors.InputError as error:
+        _stop(error, 2)
+    except train.NonFiniteError as error:
+        _stop(f"training stopped at {error}", 1)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parses the command line, and ends the program with one line where that fails."""
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        # config_flags puts a whole traceback into some messages; its last line says it all.
+        message = str(error)
+        if "Traceback" in message:
+            message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
+        _stop(message, 2)
+    except Exception as error:  # config_flags raises what it likes, a config file anything
+        _stop(_explain(arguments, error), 2)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate
+    return rest
+
+
+def _explain(arguments: list[str], error: Exception) -> str:
+    """What is wrong with --config or one of its overrides."""
+    from sync_jax.config import unknown_field
+
+    file = _config_file(arguments)
+    if not Path(file.partition(":")[0]).is_file():
+        known = ", ".join(sorted(map(str, Path("configs").glob("[!_]*.py")))) or "configs/*.py"
+        return f"--config={file} is no file; choose from {known}, or name one of yours"
+    for argument in arguments:
+        path = argument.partition("=")[0].lstrip("-")
+        if path.startswith("config.") and (message := unknown_field(path)):
+            return message
+    return f"--config={file} cannot be used: {type(error).__name__}: {error}"
+
+
+def _config_file(arguments: list[str]) -> str:
+    """What --config names, in either spelling; flags.FLAGS cannot tell while it is parsing."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and option == "config":
+            return value if equals else following
+    return ""
+
+
+def _stop(message: object, status: int) -> NoReturn:
+    """Ends the program with one line; with --verbosity=1 after the traceback."""
+    if sys.exc_info()[0] is not None and logging.get_verbosity() >= logging.DEBUG:
+        traceback.print_exc()
+    print(f"sync_jax: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,75 @@
+"""The heads of a selective classifier on top of any backbone."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+SELECTION_UNITS = 512  # SelectiveNet's
+# The features enter the selection logit divided by this, as in SelectiveNet's code: otherwise the
+# coverage penalty's first, large gradients blow up the shared features and g saturates at 1.
+SELECTION_SCALE = 10.0
+
+
+class SelectiveClassifier(nn.Module):
+    """A backbone with a class head and, as the method asks, selection and auxiliary heads.
+
+    Attributes:
+        backbone: images `[batch, height, width, channels]` to features `[batch, units]`; called
+            with the keyword `train`.
+        num_classes: classes of the class and the auxiliary head.
+        heads: any of 'selection' and 'auxiliary'.
+        target_coverage: where the selection function starts, in `(0, 1)`, or 1 for no head start.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    heads: tuple[str, ...] = ()
+    target_coverage: float = 1.0
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
+        """Returns `logits` and what the heads add, float32.
+
+        Args:
+            images: `[batch, height, width, channels]`, normalised.
+            train: whether BatchNorm uses, and updates by, this batch's statistics.
+
+        Returns:
+            logits `[batch, classes]`, and per head selection_logits `[batch]` or auxiliary_logits
+            `[batch, classes]`.
+        """
+        features = self.backbone(images, train=train).astype(jnp.float32)
+        outputs = {"logits": nn.Dense(self.num_classes, name="class_head")(features)}
+        if "selection" in self.heads:
+            selection = SelectionHead(self.target_coverage, name="selection_head")
+            outputs["selection_logits"] = selection(features, train=train)
+        if "auxiliary" in self.heads:
+            outputs["auxiliary_logits"] = nn.Dense(self.num_classes, name="auxiliary_head")(
+                features
+            )
+        return outputs
+
+
+class SelectionHead(nn.Module):
+    """SelectiveNet's selection function before its sigmoid (Geifman & El-Yaniv, 2019).
+
+    Dense 512, ReLU, BatchNorm, division by 10, Dense 1. The last bias starts at the logit of the
+    target coverage, so that training begins with the coverage that it is to end with.
+
+    Attributes:
+        target_coverage: in `(0, 1]`.
+    """
+
+    target_coverage: float
+
+    @nn.compact
+    def __call__(self, features: Array, *, train: bool) -> Array:
+        """Maps features `[batch, units]` to selection logits `[batch]`."""
+        # A coverage of exactly 1 has an infinite logit; g starts at 0.999 then.
+        start = min(self.target_coverage, 0.999)
+        x = nn.relu(nn.Dense(SELECTION_UNITS)(features))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        bias_init = nn.initializers.constant(math.log(start / (1.0 - start)))
+        return nn.Dense(1, bias_init=bias_init)(x / SELECTION_SCALE)[:, 0]

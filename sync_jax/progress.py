@@ -1,0 +1,147 @@
+"""What a run shows and writes while it goes on: console, metrics.jsonl and TensorBoard events."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere. A context manager."""
+
+    def __init__(self, *, total_steps: int, start_step: int, batch_size: int):
+        """Prepares the display; nothing is shown before it is entered.
+
+        Args:
+            total_steps: steps of the whole run.
+            start_step: steps done by an earlier process.
+            batch_size: examples of a step, for the rate.
+        """
+        self._total = total_steps
+        self._start = start_step
+        self._batch_size = batch_size
+        self._began = time.monotonic()
+        console = rich.console.Console()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("train"),
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[shown]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, shown="")
+
+    def step(self, done: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=done)
+
+    def metrics(self, done: int, values: Mapping[str, float]) -> None:
+        """Shows the latest averages: beside the bar, or as a line with rate and time left."""
+        elapsed = time.monotonic() - self._began
+        rate = (done - self._start) / max(elapsed, 1e-9)
+        names = {
+            "loss": "loss",
+            "accuracy": "accuracy",
+            "mean_selection": "mean g",
+            "coverage": "coverage",
+        }
+        shown = [f"{rate * self._batch_size:,.0f} images/s"]
+        shown += [f"{label} {values[name]:.3f}" for name, label in names.items() if name in values]
+        self._bar.update(self._task, shown="  ".join(shown))
+        if self._bar.disable:
+            left = (self._total - done) / max(rate, 1e-9)
+            self.line(f"step {done}/{self._total}  {'  '.join(shown)}  {left:.0f} s left")
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays, above the bar."""
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        sys.stdout.flush()
+
+
+class MetricWriter:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard's event file. A context manager."""
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        """Opens both, and takes back what an interrupted run wrote after its last checkpoint.
+
+        Args:
+            workdir: exists.
+            start_step: steps done; later entries are dropped, for these steps are done again.
+        """
+        self._path = workdir / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
+        self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = self._path.open("a")
+        # Seconds of training before this process, so that a resumed run knows its whole time.
+        self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
+        self._began = time.monotonic()
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of earlier processes included."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    def write(self, step: int, part: str, values: Mapping[str, float]) -> None:
+        """Appends one entry.
+
+        Args:
+            step: steps done.
+            part: 'train' or 'calibration'.
+            values: numbers by name.
+        """
+        entry = {"step": step, "part": part, "seconds": round(self.seconds, 3), **values}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{part}/{name}", value, step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The entries of a run's `metrics.jsonl`; without the last line if a kill cut it short."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries

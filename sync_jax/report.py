@@ -1,0 +1,272 @@
+"""report.json, the console's tables and risk_coverage.png.
+
+report.json is strict JSON; what is undefined (the risk of an empty selection) is null. All coverages
+and risks are fractions. Fields:
+
+    schema                     1; raised when a field changes its meaning
+    config                     the resolved config
+    environment                date (UTC), python, jax and sync_jax versions, platform, devices
+    training                   steps, seconds (of the loop, earlier processes included)
+    method_score               the confidence score that the method is meant to be used with
+    calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
+                               ece_15_bins_of_equal_width, ece_15_bins_of_equal_mass,
+                               mean_selection (mean of g, with a selection head)
+    scores.NAME                for softmax_response and, with a selection head, selection:
+      aurc.CONVENTION          on test: mean (expected value under random order of ties),
+                               fd_shifts, torch_uncertainty
+      excess_aurc, normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
+                               on test; see sync_jax.metrics
+      rank_based[]             coverage imposed on the test ranking, as published tables do:
+                               coverage, selective_risk
+      deployed[]               threshold from the calibration split, applied to test: what a user
+                               would get: target_coverage, threshold, coverage, selective_risk,
+                               n_accepted, n_errors
+      operating_point          the same at config.target_coverage
+      certificates[]           a guarantees.Certificate for each config.evaluation.target_risks,
+                               and under test what its threshold gives there
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from ml_collections import ConfigDict
+
+import sync_jax
+from sync_jax import metrics
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions
+
+SCHEMA = 1
+LABELS = {"softmax_response": "SR", "selection": "g"}
+
+
+def write_report(
+    record: dict[str, Any], test: Predictions, config: ConfigDict, workdir: Path
+) -> dict[str, Any]:
+    """Writes risk_coverage.png, then report.json: where that is, the run is finished.
+
+    Args:
+        record: of `evaluate.evaluation_record`, with `training`.
+        test: the predictions that it was made from.
+        config: of the run.
+        workdir: exists.
+
+    Returns:
+        The report as read back from the file.
+    """
+    report = {
+        "schema": SCHEMA,
+        "config": config.to_dict(),
+        "environment": {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "sync_jax": sync_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "devices": [device.device_kind for device in jax.devices()],
+        },
+        **record,
+    }
+    plot(record, test, workdir / "risk_coverage.png")
+    temporary = workdir / "report.json.incomplete"
+    temporary.write_text(json.dumps(_strict(report), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, workdir / "report.json")
+    return _strict(report)
+
+
+def read_report(workdir: Path) -> dict[str, Any] | None:
+    """The report of a finished run; None where there is none.
+
+    Raises:
+        InputError: it is damaged or of another version.
+    """
+    path = workdir / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        schema = report["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); --mode=evaluate makes it anew") from error
+    if schema != SCHEMA:
+        raise InputError(
+            f"{path} has schema {schema}, this version reads {SCHEMA}; --mode=evaluate makes it anew"
+        )
+    return report
+
+
+def show_report(report: dict[str, Any], workdir: Path) -> None:
+    """Prints the report's tables."""
+    # Piped output has no width of its own, and 80 columns would break the table's rows.
+    console = rich.console.Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = rich.console.Console(highlight=False, markup=False, width=120)
+    console.print(_coverage_table(report))
+    console.print(_ranking_table(report))
+    console.print(_certificate_table(report))
+    test, training = report["test"], report["training"]
+    calibration = report["calibration"]
+    seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
+    console.print(
+        f"Test accuracy {_percent(test['accuracy'])} % on {test['n']:,} images{seconds}. "
+        f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
+        f"ECE {_percent(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
+    )
+    if "mean_selection" in calibration:
+        target = report["config"]["target_coverage"]
+        console.print(
+            f"Mean g {calibration['mean_selection']:.3f} on calibration data, "
+            f"{test['mean_selection']:.3f} on test, for a target of {target:g}."
+        )
+    console.print(f"Report: {workdir / 'report.json'}, {workdir / 'risk_coverage.png'}")
+
+
+def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table(
+        title="Selective error (%) on test. Rank-based: coverage imposed on the test ranking, as in "
+        "published tables.\nDeployed: threshold from the calibration split; coverage and error "
+        "that a user would get.",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    table.add_column("coverage %", justify="right")
+    scores = report["scores"]
+    for name in scores:
+        table.add_column(f"rank-based {LABELS[name]}", justify="right")
+    for name in scores:
+        table.add_column(f"deployed {LABELS[name]}", justify="right")
+        table.add_column("at coverage %", justify="right")
+    first = next(iter(scores.values()))
+    for row, entry in enumerate(first["rank_based"]):
+        cells = [f"{100 * entry['coverage']:g}"]
+        cells += [_percent(score["rank_based"][row]["selective_risk"]) for score in scores.values()]
+        for score in scores.values():
+            deployed = score["deployed"][row]
+            cells += [_percent(deployed["selective_risk"]), _percent(deployed["coverage"])]
+        table.add_row(*cells)
+    return table
+
+
+def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table(
+        title="Ranking on test (AURC convention: mean, ties in random order)",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    columns = ("score", "AURC x1000", "E-AURC x1000", "AUGRC x1000", "failure AUROC", "FPR@95TPR")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, score in report["scores"].items():
+        table.add_row(
+            LABELS[name],
+            _number(score["aurc"]["mean"], 1000, 2),
+            _number(score["excess_aurc"], 1000, 2),
+            _number(score["augrc"], 1000, 2),
+            _number(score["failure_auroc"], 1, 4),
+            _number(score["fpr_at_95_tpr"], 1, 4),
+        )
+    return table
+
+
+def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
+    delta = report["config"]["evaluation"]["delta"]
+    table = rich.table.Table(
+        title=f"Certified thresholds (SGR): error at most the target, with confidence {1 - delta:g} "
+        "over the draw of the calibration split",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    columns = ("score", "target error %", "bound %", "accept if >=", "test coverage %", "test error %")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, score in report["scores"].items():
+        for certificate in score["certificates"]:
+            test = certificate["test"]
+            if certificate["feasible"]:
+                threshold = f"{float(certificate['threshold']):.6f}"
+                cells = [
+                    _percent(certificate["bound"]),
+                    threshold,
+                    _percent(test["coverage"]),
+                    _percent(test["selective_risk"]),
+                ]
+            else:
+                cells = ["none", "infeasible", "0", "-"]
+            table.add_row(LABELS[name], f"{100 * certificate['target_risk']:g}", *cells)
+    return table
+
+
+def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
+    """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
+    # A Figure of its own, not pyplot's: no global state, no display needed.
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for color, (name, score) in zip(("C0", "C1", "C2"), record["scores"].items(), strict=False):
+        curve = metrics.risk_coverage_curve(test.confidence(name), test.wrong)
+        label = f"{LABELS[name]}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
+        axes.plot(100 * curve.coverage, 100 * curve.risk, color=color, label=label)
+        point = score["operating_point"]
+        if point["n_accepted"]:
+            coverage, risk = 100 * point["coverage"], 100 * point["selective_risk"]
+            axes.plot(coverage, risk, "o", color=color)
+            axes.axvline(coverage, color=color, linestyle=":", linewidth=1)
+            axes.annotate(
+                f"{LABELS[name]} deployed at {point['threshold']:.3f}:\n"
+                f"{risk:.2f} % wrong of {coverage:.1f} % answered",
+                (coverage, risk),
+                xytext=(-8, 30 if color == "C1" else 10),
+                textcoords="offset points",
+                horizontalalignment="right",
+                fontsize=8,
+                color=color,
+            )
+    # The oracle ranks every correct prediction above every error.
+    oracle = metrics.risk_coverage_curve(1 - test.wrong, test.wrong)
+    accuracy = 100 * (1 - test.wrong.mean())
+    oracle_coverage = np.linspace(accuracy, 100, 100)
+    axes.plot(
+        np.concatenate([[0, accuracy], oracle_coverage]),
+        np.concatenate([[0, 0], 100 - 100 * accuracy / oracle_coverage]),
+        color="gray",
+        linestyle="--",
+        label="oracle",
+    )
+    axes.set(
+        xlabel="coverage on test (%)",
+        ylabel="selective error on test (%)",
+        xlim=(0, 100),
+        ylim=(0, 1.1 * 100 * max(float(oracle.risk[-1]), 1e-3)),
+        title="Risk-coverage curve; dots: thresholds chosen on calibration data",
+    )
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+    temporary = path.with_name(f"{path.name}.incomplete")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _percent(value: float | None) -> str:
+    return _number(value, 100, 2)
+
+
+def _number(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{factor * value:.{digits}f}"
+
+
+def _strict(value: Any) -> Any:
+    """Plain JSON values: tuples as lists, NaN as null, infinities as strings."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -1,0 +1,337 @@
+"""Training a selective classifier, from a config to a report."""
+
+import functools
+import math
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from sync_jax import sharding
+from sync_jax.checkpoint import Checkpoints
+from sync_jax.config import describe_differences, to_json
+from sync_jax.data import catalogue
+from sync_jax.data.augmentation import Augmentation, normalise
+from sync_jax.data.parts import Part, load_test, load_train_and_calibration
+from sync_jax.data.resident import ResidentSplit, training_batch
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
+from sync_jax.losses import Terms
+from sync_jax.methods import METHODS
+from sync_jax.models import make_network
+from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.progress import MetricWriter, Progress, read_metrics
+from sync_jax.report import read_report, show_report, write_report
+from sync_jax.steps import TrainState, create_train_state, eval_step, train_step
+
+
+class NonFiniteError(Exception):
+    """The loss, one of its terms or the gradient is not a finite number."""
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
+
+    Args:
+        config: validated.
+        workdir: made when needed; holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
+            predictions_*.npz, and, when the run is finished, risk_coverage.png and report.json.
+
+    Raises:
+        InputError: the dataset cannot be had, the batch cannot be split over the devices, or
+            `workdir` holds another experiment.
+        NonFiniteError: training diverged.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
+    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_workdir(config, workdir)
+    if (report := read_report(workdir)) is not None:
+        print(f"{workdir} holds a finished run: nothing to train. Its report:")
+        show_report(report, workdir)
+        return
+    if not catalogue.is_prepared(config.data.name, data_dir=config.data.data_dir):
+        prepare(config)
+    train_part, calibration_part = load_train_and_calibration(config.data)
+    prepare_workdir(config, workdir)
+
+    run = Run(config, mesh, train_size=len(train_part.labels))
+    state = run.create_state()
+    print(run.describe(state, len(calibration_part.labels)))
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoints.restore(state)
+            print(f"resuming at step {start} of {run.total_steps}")
+        state = fit(run, state, start, train_part, calibration_part, checkpoints, workdir)
+    finish(run, state, calibration_part, workdir)
+
+
+def fit(
+    run: "Run",
+    state: TrainState,
+    start: int,
+    train_part: Part,
+    calibration_part: Part,
+    checkpoints: Checkpoints,
+    workdir: Path,
+) -> TrainState:
+    """The training loop: steps `start` to the last."""
+    config = run.config
+    split = jax.device_put(
+        ResidentSplit(train_part.images, train_part.labels), sharding.replicated(run.mesh)
+    )
+    save_every = run.steps_of(config.checkpoint.every_epochs)
+    calibrate_every = run.steps_of(config.log.calibration_every_epochs)
+    unchecked: list[tuple[int, Terms]] = []  # metrics still on the device, by the steps then done
+    with (
+        MetricWriter(workdir, start_step=start) as writer,
+        Progress(
+            total_steps=run.total_steps, start_step=start, batch_size=config.train.batch_size
+        ) as progress,
+    ):
+        for done in range(start + 1, run.total_steps + 1):
+            state, metrics = run.step(state, split)
+            unchecked.append((done, metrics))
+            progress.step(done)
+            last = done == run.total_steps
+            if done % config.log.every_steps == 0 or last:
+                # All but the newest, which is being computed: the device never waits for the host.
+                averages = check_and_average(unchecked if last else unchecked[:-1])
+                unchecked = [] if last else unchecked[-1:]
+                if averages:
+                    writer.write(done, "train", averages)
+                    progress.metrics(done, averages)
+            if done % calibrate_every == 0 or last:
+                values = run.calibration_metrics(state, calibration_part)
+                writer.write(done, "calibration", values)
+                progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
+            if done % save_every == 0 or last:
+                # Nothing non-finite is saved. This waits for the device, once per save.
+                check_and_average(unchecked)
+                check_state(state, done)
+                checkpoints.save(state, done)
+        checkpoints.wait()
+    return state
+
+
+def finish(run: "Run", state: TrainState, calibration_part: Part, workdir: Path) -> None:
+    """Predicts on the calibration and the test split, and writes the report."""
+    calibration = run.predict(state, calibration_part)
+    calibration.save(workdir / "predictions_calibration.npz")
+    test = run.predict(state, load_test(run.config.data))
+    test.save(workdir / "predictions_test.npz")
+    evaluate_finished(run.config, workdir)
+
+
+def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
+    """Makes the report of a trained run from its saved predictions; nothing is trained.
+
+    Args:
+        config: validated; of its run, but for the `evaluation` section.
+        workdir: of a run that was trained to its end.
+
+    Raises:
+        InputError: there is no such run, or it is another experiment.
+    """
+    check_workdir(config, workdir)
+    calibration = Predictions.load(workdir / "predictions_calibration.npz")
+    test = Predictions.load(workdir / "predictions_test.npz")
+    score = METHODS[config.method].score
+    record = evaluation_record(calibration, test, config, score=score)
+    entries = read_metrics(workdir)
+    record["training"] = {
+        "steps": max((entry["step"] for entry in entries), default=None),
+        "seconds": max((entry["seconds"] for entry in entries), default=None),
+    }
+    report = write_report(record, test, config, workdir)
+    show_report(report, workdir)
+
+
+def prepare(config: ConfigDict) -> None:
+    """Obtains and prepares the config's dataset; once is enough.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    catalogue.prepare(
+        config.data.name, data_dir=config.data.data_dir, source=config.data.source or None
+    )
+
+
+class Run:
+    """What a config builds once: network, optimiser and the compiled functions.
+
+    Attributes:
+        config: validated.
+        mesh: over which the batch is split.
+        info: the dataset's.
+        steps_per_epoch: may be fractional: no example is left out at an epoch's end.
+        total_steps: of the run.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, *, train_size: int):
+        self.config = config
+        self.mesh = mesh
+        self.info = catalogue.DATASETS[config.data.name]
+        self.train_size = train_size
+        self.steps_per_epoch = train_size / config.train.batch_size
+        self.total_steps = self.steps_of(config.train.epochs)
+        method = METHODS[config.method]
+        self.network = make_network(
+            config.model,
+            heads=method.heads,
+            num_classes=self.info.num_classes,
+            target_coverage=config.target_coverage,
+        )
+        schedule = learning_rate_schedule(
+            config.optimizer, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+        self.optimizer = make_optimizer(config.optimizer, schedule)
+        copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
+        augmentation = Augmentation(config.data.crop_padding, config.data.flip)
+
+        def step(state: TrainState, data: ResidentSplit) -> tuple[TrainState, Terms]:
+            batch = training_batch(
+                data,
+                jnp.uint32(config.seed),
+                state.step,
+                batch_size=config.train.batch_size,
+                augmentation=augmentation,
+            )
+            batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
+            return train_step(
+                state,
+                batch,
+                network=self.network,
+                objective=functools.partial(method.objective, config=config),
+                optimizer=self.optimizer,
+            )
+
+        def outputs(state: TrainState, images: Array) -> dict[str, Array]:
+            return eval_step(state, normal(images), network=self.network)
+
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=copied)
+        self._outputs = jax.jit(outputs, in_shardings=(copied, split), out_shardings=copied)
+
+    def steps_of(self, epochs: float) -> int:
+        """Epochs as a number of steps, at least one."""
+        return max(round(epochs * self.steps_per_epoch), 1)
+
+    def create_state(self) -> TrainState:
+        """The state before the first step, on every device."""
+        create = functools.partial(
+            create_train_state,
+            network=self.network,
+            optimizer=self.optimizer,
+            image_shape=self.info.image_shape,
+        )
+        copied = sharding.replicated(self.mesh)
+        return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))
+
+    def predict(self, state: TrainState, part: Part) -> Predictions:
+        """The network's outputs for every example of a part."""
+        outputs_of = functools.partial(self._outputs, state)
+        return predict(part, outputs_of, self.config.evaluation.batch_size)
+
+    def calibration_metrics(self, state: TrainState, part: Part) -> dict[str, float]:
+        """What is logged of the calibration split while training."""
+        predictions = self.predict(state, part)
+        values = summary(predictions)
+        names = ("accuracy", "negative_log_likelihood", "mean_selection")
+        return {name: values[name] for name in names if name in values}
+
+    def describe(self, state: TrainState, calibration_size: int) -> str:
+        """One line on what will run."""
+        config = self.config
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        devices = f"{self.mesh.size} {jax.devices()[0].platform.upper()} device"
+        return (
+            f"{config.method} on {config.data.name}: {self.train_size:,} training and "
+            f"{calibration_size:,} calibration images; {config.model.name} with {parameters:,} "
+            f"parameters; {self.total_steps:,} steps of {config.train.batch_size} on {devices}"
+            f"{'s' if self.mesh.size > 1 else ''}"
+        )
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a folder that cannot be the run's, or is another run's.
+
+    Raises:
+        InputError: naming the fields that differ.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is not a folder")
+    path = workdir / "config.json"
+    if path.exists():
+        differing = describe_differences(config, path)
+        if differing:
+            raise InputError(
+                f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
+                "another --workdir, or the same values"
+            )
+
+
+def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes the folder and saves the resolved config in it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.incomplete"
+        temporary.write_text(to_json(config))
+        os.replace(temporary, workdir / "config.json")
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def check_and_average(unchecked: list[tuple[int, Terms]]) -> dict[str, float]:
+    """Fetches metrics, makes sure that they are finite, and averages them.
+
+    Raises:
+        NonFiniteError: naming the first bad step and the terms that are not finite then.
+    """
+    fetched = jax.device_get([metrics for _, metrics in unchecked])
+    for (done, _), metrics in zip(unchecked, fetched, strict=True):
+        bad = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            good = [f"{name}={value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
+            raise NonFiniteError(
+                f"step {done}: {', '.join(bad)} (finite: {', '.join(good) or 'nothing'}); a smaller "
+                "config.optimizer.learning_rate or a longer warm-up usually helps"
+            )
+    if not fetched:
+        return {}
+    return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+
+
+def check_state(state: TrainState, done: int) -> None:
+    """Makes sure that a state may be saved.
+
+    Raises:
+        NonFiniteError: naming the step and the part of the state.
+    """
+    parts = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    for name, tree in parts.items():
+        if not bool(_all_finite(tree)):
+            raise NonFiniteError(f"step {done}: {name} holds a number that is not finite")
+
+
+@jax.jit
+def _all_finite(tree: optax.Params) -> Array:
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def describe_calibration(done: int, epoch: float, values: dict[str, float]) -> str:
+    """One line on the calibration split."""
+    selection = ""
+    if "mean_selection" in values:
+        selection = f"  mean g {values['mean_selection']:.3f}"
+    return (
+        f"epoch {epoch:.1f} (step {done}): calibration accuracy {values['accuracy']:.4f}{selection}"
+    )

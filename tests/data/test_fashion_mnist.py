@@ -1,0 +1,682 @@
+"""Fashion-MNIST from its sources to arrays, on small files in exactly the published format."""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import http.server
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import types
+from pathlib import Path
+
+import idx_files
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from sync_jax.data import catalogue, sources
+from sync_jax.data.catalogue import DataError
+from sync_jax.data.fashion_mnist import UPSTREAM, FashionMnist
+
+NAME = "fashion_mnist"
+TRAIN_IMAGES = "train-images-idx3-ubyte"
+TRAIN_LABELS = "train-labels-idx1-ubyte"
+TEST_IMAGES = "t10k-images-idx3-ubyte"
+
+
+def ignore(line):
+    del line
+
+
+def prepare(data_dir, upstream, source=None, log=ignore):
+    return catalogue.prepare(NAME, data_dir=data_dir, source=source, log=log, upstream=upstream)
+
+
+def failure(data_dir, upstream, source=None):
+    """The message of a preparation that must fail, having left nothing that looks prepared."""
+    with pytest.raises(DataError) as caught:
+        prepare(data_dir, upstream, source)
+    assert not catalogue.is_prepared(NAME, data_dir=data_dir)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_holds(data_dir, contents):
+    for split, prefix in {"train": "train", "test": "t10k"}.items():
+        images, labels = catalogue.load_split(NAME, split, data_dir=data_dir)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+        np.testing.assert_array_equal(images, contents[f"{prefix}-images-idx3-ubyte"][..., None])
+        np.testing.assert_array_equal(labels, contents[f"{prefix}-labels-idx1-ubyte"])
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with the published files, and what they are."""
+    folder = tmp_path / "published"
+    return folder, idx_files.publish(folder)
+
+
+# Preparing and reading
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_every_pixel_and_label_comes_back(tmp_path, compressed, capfd):
+    folder = tmp_path / "published"
+    upstream = idx_files.publish(folder, compressed=compressed)
+    lines = []
+    target = prepare(tmp_path / "data", upstream, folder, lines.append)
+    assert_holds(tmp_path / "data", idx_files.arrays())
+    assert target == tmp_path / "data" / NAME / "1.0.0"
+    assert lines == [
+        f"fashion_mnist: using the files in {folder}",
+        f"fashion_mnist: prepared in {target}",
+    ]
+    assert sorted(os.listdir(tmp_path / "data")) == [NAME, f"{NAME}.lock"]
+    assert capfd.readouterr() == ("", ""), "TFDS's progress bars and prints belong to nobody"
+
+
+def test_accepts_decompressed_files_that_kept_their_name(published, tmp_path):
+    folder, upstream = published
+    path = folder / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    prepare(tmp_path / "data", upstream, folder)
+    assert_holds(tmp_path / "data", idx_files.arrays())
+
+
+def test_reads_what_tfds_decodes(published, tmp_path):
+    folder, upstream = published
+    prepare(tmp_path, upstream, folder)
+    images, labels = catalogue.load_split(NAME, "train", data_dir=tmp_path)
+    records = FashionMnist(data_dir=tmp_path).as_data_source("train")
+    assert len(records) == len(images)
+    for index, record in enumerate(records):
+        np.testing.assert_array_equal(record["image"], images[index])
+        assert record["label"] == labels[index]
+
+
+def test_reads_splits_of_several_batches_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "_READ_BATCH", 7)
+    upstream = idx_files.publish(tmp_path / "published")
+    prepare(tmp_path, upstream, tmp_path / "published")
+    assert_holds(tmp_path, idx_files.arrays())
+
+
+def test_preparing_again_does_nothing(published, tmp_path):
+    folder, upstream = published
+    target = prepare(tmp_path, upstream, folder)
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    lines = []
+    assert prepare(tmp_path, upstream, folder, lines.append) == target
+    assert lines == [f"fashion_mnist: already prepared in {target}"]
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+
+
+def test_expands_the_home_folder(published, tmp_path, monkeypatch):
+    _, upstream = published
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare("~/data", upstream, "~/published").parent.parent == tmp_path / "data"
+    assert catalogue.is_prepared(NAME, data_dir="~/data")
+    assert_holds("~/data", idx_files.arrays())
+
+
+def test_needs_no_tensorflow(published, tmp_path, monkeypatch):
+    folder, upstream = published
+
+    class NoTensorFlow:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            assert name.partition(".")[0] != "tensorflow"
+
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoTensorFlow, *sys.meta_path])
+    prepare(tmp_path, upstream, folder)
+    assert_holds(tmp_path, idx_files.arrays())
+
+
+def test_leaves_tfds_progress_bars_on(published, tmp_path, capfd):
+    folder, upstream = published
+    prepare(tmp_path, upstream, folder)
+    capfd.readouterr()
+    builder = FashionMnist(data_dir=tmp_path / "other", upstream=upstream)
+    config = tfds.download.DownloadConfig(manual_dir=folder)
+    builder.download_and_prepare(file_format="array_record", download_config=config)
+    assert "Generating" in capfd.readouterr().err
+
+
+def test_catalogue_agrees_with_the_published_files():
+    info = catalogue.DATASETS[NAME]
+    shapes = {file.name: file.shape for file in UPSTREAM.files}
+    assert shapes == {
+        "train-images-idx3-ubyte": (info.num_train, *info.image_shape[:2]),
+        "train-labels-idx1-ubyte": (info.num_train,),
+        "t10k-images-idx3-ubyte": (info.num_test, *info.image_shape[:2]),
+        "t10k-labels-idx1-ubyte": (info.num_test,),
+    }
+    assert len(info.class_names) == info.num_classes
+    assert len(info.mean) == len(info.std) == info.image_shape[-1]
+
+
+# Bad requests
+
+
+def test_unprepared_data_says_what_to_do(tmp_path):
+    with pytest.raises(DataError) as caught:
+        catalogue.load_split(NAME, "train", data_dir=tmp_path / "my data")
+    message = str(caught.value)
+    assert f"there is no {tmp_path}/my data/fashion_mnist/1.0.0" in message
+    assert (
+        "python -m sync_jax.main --config=configs/fashion_mnist.py --mode=prepare "
+        f"--config.data.data_dir='{tmp_path}/my data'"
+    ) in message
+    assert "--config.data.source=FOLDER" in message
+    assert all(f"{file.name}.gz" in message for file in UPSTREAM.files)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("split", ["validation", "", "train[:10]"])
+def test_unknown_split(tmp_path, split):
+    with pytest.raises(DataError, match=r"has no split '.*'; choose from train, test"):
+        catalogue.load_split(NAME, split, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        functools.partial(catalogue.prepare, log=ignore),
+        catalogue.is_prepared,
+        functools.partial(catalogue.load_split, split="train"),
+    ],
+)
+def test_unknown_dataset(tmp_path, call):
+    with pytest.raises(DataError, match=r"data\.name='mnist' is no dataset; choose from fashion"):
+        call("mnist", data_dir=tmp_path)
+
+
+def test_labels_out_of_range(tmp_path):
+    contents = idx_files.arrays()
+    contents[TRAIN_LABELS][3] = 10
+    upstream = idx_files.publish(tmp_path / "published", contents)
+    message = failure(tmp_path / "data", upstream, tmp_path / "published")
+    assert f"{TRAIN_LABELS} holds a label 10, expected 0 to 9" in message
+
+
+def test_fewer_labels_than_images(tmp_path):
+    contents = idx_files.arrays()
+    contents[TRAIN_LABELS] = contents[TRAIN_LABELS][:-1]
+    upstream = idx_files.publish(tmp_path / "published", contents)
+    message = failure(tmp_path / "data", upstream, tmp_path / "published")
+    assert f"{TRAIN_LABELS} holds 39 labels for 40 images" in message
+
+
+# A named folder whose files are not the published ones
+
+
+def rewrite(change, name=TRAIN_IMAGES):
+    """A change of the decompressed bytes of a file."""
+
+    def apply(folder):
+        path = folder / f"{name}.gz"
+        path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+
+    return apply
+
+
+def cut_compressed(folder):
+    path = folder / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_compressed(folder):
+    path = folder / f"{TRAIN_IMAGES}.gz"
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1  # in the checksum that ends the file
+    path.write_bytes(bytes(data))
+
+
+def swap_splits(folder):
+    (folder / f"{TEST_IMAGES}.gz").rename(folder / f"{TRAIN_IMAGES}.gz")
+
+
+def swap_kinds(folder):
+    (folder / f"{TRAIN_LABELS}.gz").rename(folder / f"{TRAIN_IMAGES}.gz")
+
+
+def web_page(folder):
+    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(b"<html>please log in</html>")
+
+
+def remove(folder):
+    (folder / f"{TRAIN_IMAGES}.gz").unlink()
+
+
+SIZE = 16 + 40 * 28 * 28
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (rewrite(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "is not the published file: SHA"),
+        (
+            rewrite(lambda data: data[:-5]),
+            f"has {SIZE - 5} bytes once decompressed, expected {SIZE}",
+        ),
+        (rewrite(lambda data: data + b"\0"), f"has more bytes once decompressed, expected {SIZE}"),
+        (rewrite(lambda data: data[:7]), f"has 7 bytes once decompressed, expected {SIZE}"),
+        (rewrite(lambda data: b""), "starts with 0x, expected 0x00000803"),
+        (
+            rewrite(lambda data: struct.pack(">I", 0x0D03) + data[4:]),
+            "starts with 0x00000d03, expected 0x00000803",
+        ),
+        (cut_compressed, "is truncated"),
+        (flip_compressed, "is damaged"),
+        (swap_splits, "holds an array of 20 x 28 x 28, expected 40 x 28 x 28"),
+        (swap_kinds, "starts with 0x00000801, expected 0x00000803"),
+        (web_page, "starts with 0x3c68746d, expected 0x00000803"),
+        (remove, f"holds neither {TRAIN_IMAGES}.gz nor {TRAIN_IMAGES}"),
+    ],
+)
+def test_names_the_unusable_file(published, tmp_path, spoil, expected):
+    folder, upstream = published
+    spoil(folder)
+    message = failure(tmp_path / "data", upstream, folder)
+    assert f"data.source='{folder}'" in message
+    assert f"{TRAIN_IMAGES}.gz" in message
+    assert expected in message
+    assert not (tmp_path / "data").exists(), "bad input leaves nothing behind"
+
+
+def test_does_not_expand_a_bomb(published, tmp_path):
+    folder, upstream = published
+    bomb = gzip.compress(upstream.files[0].header + bytes(50_000_000))
+    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(bomb)
+    assert "has more bytes" in failure(tmp_path / "data", upstream, folder)
+
+
+def test_a_named_folder_is_not_replaced_by_another_source(published, tmp_path):
+    folder, upstream = published
+    upstream = dataclasses.replace(upstream, debian_folder=folder)
+    message = failure(tmp_path / "data", upstream, tmp_path / "typo")
+    assert f"data.source='{tmp_path}/typo': {tmp_path}/typo does not exist" in message
+    assert "without data.source other sources are tried" in message
+
+
+def test_a_named_file_is_no_folder(published, tmp_path):
+    folder, upstream = published
+    message = failure(tmp_path / "data", upstream, folder / f"{TRAIN_IMAGES}.gz")
+    assert f"{TRAIN_IMAGES}.gz is not a folder" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(published, tmp_path):
+    folder, upstream = published
+    (folder / f"{TRAIN_IMAGES}.gz").chmod(0)
+    assert "cannot be read: Permission denied" in failure(tmp_path / "data", upstream, folder)
+
+
+# The other sources, in order
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serve(folder):
+    """Serves a folder on the loopback interface; gives its address."""
+    handler = functools.partial(_QuietHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def install(folder, name, script):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def package(published_folder, *, hostile=False):
+    """A tar as `dpkg-deb --fsys-tarfile` gives."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(published_folder.iterdir()):
+            name = f"usr/share/datasets/fashion-mnist/{path.name}"
+            if not hostile:
+                archive.add(path, arcname=f"./{name}")
+                continue
+            archive.add(path, arcname=f"../../../escaped/{path.name}.txt")
+            link = tarfile.TarInfo(f"./{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, str(path)
+            archive.addfile(link)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch, published):
+    """A machine whose apt-get has no lists until it is told to update, and no network proxy."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / "package.tar").write_bytes(package(published[0]))
+    install(
+        programs,
+        "apt-get",
+        f"""echo "$*" >> {tmp_path}/apt.log
+case "$*" in
+*update) touch {tmp_path}/lists ;;
+*download*)
+  [ -e {tmp_path}/lists ] || {{ echo "E: Unable to locate package" >&2; exit 100; }}
+  cp {tmp_path}/package.tar ./dataset-fashion-mnist_1_all.deb ;;
+esac""",
+    )
+    install(programs, "dpkg-deb", 'exec cat "$2"')
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path
+
+
+def test_order_of_the_sources(published, apt, tmp_path):
+    folder, upstream = published
+    named = tmp_path / "named"
+    idx_files.publish(named)
+    with serve(folder) as url:
+        upstream = dataclasses.replace(upstream, debian_folder=folder, url=url)
+        steps = {
+            "named": (named, f"using the files in {named}"),
+            "debian": (None, f"using the Debian package's folder, {folder}"),
+        }
+        for step, (source, expected) in steps.items():
+            lines = []
+            prepare(tmp_path / step, upstream, source, lines.append)
+            assert lines[0] == f"fashion_mnist: {expected}"
+            assert_holds(tmp_path / step, idx_files.arrays())
+        upstream = dataclasses.replace(upstream, debian_folder=tmp_path / "none")
+        lines = []
+        prepare(tmp_path / "upstream", upstream, None, lines.append)
+        cache = tmp_path / "upstream" / "downloads" / NAME
+        assert lines[1] == f"fashion_mnist: fetched from the upstream address, kept in {cache}"
+        assert_holds(tmp_path / "upstream", idx_files.arrays())
+        assert not (tmp_path / "apt.log").exists()
+    lines = []
+    prepare(tmp_path / "apt", upstream, None, lines.append)
+    assert "failed: http://127.0.0.1" in lines[1]
+    assert "fetched from the Debian package dataset-fashion-mnist, kept in" in lines[3]
+    assert_holds(tmp_path / "apt", idx_files.arrays())
+
+
+def test_apt_keeps_to_the_cache(published, apt, tmp_path):
+    prepare(tmp_path / "data", published[1])
+    calls = (tmp_path / "apt.log").read_text().splitlines()
+    assert [call.split()[-1] for call in calls] == [
+        "dataset-fashion-mnist",
+        "update",
+        "dataset-fashion-mnist",
+    ]
+    downloads = tmp_path / "data" / "downloads"
+    assert all(f"Dir::Cache={downloads}/" in call for call in calls)
+    assert all(f"Dir::State::lists={downloads}/" in call for call in calls[1:])
+    assert os.listdir(downloads) == [NAME]
+
+
+def test_relative_data_dir(published, apt, tmp_path, monkeypatch):
+    """apt-get runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    assert prepare("data", published[1]).is_absolute()
+    assert_holds("data", idx_files.arrays())
+
+
+def test_what_was_fetched_is_used_again_unless_it_is_damaged(published, apt, tmp_path):
+    _, upstream = published
+    target = prepare(tmp_path / "data", upstream)
+    cache = tmp_path / "data" / "downloads" / NAME
+    (tmp_path / "apt.log").unlink()
+
+    for path in target.iterdir():
+        path.unlink()
+    lines = []
+    prepare(tmp_path / "data", upstream, None, lines.append)
+    assert lines[0] == f"fashion_mnist: using what was fetched before, {cache}"
+    assert not (tmp_path / "apt.log").exists()
+
+    for path in target.iterdir():
+        path.unlink()
+    cut_compressed(cache)
+    lines = []
+    prepare(tmp_path / "data", upstream, None, lines.append)
+    assert "fetching again, for what was fetched before is unusable" in lines[0]
+    assert (tmp_path / "apt.log").exists()
+    sources.verify(cache, upstream.files)
+    assert_holds(tmp_path / "data", idx_files.arrays())
+
+
+def test_when_nothing_works_every_source_is_named(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    message = failure(tmp_path / "data", published[1])
+    for part in (
+        "(1) your own folder: data.source names none; ",
+        f"(2) the Debian package's folder: {tmp_path}/no-such-folder does not exist; ",
+        f"(3) the upstream address: http://127.0.0.1:9/{TRAIN_IMAGES}.gz cannot be read: "
+        "Connection refused; ",
+        "(4) the Debian package dataset-fashion-mnist: there is no apt-get on this machine; ",
+        "--config.data.source=FOLDER",
+    ):
+        assert part in message
+
+
+def test_bad_downloads_are_refused(published, apt, tmp_path):
+    folder, upstream = published
+    rewrite(lambda data: data[:-1] + b"x", TEST_IMAGES)(folder)
+    (tmp_path / "package.tar").write_bytes(b"not a tar")
+    with serve(folder) as url:
+        message = failure(tmp_path / "data", dataclasses.replace(upstream, url=url))
+    assert f"(3) the upstream address: {TEST_IMAGES}.gz is not the published file" in message
+    assert "dataset-fashion-mnist_1_all.deb cannot be unpacked" in message
+    assert os.listdir(tmp_path / "data" / "downloads") == []
+
+
+def test_missing_download_and_broken_apt(published, apt, tmp_path):
+    folder, upstream = published
+    install(tmp_path / "bin", "apt-get", 'echo "E: Unable to locate package $*" >&2; exit 100')
+    (folder / f"{TEST_IMAGES}.gz").unlink()
+    with serve(folder) as url:
+        message = failure(tmp_path / "data", dataclasses.replace(upstream, url=url))
+    assert f"{TEST_IMAGES}.gz answers 404 File not found" in message
+    assert "(4) the Debian package dataset-fashion-mnist: apt-get: Unable to locate" in message
+    assert "(after apt-get update failed: apt-get: Unable to locate" in message
+
+
+def test_a_hostile_package_writes_nothing_elsewhere(published, apt, tmp_path):
+    (tmp_path / "package.tar").write_bytes(package(published[0], hostile=True))
+    message = failure(tmp_path / "data", published[1])
+    assert f"it holds neither {TRAIN_IMAGES}.gz nor {TRAIN_IMAGES}" in message
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+# Trouble while preparing
+
+
+def test_an_exception_midway_leaves_nothing(published, tmp_path, monkeypatch):
+    folder, upstream = published
+    generate = FashionMnist._generate_examples
+
+    def interrupted(self, images, labels):
+        for count, example in enumerate(generate(self, images, labels)):
+            if count == 5:
+                raise KeyboardInterrupt
+            yield example
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FashionMnist, "_generate_examples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "data", upstream, folder)
+    assert not catalogue.is_prepared(NAME, data_dir=tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == [f"{NAME}.lock"]
+    prepare(tmp_path / "data", upstream, folder)
+    assert_holds(tmp_path / "data", idx_files.arrays())
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+import idx_files
+from sync_jax.data import catalogue, fashion_mnist
+
+def stop(*args):
+    print("stopped", file=sys.__stdout__, flush=True)  # TFDS's own prints are being swallowed
+    time.sleep(60)
+
+generate = fashion_mnist.FashionMnist._generate_examples
+def halfway(self, images, labels):
+    for count, example in enumerate(generate(self, images, labels)):
+        if count == 5:
+            stop()
+        yield example
+
+stage, folder, data_dir = sys.argv[1:]
+upstream = idx_files.publish(Path(folder))
+if stage == "writing":
+    fashion_mnist.FashionMnist._generate_examples = halfway
+elif stage == "written":
+    catalogue._flush = stop
+else:
+    print("ready", flush=True)
+    sys.stdin.readline()
+catalogue.prepare("fashion_mnist", data_dir=data_dir, source=folder, upstream=upstream)
+"""
+
+
+def start_child(stage, folder, data_dir):
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, stage, str(folder), str(data_dir)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["writing", "written"])
+def test_a_killed_preparation_is_not_taken_for_a_finished_one(published, tmp_path, stage):
+    folder, upstream = published
+    data_dir = tmp_path / "data"
+    with start_child(stage, folder, data_dir) as child:
+        assert "using" in child.stdout.readline()
+        assert child.stdout.readline() == "stopped\n"
+        os.kill(child.pid, signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    assert list(data_dir.glob("incomplete-*")), "it was killed in the middle"
+    assert not catalogue.is_prepared(NAME, data_dir=data_dir)
+    with pytest.raises(DataError, match="is not prepared"):
+        catalogue.load_split(NAME, "train", data_dir=data_dir)
+
+    prepare(data_dir, upstream, folder)
+    assert_holds(data_dir, idx_files.arrays())
+    assert not list(data_dir.glob("incomplete-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(published, tmp_path):
+    folder, _ = published
+    children = [start_child("both", folder, tmp_path / "data") for _ in range(2)]
+    with children[0], children[1]:
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        outputs = [child.communicate(timeout=60)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sum("using the files in" in output for output in outputs) == 1
+    assert_holds(tmp_path / "data", idx_files.arrays())
+
+
+# The disk
+
+
+def test_data_dir_is_a_file(published, tmp_path):
+    folder, upstream = published
+    (tmp_path / "data").write_text("")
+    message = failure(tmp_path / "data", upstream, folder)
+    assert message == f"data.data_dir='{tmp_path}/data' is not a folder"
+
+
+def test_data_dir_below_a_file(published, tmp_path):
+    folder, upstream = published
+    (tmp_path / "file").write_text("")
+    message = failure(tmp_path / "file" / "data", upstream, folder)
+    assert f"data.data_dir='{tmp_path}/file/data' cannot be used: Not a directory" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_data_dir(published, tmp_path):
+    folder, upstream = published
+    (tmp_path / "data").mkdir(mode=0o500)
+    message = failure(tmp_path / "data", upstream, folder)
+    assert "cannot be used: Permission denied" in message
+
+
+def test_too_little_space_is_noticed_first(published, tmp_path, monkeypatch):
+    folder, upstream = published
+    usage = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr(catalogue.shutil, "disk_usage", lambda path: usage)
+    message = failure(tmp_path / "data", upstream, folder)
+    assert message == (
+        f"data.data_dir='{tmp_path}/data' needs 0.1 MB to prepare fashion_mnist, 0.0 MB are free"
+    )
+
+
+def test_a_disk_that_fills_up(published, tmp_path, monkeypatch):
+    """What ArrayRecord raises then is a RuntimeError, seen with a small tmpfs."""
+    folder, upstream = published
+
+    def full(self, images, labels):
+        raise RuntimeError("write() failed: No space left on device;\nat byte 20971520")
+        yield
+
+    monkeypatch.setattr(FashionMnist, "_generate_examples", full)
+    message = failure(tmp_path / "data", upstream, folder)
+    assert f"data.data_dir='{tmp_path}/data' cannot be written: " in message
+    assert "No space left on device; at byte 20971520" in message
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "empty info", "garbled info"])
+def test_damaged_prepared_data_says_what_to_do(published, tmp_path, damage):
+    folder, upstream = published
+    target = prepare(tmp_path, upstream, folder)
+    (shard,) = target.glob("*train.array_record*")
+    info = target / "dataset_info.json"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    elif damage == "flip":
+        data = bytearray(shard.read_bytes())
+        data[20_000] ^= 1  # among the records, not in the padding of this small file
+        shard.write_bytes(bytes(data))
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "empty info":
+        info.write_text("")
+    else:
+        info.write_text("{")
+    with pytest.raises(DataError) as caught:
+        catalogue.load_split(NAME, "train", data_dir=tmp_path)
+    message = str(caught.value)
+    assert f"{target} cannot be read" in message
+    assert "delete it and prepare again with `python -m sync_jax.main" in message
+    assert "\n" not in message

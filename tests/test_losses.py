@@ -1,0 +1,635 @@
+"""The objectives against numbers worked out by hand and against NumPy in float64.
+
+The references below drop masked rows instead of weighing them by zero, take logarithms of explicit
+probabilities, and add nothing to a denominator, so they share no code path with the library.
+"""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sync_jax import losses
+
+SELECTIVENET = {"target_coverage": 0.8, "coverage_weight": 32.0, "alpha": 0.5}
+SYNC = SELECTIVENET | {
+    "prior_power": 3.0,
+    "prior_weight": 0.7,
+    "sync_weight": 0.5,
+    "divergence": "bce",
+}
+DIVERGENCES = ("bce", "mse")
+
+
+def reference_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def reference_cross_entropy(logits, labels):
+    return np.array([-np.log(p[y]) for p, y in zip(reference_softmax(logits), labels, strict=True)])
+
+
+def reference_sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def reference_selectivenet(
+    logits, selection_logits, auxiliary_logits, labels, *, target_coverage, coverage_weight, alpha
+):
+    """Geifman & El-Yaniv (2019), equations 3 to 6, in the paper's order."""
+    g = reference_sigmoid(selection_logits)
+    empirical_coverage = g.mean()
+    selective_risk = np.mean(reference_cross_entropy(logits, labels) * g) / empirical_coverage
+    psi = max(0.0, target_coverage - empirical_coverage) ** 2
+    selective = selective_risk + coverage_weight * psi
+    return alpha * selective + (1 - alpha) * np.mean(
+        reference_cross_entropy(auxiliary_logits, labels)
+    )
+
+
+def reference_sync(
+    logits,
+    selection_logits,
+    auxiliary_logits,
+    labels,
+    *,
+    target_coverage,
+    coverage_weight,
+    alpha,
+    prior_power,
+    prior_weight,
+    sync_weight,
+    divergence,
+    prior=None,
+):
+    """The design's formula; `prior` replaces p, for finite differences that hold it constant."""
+    g = reference_sigmoid(selection_logits)
+    p = reference_softmax(logits).max(axis=-1) ** prior_power if prior is None else prior
+    w = g * p**prior_weight
+    risk = np.sum(w * reference_cross_entropy(logits, labels)) / np.sum(w)
+    penalty = max(0.0, target_coverage - np.mean(w)) ** 2
+    if divergence == "bce":
+        distance = -(p * np.log(g) + (1 - p) * np.log(1 - g))
+    else:
+        distance = (g - p) ** 2
+    return (
+        alpha * (risk + coverage_weight * penalty)
+        + (1 - alpha) * np.mean(reference_cross_entropy(auxiliary_logits, labels))
+        + sync_weight * np.mean(distance)
+    )
+
+
+def make_inputs(seed, batch=12, classes=4, scale=2.0):
+    """logits, selection_logits, auxiliary_logits and labels."""
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(scale * rng.standard_normal((batch, classes)), jnp.float32),
+        jnp.asarray(scale * rng.standard_normal(batch), jnp.float32),
+        jnp.asarray(scale * rng.standard_normal((batch, classes)), jnp.float32),
+        jnp.asarray(rng.integers(0, classes, batch), jnp.int32),
+    )
+
+
+def objective_value(objective, **options):
+    return lambda *arrays: objective(*arrays, **options)[0]
+
+
+OBJECTIVES = {
+    "selectivenet": functools.partial(losses.selectivenet_loss, **SELECTIVENET),
+    "sync-bce": functools.partial(losses.sync_loss, **SYNC),
+    "sync-mse": functools.partial(losses.sync_loss, **SYNC | {"divergence": "mse"}),
+}
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+
+
+# Two examples with probabilities that can be handled by hand.
+#   f: (3/4, 1/4) labelled 0 and (1/2, 1/2) labelled 1, so l = ln(4/3), ln 2
+#   g: 3/4 and 1/4, so coverage 1/2;  h: uniform, so CE = ln 2
+HAND = (
+    jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])),
+    jnp.array([math.log(3), -math.log(3)], jnp.float32),
+    jnp.zeros((2, 2)),
+    jnp.array([0, 1]),
+)
+
+
+class HandComputedTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_cross_entropy(self):
+        logits = jnp.log(jnp.array([[1.0, 2.0, 5.0], [1.0, 1.0, 1.0]]))
+        value = self.variant(losses.cross_entropy)(logits, jnp.array([2, 0]))
+        chex.assert_shape(value, (2,))
+        chex.assert_type(value, jnp.float32)
+        np.testing.assert_allclose(value, [math.log(8 / 5), math.log(3)], rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_softmax_response_prior(self):
+        logits = jnp.log(jnp.array([[1.0, 1.0, 2.0], [1.0, 0.0, 0.0]]) + 1e-30)
+        prior = functools.partial(losses.softmax_response_prior, power=3.0)
+        np.testing.assert_allclose(self.variant(prior)(logits), [0.125, 1.0], rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_cross_entropy_loss(self):
+        logits, _, _, labels = HAND
+        loss, terms = self.variant(losses.cross_entropy_loss)(logits, labels)
+        np.testing.assert_allclose(loss, (math.log(4 / 3) + math.log(2)) / 2, rtol=1e-6)
+        chex.assert_trees_all_equal(terms, {"cross_entropy": loss})
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_selectivenet_loss(self):
+        objective = functools.partial(losses.selectivenet_loss, **SELECTIVENET)
+        loss, terms = self.variant(objective)(*HAND)
+        expected = {
+            # (3/4 ln(4/3) + 1/4 ln 2) / (3/4 + 1/4)
+            "selective_risk": 0.75 * math.log(4 / 3) + 0.25 * math.log(2),
+            "coverage_penalty": 0.09,  # (0.8 - 0.5)^2
+            "weight_coverage": 0.5,
+            "auxiliary_loss": math.log(2),
+        }
+        chex.assert_trees_all_close(terms, expected, rtol=1e-5)
+        # 0.5 (0.389048 + 32 * 0.09) + 0.5 * 0.693147
+        np.testing.assert_allclose(loss, 1.981098, rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_sync_loss_with_bce(self):
+        options = SYNC | {"prior_power": 1.0, "prior_weight": 1.0}
+        loss, terms = self.variant(functools.partial(losses.sync_loss, **options))(*HAND)
+        # p = 3/4, 1/2; w = 9/16, 1/8, which sum to 11/16
+        risk = (9 / 16 * math.log(4 / 3) + 1 / 8 * math.log(2)) / (11 / 16)
+        # -3/4 ln(3/4) - 1/4 ln(1/4) = 0.562335 and -1/2 ln(1/4) - 1/2 ln(3/4) = 0.836988
+        synchronisation = (0.56233514 + 0.83698822) / 2
+        expected = {
+            "selective_risk": risk,
+            "coverage_penalty": (0.8 - 11 / 32) ** 2,
+            "weight_coverage": 11 / 32,
+            "auxiliary_loss": math.log(2),
+            "synchronisation": synchronisation,
+        }
+        chex.assert_trees_all_close(terms, expected, rtol=1e-5)
+        total = (
+            0.5 * (risk + 32 * (0.8 - 11 / 32) ** 2) + 0.5 * math.log(2) + 0.5 * synchronisation
+        )
+        np.testing.assert_allclose(loss, total, rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_sync_loss_with_mse(self):
+        options = SYNC | {"prior_power": 1.0, "prior_weight": 0.0, "divergence": "mse"}
+        loss, terms = self.variant(functools.partial(losses.sync_loss, **options))(*HAND)
+        # g - p = 0 and -1/4
+        np.testing.assert_allclose(terms["synchronisation"], 1 / 32, rtol=1e-6)
+        np.testing.assert_allclose(loss, 1.981098 + 0.5 / 32, rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_masked_mean(self):
+        mean = self.variant(losses.masked_mean)
+        values = jnp.array([1.0, 4.0, 10.0])
+        assert mean(values, None) == 5.0
+        assert mean(values, jnp.array([1.0, 1.0, 0.0])) == 2.5
+        assert mean(values, jnp.array([False, True, False])) == 4.0
+        assert mean(values, jnp.zeros(3)) == 0.0
+        assert mean(jnp.array([jnp.nan, 4.0]), jnp.array([0, 1])) == 4.0
+
+
+# --- Against NumPy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("target_coverage", "coverage_weight", "alpha"), [
+    (0.8, 32.0, 0.5), (0.1, 32.0, 0.5), (1.0, 1.0, 0.9), (0.7, 0.0, 1.0), (0.7, 8.0, 0.0),
+])  # fmt: skip
+def test_selectivenet_agrees_with_numpy(seed, target_coverage, coverage_weight, alpha):
+    inputs = make_inputs(seed)
+    options = {
+        "target_coverage": target_coverage,
+        "coverage_weight": coverage_weight,
+        "alpha": alpha,
+    }
+    loss, _ = losses.selectivenet_loss(*inputs, **options)
+    np.testing.assert_allclose(loss, reference_selectivenet(*inputs, **options), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("prior_power", "prior_weight", "sync_weight"), [
+    (3.0, 0.0, 0.5), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (0.5, 2.0, 3.0),
+])  # fmt: skip
+def test_sync_agrees_with_numpy(seed, divergence, prior_power, prior_weight, sync_weight):
+    inputs = make_inputs(seed)
+    options = SYNC | {
+        "prior_power": prior_power,
+        "prior_weight": prior_weight,
+        "sync_weight": sync_weight,
+        "divergence": divergence,
+    }
+    loss, _ = losses.sync_loss(*inputs, **options)
+    np.testing.assert_allclose(loss, reference_sync(*inputs, **options), rtol=1e-5)
+
+
+def test_the_defaults_are_the_designs():
+    inputs = make_inputs(0)
+    loss, _ = losses.sync_loss(*inputs, target_coverage=0.8)
+    provisional = SELECTIVENET | {
+        "prior_power": 3.0,
+        "prior_weight": 0.0,
+        "sync_weight": 0.5,
+        "divergence": "bce",
+    }
+    assert loss == losses.sync_loss(*inputs, **provisional)[0]
+    loss, _ = losses.selectivenet_loss(*inputs, target_coverage=0.8)
+    assert loss == losses.selectivenet_loss(*inputs, **SELECTIVENET)[0]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("jit", [True, False])
+def test_sync_without_prior_is_selectivenet_exactly(divergence, jit):
+    options = SYNC | {"prior_weight": 0.0, "sync_weight": 0.0, "divergence": divergence}
+    sync = jax.value_and_grad(objective_value(losses.sync_loss, **options), (0, 1, 2))
+    selectivenet = jax.value_and_grad(
+        objective_value(losses.selectivenet_loss, **SELECTIVENET), (0, 1, 2)
+    )
+    if jit:
+        sync, selectivenet = jax.jit(sync), jax.jit(selectivenet)
+    for seed, scale in ((0, 1.0), (1, 10.0), (2, 1e4)):
+        inputs = make_inputs(seed, scale=scale)
+        chex.assert_trees_all_equal(sync(*inputs), selectivenet(*inputs))
+
+
+@pytest.mark.parametrize("changed", [{"prior_weight": 0.5}, {"sync_weight": 0.1}])
+def test_each_part_of_sync_makes_a_difference(changed):
+    """Negative control of the test above."""
+    inputs = make_inputs(0)
+    options = SYNC | {"prior_weight": 0.0, "sync_weight": 0.0} | changed
+    selectivenet, _ = losses.selectivenet_loss(*inputs, **SELECTIVENET)
+    assert abs(losses.sync_loss(*inputs, **options)[0] - selectivenet) > 1e-3
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_unknown_divergence(jit):
+    objective = functools.partial(losses.sync_loss, **SYNC | {"divergence": "kl"})
+    with pytest.raises(ValueError, match="divergence must be 'bce' or 'mse', got 'kl'"):
+        (jax.jit(objective) if jit else objective)(*make_inputs(0))
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def leaky_sync_loss(
+    logits, selection_logits, auxiliary_logits, labels, *, prior_power, divergence, **options
+):
+    """A sync_loss that forgets stop_gradient: the bug that the tests below must notice."""
+    options = {name: options[name] for name in SELECTIVENET} | {
+        "prior_weight": options["prior_weight"],
+        "sync_weight": options["sync_weight"],
+    }
+    g = jax.nn.sigmoid(selection_logits)
+    p = jnp.max(jax.nn.softmax(logits), axis=-1) ** prior_power
+    if divergence == "bce":
+        distance = -p * jax.nn.log_sigmoid(selection_logits) - (1 - p) * jax.nn.log_sigmoid(
+            -selection_logits
+        )
+    else:
+        distance = (g - p) ** 2
+    w = g * p ** options["prior_weight"]
+    risk = jnp.sum(w * losses.cross_entropy(logits, labels)) / jnp.sum(w)
+    penalty = jnp.maximum(0.0, options["target_coverage"] - jnp.mean(w)) ** 2
+    selective = risk + options["coverage_weight"] * penalty
+    auxiliary = jnp.mean(losses.cross_entropy(auxiliary_logits, labels))
+    synchronisation = jnp.mean(distance)
+    loss = options["alpha"] * selective + (1 - options["alpha"]) * auxiliary
+    loss += options["sync_weight"] * synchronisation
+    return loss, {"synchronisation": synchronisation}
+
+
+def assert_synchronisation_spares_the_classifier(objective, inputs, options):
+    def synchronisation(logits, selection_logits):
+        return objective(logits, selection_logits, *inputs[2:], **options)[1]["synchronisation"]
+
+    to_logits, to_selection = jax.grad(synchronisation, (0, 1))(*inputs[:2])
+    np.testing.assert_array_equal(to_logits, 0.0)
+    assert np.all(np.abs(to_selection) > 1e-6)
+
+
+def assert_prior_is_constant(objective, inputs, options):
+    """The gradient is that of the float64 reference with p held at its value."""
+    prior = reference_softmax(inputs[0]).max(axis=-1) ** options["prior_power"]
+    arrays = [np.asarray(x, np.float64) for x in inputs[:3]]
+    grads = jax.grad(objective_value(objective, **options), (0, 1, 2))(*inputs)
+    for argument, grad in enumerate(grads):
+        expected = np.zeros(arrays[argument].shape)
+        for place in np.ndindex(expected.shape):
+            values = []
+            for step in (1e-5, -1e-5):
+                moved = [x.copy() for x in arrays]
+                moved[argument][place] += step
+                values.append(reference_sync(*moved, inputs[3], **options, prior=prior))
+            expected[place] = (values[0] - values[1]) / 2e-5
+        np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_synchronisation_has_no_gradient_to_the_classifier(divergence):
+    options = SYNC | {"divergence": divergence}
+    assert_synchronisation_spares_the_classifier(losses.sync_loss, make_inputs(0), options)
+    with pytest.raises(AssertionError):
+        assert_synchronisation_spares_the_classifier(leaky_sync_loss, make_inputs(0), options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_is_that_of_a_constant_prior(divergence):
+    options = SYNC | {"divergence": divergence}
+    assert_prior_is_constant(losses.sync_loss, make_inputs(0, batch=5), options)
+    with pytest.raises(AssertionError):
+        assert_prior_is_constant(leaky_sync_loss, make_inputs(0, batch=5), options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_leaky_loss_differs_in_its_gradient_alone(divergence):
+    """So the two negative controls above fail for the reason that they name."""
+    inputs, options = make_inputs(0), SYNC | {"divergence": divergence}
+    ours, leaky = losses.sync_loss(*inputs, **options), leaky_sync_loss(*inputs, **options)
+    np.testing.assert_allclose(ours[0], leaky[0], rtol=1e-5)
+
+
+def test_prior_has_no_gradient():
+    def total(logits):
+        return jnp.sum(losses.softmax_response_prior(logits, power=3.0))
+
+    np.testing.assert_array_equal(jax.grad(total)(make_inputs(0)[0]), 0.0)
+
+
+def test_gradients_where_nothing_is_stopped():
+    logits, selection_logits, auxiliary_logits, labels = make_inputs(0, batch=5, scale=1.0)
+    # The default step of 1e-4 drowns in float32: a loss of 4 is rounded by 4e-7, a slope thus by
+    # 4e-3. At 1e-2 that is 4e-5, and the curvature's share is as small.
+    check_grads = functools.partial(jax.test_util.check_grads, eps=1e-2)
+    check_grads(lambda x: losses.cross_entropy(x, labels), (logits,), order=2)
+    # Plain SelectiveNet, and SYNC as a function of what the prior doesn't depend on.
+    check_grads(
+        lambda *x: losses.selectivenet_loss(*x, labels, **SELECTIVENET)[0],
+        (logits, selection_logits, auxiliary_logits),
+        order=1,
+    )
+    for divergence in DIVERGENCES:
+        options = SYNC | {"divergence": divergence}
+        check_grads(
+            lambda g, h, options=options: losses.sync_loss(logits, g, h, labels, **options)[0],
+            (selection_logits, auxiliary_logits),
+            order=1,
+        )
+
+
+def test_penalty_is_one_sided():
+    logits, _, auxiliary_logits, labels = make_inputs(0)
+
+    def penalty(selection_logits):
+        return losses.selectivenet_loss(
+            logits, selection_logits, auxiliary_logits, labels, **SELECTIVENET
+        )[1]["coverage_penalty"]
+
+    above, below = jnp.full(12, 2.0), jnp.full(12, 1.0)  # g = 0.88 and 0.73 for a target of 0.8
+    np.testing.assert_array_equal(jax.grad(penalty)(above), 0.0)
+    assert np.all(jax.grad(penalty)(below) < 0)
+
+
+# --- Hard inputs ----------------------------------------------------------------------------------
+
+
+def assert_finite(objective, inputs, mask=None):
+    def value(*arrays):
+        loss, terms = objective(*arrays, mask=mask)
+        return loss, terms
+
+    (loss, terms), grads = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*inputs)
+    chex.assert_tree_all_finite((loss, terms, grads))
+    chex.assert_type(loss, jnp.float32)
+    chex.assert_rank([loss, *terms.values()], 0)
+    return loss, terms, grads
+
+
+@every_objective
+@pytest.mark.parametrize("selection_sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("right", [True, False])
+def test_extreme_logits(objective, selection_sign, right):
+    labels = jnp.array([0, 1, 2])
+    logits = jnp.full((3, 3), -1e4).at[jnp.arange(3), (labels + (not right)) % 3].set(1e4)
+    loss, terms, _ = assert_finite(
+        objective, (logits, jnp.full(3, selection_sign * 1e4), -logits, labels)
+    )
+    selected = selection_sign >= 0
+    np.testing.assert_allclose(terms["selective_risk"], 2e4 * (not right) * selected, rtol=1e-6)
+    # SR is 1 here: bce is softplus(-g's logit), the squared distance (1 - g)^2.
+    if "synchronisation" in terms:
+        bce = objective.keywords["divergence"] == "bce"
+        expected = {1.0: 0.0, 0.0: math.log(2) if bce else 0.25, -1.0: 1e4 if bce else 1.0}
+        np.testing.assert_allclose(terms["synchronisation"], expected[selection_sign], rtol=1e-6)
+    assert loss >= 0
+
+
+@every_objective
+@settings(max_examples=50)
+@given(
+    magnitude=hnp.arrays(np.float32, (3, 9), elements=st.floats(-4, 4, width=32)),
+    sign=hnp.arrays(np.float32, (3, 9), elements=st.sampled_from([-1.0, 1.0])),
+    data=st.data(),
+)
+def test_any_magnitude_is_finite(objective, magnitude, sign, data):
+    outputs = jnp.asarray(sign * 10**magnitude)
+    labels = jnp.asarray(data.draw(hnp.arrays(np.int32, 3, elements=st.integers(0, 3))))
+    compiled = _finite_check(objective)
+    loss, terms, grads = compiled(outputs[:, :4], outputs[:, 8], outputs[:, 4:8], labels)
+    chex.assert_tree_all_finite((loss, terms, grads))
+    assert loss >= 0
+
+
+@functools.cache
+def _finite_check(objective):
+    @jax.jit
+    def check(*inputs):
+        (loss, terms), grads = jax.value_and_grad(objective, (0, 1, 2), has_aux=True)(*inputs)
+        return loss, terms, grads
+
+    return check
+
+
+@every_objective
+def test_nothing_selected(objective):
+    logits, _, auxiliary_logits, labels = make_inputs(0)
+    _, terms, _ = assert_finite(
+        objective, (logits, jnp.full(12, -1e4), auxiliary_logits, labels)
+    )
+    assert terms["weight_coverage"] == 0.0
+    assert terms["selective_risk"] == 0.0
+    np.testing.assert_allclose(terms["coverage_penalty"], 0.64, rtol=1e-6)
+
+
+@every_objective
+def test_nearly_nothing_selected_keeps_the_risk(objective):
+    """EPSILON must not pass for a risk: at g = 1e-4 the ratio is still the mean loss."""
+    logits, _, auxiliary_logits, labels = make_inputs(0)
+    logits = jnp.tile(logits[:1], (12, 1))
+    inputs = (logits, jnp.full(12, -9.21), auxiliary_logits, labels[:1].repeat(12))
+    _, terms, _ = assert_finite(objective, inputs)
+    expected = reference_cross_entropy(logits[:1], labels[:1])[0]
+    np.testing.assert_allclose(terms["selective_risk"], expected, rtol=1e-3)
+
+
+@every_objective
+def test_batch_of_one(objective):
+    inputs = make_inputs(0, batch=1)
+    _, terms, _ = assert_finite(objective, inputs)
+    expected = reference_cross_entropy(inputs[0], inputs[3])[0]
+    np.testing.assert_allclose(terms["selective_risk"], expected, rtol=1e-5)
+
+
+@every_objective
+def test_one_class(objective):
+    """Nothing can be wrong: the losses are 0, the softmax response is 1."""
+    logits, selection_logits, auxiliary_logits, labels = make_inputs(0, classes=1)
+    _, terms, grads = assert_finite(
+        objective, (logits, selection_logits, auxiliary_logits, labels)
+    )
+    assert terms["selective_risk"] == 0.0
+    assert terms["auxiliary_loss"] == 0.0
+    np.testing.assert_array_equal(grads[0], 0.0)
+    np.testing.assert_allclose(
+        terms["weight_coverage"], reference_sigmoid(selection_logits).mean(), rtol=1e-6
+    )
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+@every_objective
+def test_all_masked(objective):
+    loss, terms, grads = assert_finite(objective, make_inputs(0), mask=jnp.zeros(12))
+    for name in ("selective_risk", "weight_coverage", "auxiliary_loss", "synchronisation"):
+        assert terms.get(name, 0.0) == 0.0
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0.0)
+    # What is left is the penalty of a coverage of 0, a constant.
+    np.testing.assert_allclose(loss, 0.5 * 32 * 0.8**2, rtol=1e-6)
+
+
+def test_cross_entropy_loss_all_masked():
+    logits, _, _, labels = make_inputs(0)
+
+    def value(logits):
+        return losses.cross_entropy_loss(logits, labels, mask=jnp.zeros(12))[0]
+
+    loss, grad = jax.value_and_grad(value)(logits)
+    assert loss == 0.0
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+@every_objective
+@pytest.mark.parametrize("garbage", [0.0, -3.0, 1e4])
+def test_masked_examples_change_nothing(objective, garbage):
+    """The masked batch is the smaller batch, in its value, its terms and its gradient."""
+    inputs = make_inputs(0)
+    mask = np.ones(12, np.float32)
+    mask[[0, 3, 4, 11]] = 0
+    real = mask > 0
+    filled = [jnp.asarray(np.where(_like(real, x), x, garbage)) for x in inputs[:3]]
+    labels = jnp.where(real, inputs[3], 0)
+    loss, terms, grads = assert_finite(objective, (*filled, labels), mask=jnp.asarray(mask))
+    expected = assert_finite(objective, [x[real] for x in inputs])
+    chex.assert_trees_all_close((loss, terms), expected[:2], rtol=1e-6)
+    for grad, expected_grad in zip(grads, expected[2], strict=True):
+        np.testing.assert_array_equal(grad[~real], 0.0)
+        np.testing.assert_allclose(grad[real], expected_grad, rtol=1e-5, atol=1e-8)
+
+
+def _like(rows, array):
+    return rows.reshape(-1, *[1] * (array.ndim - 1))
+
+
+@every_objective
+def test_masked_nan_does_not_reach_the_value(objective):
+    inputs = make_inputs(0)
+    mask = jnp.ones(12).at[5].set(0.0)
+    broken = [x.at[5].set(jnp.nan) for x in inputs[:3]]
+    loss, terms = objective(*broken, inputs[3], mask=mask)
+    chex.assert_trees_all_equal((loss, terms), objective(*inputs, mask=mask))
+    chex.assert_tree_all_finite((loss, terms))
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bool_])
+def test_full_mask_is_no_mask(objective, dtype):
+    inputs = make_inputs(0)
+    chex.assert_trees_all_close(
+        objective(*inputs, mask=jnp.ones(12, dtype)), objective(*inputs), rtol=1e-6
+    )
+
+
+# --- Invariances ----------------------------------------------------------------------------------
+
+
+@every_objective
+@given(order=st.permutations(range(12)))
+@settings(max_examples=20)
+def test_order_does_not_matter(objective, order):
+    inputs = make_inputs(0)
+    mask = jnp.ones(12).at[7].set(0.0)
+    order = jnp.asarray(order)
+    permuted = objective(*[x[order] for x in inputs], mask=mask[order])
+    chex.assert_trees_all_close(permuted, objective(*inputs, mask=mask), rtol=2e-6)
+
+
+@every_objective
+@given(shift=hnp.arrays(np.float32, (2, 12, 1), elements=st.integers(-64, 64).map(float)))
+@settings(max_examples=20)
+def test_shifting_all_classes_changes_nothing(objective, shift):
+    logits, selection_logits, auxiliary_logits, labels = make_inputs(0)
+    # In steps of 1/1024, so that shifting by an integer below 64 is exact in float32.
+    logits, auxiliary_logits = jnp.round(logits * 1024) / 1024, jnp.round(auxiliary_logits * 1024) / 1024
+    expected = objective(logits, selection_logits, auxiliary_logits, labels)
+    shifted = objective(logits + shift[0], selection_logits, auxiliary_logits + shift[1], labels)
+    chex.assert_trees_all_close(shifted, expected, rtol=1e-6)
+
+
+@every_objective
+@given(order=st.permutations(range(4)))
+@settings(max_examples=10)
+def test_renaming_the_classes_changes_nothing(objective, order):
+    logits, selection_logits, auxiliary_logits, labels = make_inputs(0)
+    order = jnp.asarray(order)
+    renamed = objective(
+        logits[:, order], selection_logits, auxiliary_logits[:, order], jnp.argsort(order)[labels]
+    )
+    expected = objective(logits, selection_logits, auxiliary_logits, labels)
+    chex.assert_trees_all_close(renamed, expected, rtol=2e-6)
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_inputs_are_computed_in_float32(objective, dtype):
+    *outputs, labels = make_inputs(0)
+    low = [x.astype(dtype) for x in outputs]
+    exact = [x.astype(jnp.float32) for x in low]
+    loss, terms = objective(*low, labels)
+    chex.assert_type([loss, *terms.values()], jnp.float32)
+    chex.assert_trees_all_equal((loss, terms), objective(*exact, labels))
+    grads = jax.grad(lambda *x: objective(*x, labels)[0], (0, 1, 2))(*low)
+    chex.assert_trees_all_equal_shapes_and_dtypes(list(grads), low)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-1e4, 1e4, width=32)),
+    power=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+)
+@settings(max_examples=50)
+def test_prior_lies_between_chance_and_one(logits, power):
+    prior = losses.softmax_response_prior(jnp.asarray(logits), power=power)
+    assert np.all(prior <= 1)
+    assert np.all(prior >= (1 / 5) ** power * (1 - 1e-6))

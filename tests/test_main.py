@@ -1,0 +1,184 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from sync_jax import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with nothing but configs/."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    """Does what the command line does, in this process; returns the exit status."""
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        try:
+            main.main(main.parse_flags(["main.py", *arguments]))
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            return stop.code
+        return 0
+
+
+def config_file(text: str) -> str:
+    Path("mine.py").write_text(text)
+    return "--config=mine.py"
+
+
+BAD = {
+    "no config": ([], "--config is missing; for example --config=configs/fashion_mnist.py"),
+    "no such file": (
+        ["--config=configs/imagnet.py"],
+        "configs/imagnet.py is no file; choose from configs/fashion_mnist.py, configs/quickstart",
+    ),
+    "a folder": (["--config=configs"], "--config=configs is no file"),
+    "stray argument": ([QUICKSTART, "train"], "unexpected argument 'train'"),
+    "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
+    "unknown mode": ([QUICKSTART, "--mode=tset"], "--mode=tset: .*prepare.train.evaluate"),
+    "unknown field": (
+        [QUICKSTART, "--config.train.epocs=3"],
+        "config.train has no field 'epocs' .did you mean 'epochs'.; choose from batch_size, epochs",
+    ),
+    "unknown section": ([QUICKSTART, "--config.trian.epochs=3"], "did you mean 'train'"),
+    "field of a value": ([QUICKSTART, "--config.method.x=3"], "config.method is a value"),
+    "value for a section": ([QUICKSTART, "--config.train=3"], "config.train=3"),
+    "no number": ([QUICKSTART, "--config.train.epochs=many"], "config.train.epochs=many"),
+    "no integer": ([QUICKSTART, "--config.train.batch_size=1.5"], "config.train.batch_size=1.5"),
+    "no boolean": ([QUICKSTART, "--config.data.flip=maybe"], "config.data.flip=maybe"),
+    "unknown method": (
+        [QUICKSTART, "--config.method=snyc"],
+        "config.method='snyc' .*did you mean 'sync'.*choose from ce, selectivenet, sync",
+    ),
+    "unknown dataset": (
+        [QUICKSTART, "--config.data.name=mnist"],
+        "config.data.name='mnist' is unknown.*choose from fashion_mnist",
+    ),
+    "not finite": ([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be in \[0, 1\]"),
+    "coverage 0": ([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),
+    "delta 1": ([QUICKSTART, "--config.evaluation.delta=1"], r"delta=1.* in \(0, 1\)"),
+    "no coverages": ([QUICKSTART, "--config.evaluation.coverages=()"], r"coverages=\(\)"),
+    "coverage 101": ([QUICKSTART, "--config.evaluation.coverages=(101,)"], r"in \(0, 100\]"),
+    "negative seed": ([QUICKSTART, "--config.seed=-1"], "config.seed=-1 must be between 0"),
+    "batch too large": (
+        [QUICKSTART, "--config.train.batch_size=60000"],
+        "train.batch_size=60000 is more than the 54000 training examples",
+    ),
+    "nothing to train on": (
+        [QUICKSTART, "--config.data.calibration_size=60000"],
+        "calibration_size=60000: fashion_mnist has 60000 .* use 10 to 59990",
+    ),
+    "endless warm-up": ([QUICKSTART, "--config.train.epochs=0.5"], "warmup_epochs=1 must be less"),
+    "named folder is missing": (
+        [QUICKSTART, "--config.data.source=nowhere", "--config.data.data_dir=data"],
+        "data.source='nowhere'",
+    ),
+    "workdir is a file": ([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
+    "nothing to evaluate": (
+        [QUICKSTART, "--mode=evaluate"],
+        "runs/quickstart-sync-seed0/predictions_calibration.npz is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line_exit_2_and_writes_nothing(name, capsys, folder):
+    arguments, message = BAD[name]
+    before = sorted(folder.rglob("*"))
+    assert run(*arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(r"sync_jax: .+\n", output.err), output.err
+    assert re.search(message, output.err), output.err
+    assert sorted(folder.rglob("*")) == before
+
+
+BAD_FILES = {
+    "syntax": ("def get_config(:\n", "mine.py.*SyntaxError"),
+    "no function": ("x = 1\n", "mine.py.*get_config"),
+    "not a config": ("def get_config():\n  return 3\n", "mine.py.*must return a ConfigDict"),
+    "missing import": ("import nosuchmodule\n", "mine.py.*No module named 'nosuchmodule'"),
+    "misspelt field": (
+        "from sync_jax.config import default_config\n"
+        "def get_config():\n  c = default_config()\n  c.loss.alhpa = 1.0\n  return c\n",
+        "config.loss has no field 'alhpa' .did you mean 'alpha'",
+    ),
+    "wrong type": (
+        "from sync_jax.config import default_config\n"
+        "def get_config():\n  c = default_config()\n  c.seed = 'one'\n  return c\n",
+        "mine.py.*'seed'.*one",
+    ),
+    "missing fields": (
+        "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict()\n",
+        "is missing; begin with sync_jax.config.default_config",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_config_file_gets_one_line(name, capsys):
+    text, message = BAD_FILES[name]
+    assert run(config_file(text)) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(r"sync_jax: .+\n", output.err), output.err
+    assert re.search(message, output.err), output.err
+
+
+@pytest.mark.slow
+def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
+    """Real processes: a run with the default folder, the same again, and an error's traceback."""
+    data_dir = tiny.prepare(folder)
+    command = tiny.command(data_dir, folder, "--config.train.epochs=1", "--config.seed=3")
+    command = [x for x in command if not x.startswith("--workdir")]
+
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    first = start()
+    assert (first.returncode, first.stderr) == (0, "")
+    workdir = Path("runs/quickstart-sync-seed3")
+    for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
+        assert (folder / workdir / name).stat().st_size > 0
+    assert re.search(r"step 8/12 .*images/s .*loss .*accuracy .*mean g .*s left", first.stdout)
+    assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", first.stdout)
+
+    again = start()
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "holds a finished run" in again.stdout
+
+    quiet, loud = start("--config.method=x"), start("--config.method=x", "--verbosity=1")
+    assert quiet.returncode == loud.returncode == 2
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+
+
+def test_help_names_the_flags_the_modes_and_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "sync_jax.main", "--helpshort"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    shown = result.stdout + result.stderr
+    assert "python -m sync_jax.main --config=configs/fashion_mnist.py" in shown
+    for word in ("--config", "--workdir", "--mode", "prepare", "evaluate", "Exit status"):
+        assert word in shown

@@ -1,0 +1,47 @@
+import json
+
+from sync_jax.progress import MetricWriter, Progress, read_metrics
+
+
+def test_a_resumed_log_has_every_step_once_and_its_whole_time(tmp_path):
+    with MetricWriter(tmp_path, start_step=0) as writer:
+        for step in (10, 20, 30):
+            writer.write(step, "train", {"loss": 1.0 / step})
+    entries = read_metrics(tmp_path)
+    assert [entry["step"] for entry in entries] == [10, 20, 30]
+    assert entries[1] == {
+        "step": 20,
+        "part": "train",
+        "seconds": entries[1]["seconds"],
+        "loss": 0.05,
+    }
+    # Killed in the middle of a line, and resumed from a checkpoint at step 20.
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps(entry | {"seconds": entry["step"]}) + "\n" for entry in entries)
+        + '{"step": 40, "par'
+    )
+    with MetricWriter(tmp_path, start_step=20) as writer:
+        assert writer.seconds_before == 20
+        writer.write(30, "train", {"loss": 7.0})
+    entries = read_metrics(tmp_path)
+    assert [entry["step"] for entry in entries] == [10, 20, 30]
+    assert entries[-1]["loss"] == 7.0
+    assert entries[-1]["seconds"] >= 20
+
+
+def test_no_log_no_entries(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with Progress(total_steps=100, start_step=40, batch_size=8) as progress:
+        progress.step(50)
+        progress.metrics(50, {"loss": 0.25, "accuracy": 0.5, "mean_selection": 0.8, "other": 1.0})
+        progress.line("calibrated [bold]")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 50/100  ")
+    assert "images/s  loss 0.250  accuracy 0.500  mean g 0.800" in lines[0]
+    assert "other" not in lines[0]
+    assert lines[0].endswith("s left")
+    assert lines[1:] == ["calibrated [bold]"]

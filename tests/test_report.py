@@ -1,0 +1,87 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sync_jax import report
+from sync_jax.config import default_config
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions, evaluation_record
+
+
+def predictions(seed: int, n: int = 300, *, perfect: bool = False) -> Predictions:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n).astype(np.int32)
+    logits = rng.normal(size=(n, 4)) + (20 if perfect else 2) * np.eye(4)[labels]
+    outputs = {"logits": logits, "selection_logits": rng.normal(size=n)}
+    outputs = {name: value.astype(np.float32) for name, value in outputs.items()}
+    return Predictions(outputs, labels, np.arange(n))
+
+
+def written(tmp_path, *, perfect: bool = False) -> dict:
+    config = default_config()
+    test = predictions(1, perfect=perfect)
+    record = evaluation_record(predictions(0, perfect=perfect), test, config, score="selection")
+    record["training"] = {"steps": 12, "seconds": 3.5}
+    return report.write_report(record, test, config, tmp_path)
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.mark.parametrize("perfect", [False, True])
+def test_report_is_strict_json_and_reads_back(tmp_path, perfect):
+    expected = written(tmp_path, perfect=perfect)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=refuse_constant) == expected
+    assert report.read_report(tmp_path) == expected
+    assert (tmp_path / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.incomplete"))
+    auroc = expected["scores"]["selection"]["failure_auroc"]
+    assert (auroc is None) == perfect  # without errors there is nothing to detect
+
+
+def test_every_documented_field_is_there_and_no_other(tmp_path):
+    content = written(tmp_path)
+    assert report.__doc__ is not None
+    for name in (*content, *content["test"], *content["scores"]["selection"]):
+        assert name in report.__doc__, name
+
+
+def test_tables_show_both_protocols_and_the_certificates(tmp_path, capsys):
+    content = written(tmp_path)
+    report.show_report(content, tmp_path)
+    shown = capsys.readouterr().out
+    for words in ("rank-based SR", "rank-based g", "deployed SR", "deployed g", "AURC", "infeasible"):
+        assert words in shown
+    row = next(line for line in shown.splitlines() if line.split()[:1] == ["70"])
+    entry = {
+        name: {
+            "rank": score["rank_based"][9]["selective_risk"],
+            "deployed": score["deployed"][9]["selective_risk"],
+            "coverage": score["deployed"][9]["coverage"],
+        }
+        for name, score in content["scores"].items()
+    }
+    sr, g = entry["softmax_response"], entry["selection"]
+    values = (sr["rank"], g["rank"], sr["deployed"], sr["coverage"], g["deployed"], g["coverage"])
+    assert row.split()[1:] == [f"{100 * value:.2f}" for value in values]
+
+
+def test_undefined_and_infinite_values_become_json():
+    values = {"a": [math.nan, math.inf, -math.inf, 1.5], "b": (1, "x", None, True)}
+    assert report._strict(values) == {"a": [None, "inf", "-inf", 1.5], "b": [1, "x", None, True]}
+
+
+def test_damaged_or_foreign_report_is_named(tmp_path):
+    assert report.read_report(tmp_path) is None
+    path = tmp_path / "report.json"
+    for text in ("", "{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"report\.json is damaged"):
+            report.read_report(tmp_path)
+    path.write_text('{"schema": 99}')
+    with pytest.raises(InputError, match="schema 99"):
+        report.read_report(tmp_path)

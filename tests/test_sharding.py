@@ -1,0 +1,71 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax import sharding
+from sync_jax.errors import InputError
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh()
+
+
+def test_mesh_holds_every_device_once(mesh):
+    assert mesh.shape == {"batch": 8}
+    assert list(mesh.devices) == jax.devices()
+
+
+def test_mesh_over_some_devices():
+    mesh = sharding.make_mesh(jax.devices()[2:5])
+    assert list(mesh.devices) == jax.devices()[2:5]
+
+
+def test_replicated_puts_the_whole_array_on_each_device(mesh):
+    array = jax.device_put(np.arange(6.0), sharding.replicated(mesh))
+    assert len(array.addressable_shards) == 8
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.arange(6.0))
+
+
+def test_batch_sharding_gives_each_device_its_part(mesh):
+    array = jax.device_put(np.arange(32.0).reshape(16, 2), sharding.batch_sharding(mesh))
+    for i, device in enumerate(jax.devices()):
+        (shard,) = [s for s in array.addressable_shards if s.device == device]
+        np.testing.assert_array_equal(shard.data, np.arange(4.0 * i, 4.0 * i + 4).reshape(2, 2))
+
+
+def test_shard_batch_splits_every_array_inside_jit(mesh):
+    @jax.jit
+    def make(start):
+        batch = {"image": jnp.zeros((16, 3, 3, 1)) + start, "label": jnp.arange(16)}
+        return sharding.shard_batch(batch, mesh)
+
+    batch = make(1.0)
+    expected = sharding.batch_sharding(mesh)
+    for array in batch.values():
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
+    chex.assert_trees_all_equal(
+        batch, {"image": jnp.ones((16, 3, 3, 1)), "label": jnp.arange(16)}
+    )
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 7), (2, 8), (8, 8), (8, 128)])
+def test_what_can_be_split_is_accepted(devices, batch_size):
+    sharding.check_divisible("f", batch_size, sharding.make_mesh(jax.devices()[:devices]))
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "message"), [
+    (8, 100, "config.f=100 cannot be split over 8 devices: 100 / 8 = 12.50; use 96 or 104"),
+    (8, 9, "config.f=9 cannot be split over 8 devices: 9 / 8 = 1.12; use 8 or 16"),
+    (3, 128, "config.f=128 cannot be split over 3 devices: 128 / 3 = 42.67; use 126 or 129"),
+    (8, 5, "config.f=5 cannot be split over 8 devices: 5 / 8 = 0.62; use 8"),
+])  # fmt: skip
+def test_what_cannot_be_split_is_refused_with_the_sum(devices, batch_size, message):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    with pytest.raises(InputError) as error:
+        sharding.check_divisible("config.f", batch_size, mesh)
+    assert str(error.value) == message

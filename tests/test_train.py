@@ -1,0 +1,248 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax import sharding, train
+from sync_jax.checkpoint import Checkpoints
+from sync_jax.data import catalogue
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions
+from sync_jax.methods import METHODS
+from sync_jax.progress import read_metrics
+from sync_jax.report import read_report
+from sync_jax.steps import TrainState
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session has eight simulated devices; a run uses all it sees."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+
+
+def final_state(config, workdir: Path) -> TrainState:
+    run = train.Run(
+        config, sharding.make_mesh(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION
+    )
+    with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.latest_step() == run.total_steps
+        return checkpoints.restore(run.create_state())
+
+
+def without_time(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_metrics(workdir)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
+    config = tiny.config(data_dir, method=method, train__epochs=6.0)
+    train.train_and_evaluate(config, tmp_path / "run")
+    report = read_report(tmp_path / "run")
+    assert report is not None
+    assert report["test"]["accuracy"] > 0.5  # chance is 0.1
+    assert report["test"]["n"] == tiny.NUM_TEST
+    assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
+    assert report["method_score"] == METHODS[method].score
+    assert report["training"]["steps"] == round(6.0 * 190 / 16)
+    expected = {"softmax_response"} | ({"selection"} if METHODS[method].heads else set())
+    assert set(report["scores"]) == expected
+    assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
+    assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert "Selective error" in capsys.readouterr().out
+
+
+def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
+    reads = []
+    load_split = catalogue.load_split
+
+    def recorded(name, split, *, data_dir):
+        reads.append((split, (tmp_path / "predictions_calibration.npz").exists()))
+        return load_split(name, split, data_dir=data_dir)
+
+    monkeypatch.setattr(catalogue, "load_split", recorded)
+    train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.0), tmp_path)
+    assert reads == [("train", False), ("test", True)]
+
+
+def test_same_seed_same_run_other_seed_other_run(data_dir, tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        train.train_and_evaluate(
+            tiny.config(data_dir, seed=seed, train__epochs=1.0), tmp_path / name
+        )
+    a, b, c = (Predictions.load(tmp_path / name / "predictions_test.npz") for name in "abc")
+    chex.assert_trees_all_equal(a.outputs, b.outputs)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+    assert not np.array_equal(a.outputs["logits"], c.outputs["logits"])
+    # The seed does not move the hold-out: runs of different seeds can be compared example by example.
+    calibration = [
+        Predictions.load(tmp_path / name / "predictions_calibration.npz") for name in "ac"
+    ]
+    np.testing.assert_array_equal(calibration[0].index, calibration[1].index)
+
+
+def test_a_finished_run_says_so_and_trains_no_more(data_dir, tmp_path, capsys, monkeypatch):
+    config = tiny.config(data_dir, train__epochs=1.0)
+    train.train_and_evaluate(config, tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "fit", None)
+    train.train_and_evaluate(config, tmp_path)
+    assert "holds a finished run" in capsys.readouterr().out
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_another_experiment_in_the_workdir_is_refused(data_dir, tmp_path):
+    config = tiny.config(data_dir, train__epochs=1.0)
+    train.train_and_evaluate(config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    changed = tiny.config(data_dir, train__epochs=2.0, loss__alpha=0.25)
+    for action in (train.train_and_evaluate, train.evaluate_finished):
+        with pytest.raises(InputError, match=r"config\.loss\.alpha is 0\.5 there and 0\.25 here"):
+            action(changed, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_path, monkeypatch):
+    config = tiny.config(data_dir, train__epochs=1.0, evaluation__target_risks=(0.5,))
+    train.train_and_evaluate(config, tmp_path)
+    first = read_report(tmp_path)
+    monkeypatch.setattr(train, "fit", None)
+    changed = tiny.config(
+        data_dir, train__epochs=1.0, evaluation__target_risks=(0.5,), evaluation__delta=0.2
+    )
+    train.evaluate_finished(changed, tmp_path)
+    second = read_report(tmp_path)
+    assert first is not None
+    assert second is not None
+    certificates = [r["scores"]["selection"]["certificates"][0] for r in (first, second)]
+    assert [c["delta"] for c in certificates] == [0.05, 0.2]
+    assert first["test"] == second["test"]
+
+
+def test_evaluate_without_a_trained_run_says_what_is_missing(data_dir, tmp_path):
+    with pytest.raises(InputError, match="predictions_calibration.npz is missing"):
+        train.evaluate_finished(tiny.config(data_dir), tmp_path)
+
+
+def test_divergence_stops_with_the_step_and_the_term_and_saves_nothing(data_dir, tmp_path):
+    config = tiny.config(
+        data_dir, optimizer__learning_rate=1e30, optimizer__warmup_epochs=0.0, loss__sync_weight=0.0
+    )
+    with pytest.raises(train.NonFiniteError, match=r"^step [234]: .*selective_risk=nan"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_check_and_average_names_the_first_bad_step():
+    def entry(loss: float, risk: float) -> dict[str, jax.Array]:
+        return {"loss": jnp.float32(loss), "selective_risk": jnp.float32(risk)}
+
+    good = [(1, entry(1.0, 2.0)), (2, entry(3.0, 6.0))]
+    assert train.check_and_average(good) == {"loss": 2.0, "selective_risk": 4.0}
+    bad = [*good, (3, entry(1.0, np.inf)), (4, entry(np.nan, np.nan))]
+    with pytest.raises(train.NonFiniteError, match=r"^step 3: selective_risk=inf \(finite: loss=1"):
+        train.check_and_average(bad)
+
+
+@pytest.mark.parametrize("bad", ["params", "batch_stats", "opt_state"])
+def test_check_state_sees_every_part(bad):
+    parts = {name: {"w": jnp.ones(3)} for name in ("params", "batch_stats", "opt_state")}
+    train.check_state(TrainState(step=jnp.int32(1), **parts), 1)
+    parts[bad] = {"w": jnp.array([1.0, np.nan, 1.0])}
+    with pytest.raises(train.NonFiniteError, match=f"step 1: {bad}"):
+        train.check_state(TrainState(step=jnp.int32(1), **parts), 1)
+
+
+def test_batch_that_cannot_be_split_is_refused_with_the_arithmetic(data_dir, tmp_path, monkeypatch):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), (sharding.BATCH_AXIS,))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+    workdir = tmp_path / "run"
+    with pytest.raises(InputError, match=r"train\.batch_size=12 .* 8 devices: 12 / 8 = 1\.50"):
+        train.train_and_evaluate(tiny.config(data_dir, train__batch_size=12), workdir)
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(data_dir, tmp_path, monkeypatch):
+    """The loss curve and the predictions agree up to the order of float32 sums."""
+    config = tiny.config(data_dir, train__epochs=1.0)
+    train.train_and_evaluate(config, tmp_path / "one")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), (sharding.BATCH_AXIS,))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+    train.train_and_evaluate(config, tmp_path / "eight")
+    one, eight = (without_time(tmp_path / name) for name in ("one", "eight"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in eight]
+    for a, b in zip(one, eight, strict=True):
+        assert a["part"] == b["part"]
+        values = [[v for k, v in entry.items() if k != "part"] for entry in (a, b)]
+        np.testing.assert_allclose(values[0], values[1], rtol=1e-3, atol=1e-4)
+
+
+def run_killed(command: list[str], workdir: Path, step: int) -> None:
+    """Starts a run and kills it as soon as it has logged a step."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(entry["step"] >= step for entry in read_metrics(workdir)):
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_with_the_same_bits(data_dir, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(
+        tiny.command(data_dir, whole), cwd=ROOT, check=True, env=environment, capture_output=True
+    )
+    total = max(entry["step"] for entry in read_metrics(whole))
+    rng = random.Random(0)
+    kills = sorted(rng.sample(range(8, total - 8), 2))
+    for step in kills:
+        run_killed(tiny.command(data_dir, broken), broken, step)
+        assert not (broken / "report.json").exists(), "it finished before it was killed"
+    resumed = subprocess.run(
+        tiny.command(data_dir, broken), cwd=ROOT, check=True, env=environment, capture_output=True
+    )
+    assert b"resuming at step" in resumed.stdout
+
+    config = tiny.config(data_dir)
+    states = [final_state(config, workdir) for workdir in (whole, broken)]
+    chex.assert_trees_all_equal(*states)
+    for name in ("predictions_calibration.npz", "predictions_test.npz"):
+        predictions = [Predictions.load(workdir / name) for workdir in (whole, broken)]
+        chex.assert_trees_all_equal(predictions[0].outputs, predictions[1].outputs)
+    assert without_time(whole)[-1] == without_time(broken)[-1]
+    # Every step stands once in the log, however often the run was killed.
+    logged = [(entry["step"], entry["part"]) for entry in read_metrics(broken)]
+    assert len(logged) == len(set(logged))
+    reports = [json.loads((workdir / "report.json").read_text()) for workdir in (whole, broken)]
+    assert reports[0]["scores"] == reports[1]["scores"]
+
+    # Negative control: the comparison would notice one bit.
+    leaves, tree = jax.tree.flatten(states[0])
+    leaves[-1] = jnp.nextafter(leaves[-1], jnp.inf)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(jax.tree.unflatten(tree, leaves), states[1])
