@@ -1,7 +1,7 @@
 """SYNC on Fashion-MNIST in about a minute and a half on two CPU cores.
 
-    make quickstart
-    python -m sync_jax.main --config=configs/quickstart.py
+make quickstart
+python -m sync_jax.main --config=configs/quickstart.py
 """
 
 from ml_collections import ConfigDict

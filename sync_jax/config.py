@@ -237,9 +237,7 @@ def _integer(config: ConfigDict, field: str, *, low: int, high: int | None = Non
         raise InputError(f"config.{field}={value} must be {bounds}")
 
 
-def _range(
-    bounds: str, accepts: Callable[[float], bool]
-) -> Callable[[ConfigDict, str], None]:
+def _range(bounds: str, accepts: Callable[[float], bool]) -> Callable[[ConfigDict, str], None]:
     def check(config: ConfigDict, field: str) -> None:
         value = _get(config, field)
         if not math.isfinite(value) or not accepts(value):

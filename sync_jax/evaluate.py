@@ -86,7 +86,9 @@ class Predictions:
             raise InputError(f"{path} is damaged: {error}") from error
 
 
-def predict(part: Part, outputs_of: Callable[[Array], dict[str, Array]], batch_size: int) -> Predictions:
+def predict(
+    part: Part, outputs_of: Callable[[np.ndarray], dict[str, Array]], batch_size: int
+) -> Predictions:
     """Outputs for every example exactly once, whatever the batch size.
 
     Args:
@@ -133,7 +135,7 @@ def summary(predictions: Predictions) -> dict[str, Any]:
         "brier": metrics.brier(probabilities, labels),
     }
     for binning in ("width", "mass"):
-        error = metrics.expected_calibration_error(probabilities, labels, binning=binning)  # type: ignore[arg-type]
+        error = metrics.expected_calibration_error(probabilities, labels, binning=binning)
         record[f"ece_{error.bins}_bins_of_equal_{binning}"] = error.value
     if predictions.mean_selection is not None:
         record["mean_selection"] = predictions.mean_selection

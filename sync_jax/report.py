@@ -1,6 +1,6 @@
 """report.json, the console's tables and risk_coverage.png.
 
-report.json is strict JSON; what is undefined (the risk of an empty selection) is null. All coverages
+report.json is strict JSON; what is undefined (the risk of an empty selection) is null. Coverages
 and risks are fractions. Fields:
 
     schema                     1; raised when a field changes its meaning
@@ -101,7 +101,7 @@ def read_report(workdir: Path) -> dict[str, Any] | None:
         raise InputError(f"{path} is damaged ({error}); --mode=evaluate makes it anew") from error
     if schema != SCHEMA:
         raise InputError(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; --mode=evaluate makes it anew"
+            f"{path} has schema {schema}, this version reads {SCHEMA}; --mode=evaluate renews it"
         )
     return report
 
@@ -134,8 +134,8 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
 
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table(
-        title="Selective error (%) on test. Rank-based: coverage imposed on the test ranking, as in "
-        "published tables.\nDeployed: threshold from the calibration split; coverage and error "
+        title="Selective error (%) on test. Rank-based: coverage imposed on the test ranking, as in"
+        " published tables.\nDeployed: threshold from the calibration split; coverage and error "
         "that a user would get.",
         box=rich.box.SIMPLE_HEAD,
     )
@@ -180,11 +180,18 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
 def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
     delta = report["config"]["evaluation"]["delta"]
     table = rich.table.Table(
-        title=f"Certified thresholds (SGR): error at most the target, with confidence {1 - delta:g} "
-        "over the draw of the calibration split",
+        title=f"Certified thresholds (SGR): error at most the target, with confidence {1 - delta:g}"
+        " over the draw of the calibration split",
         box=rich.box.SIMPLE_HEAD,
     )
-    columns = ("score", "target error %", "bound %", "accept if >=", "test coverage %", "test error %")
+    columns = (
+        "score",
+        "target error %",
+        "bound %",
+        "accept if >=",
+        "test coverage %",
+        "test error %",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for name, score in report["scores"].items():

@@ -1,5 +1,8 @@
 """One mesh over all devices: the batch is split over it, everything else is copied to each."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import numpy as np
 from jax import Array
@@ -8,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sync_jax.errors import InputError
 
 BATCH_AXIS = "batch"
+T = TypeVar("T")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -28,6 +32,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
     """Splits a batch over the mesh; for use inside `jax.jit`."""
     return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+
+
+def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """Makes a compiled function wait for its result, where two under way could block each other.
+
+    That is so on several simulated devices of one CPU: their collectives hold threads of one small
+    pool, two computations can each hold those that the other waits for, and XLA then ends the
+    process after 40 seconds. Elsewhere the function is returned as it is.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return function
+    return lambda *arguments: jax.block_until_ready(function(*arguments))
 
 
 def check_divisible(field: str, batch_size: int, mesh: Mesh) -> None:

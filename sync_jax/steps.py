@@ -1,4 +1,4 @@
-"""The training state and the pure functions that the loop compiles: one step, one evaluation batch."""
+"""The training state and the pure functions that the loop compiles: a step, an evaluation."""
 
 from collections.abc import Callable
 
@@ -126,4 +126,5 @@ def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[s
         Arrays `[batch, ...]` by name.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return network.apply(variables, images, train=False)
+    outputs: dict[str, Array] = network.apply(variables, images, train=False)  # type: ignore[assignment]
+    return outputs

@@ -83,8 +83,8 @@ def fit(
 ) -> TrainState:
     """The training loop: steps `start` to the last."""
     config = run.config
-    split = jax.device_put(
-        ResidentSplit(train_part.images, train_part.labels), sharding.replicated(run.mesh)
+    split = ResidentSplit(
+        *jax.device_put((train_part.images, train_part.labels), sharding.replicated(run.mesh))
     )
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
@@ -197,6 +197,9 @@ class Run:
         normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
         augmentation = Augmentation(config.data.crop_padding, config.data.flip)
 
+        def objective(outputs: dict[str, Array], labels: Array, mask: Array) -> tuple[Array, Terms]:
+            return method.objective(outputs, labels, mask, config)
+
         def step(state: TrainState, data: ResidentSplit) -> tuple[TrainState, Terms]:
             batch = training_batch(
                 data,
@@ -210,15 +213,19 @@ class Run:
                 state,
                 batch,
                 network=self.network,
-                objective=functools.partial(method.objective, config=config),
+                objective=objective,
                 optimizer=self.optimizer,
             )
 
         def outputs(state: TrainState, images: Array) -> dict[str, Array]:
             return eval_step(state, normal(images), network=self.network)
 
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=copied)
-        self._outputs = jax.jit(outputs, in_shardings=(copied, split), out_shardings=copied)
+        self.step = sharding.one_at_a_time(
+            jax.jit(step, donate_argnums=0, out_shardings=copied), mesh
+        )
+        self._outputs = sharding.one_at_a_time(
+            jax.jit(outputs, in_shardings=(copied, split), out_shardings=copied), mesh
+        )
 
     def steps_of(self, epochs: float) -> int:
         """Epochs as a number of steps, at least one."""
@@ -299,10 +306,12 @@ def check_and_average(unchecked: list[tuple[int, Terms]]) -> dict[str, float]:
     for (done, _), metrics in zip(unchecked, fetched, strict=True):
         bad = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            good = [f"{name}={value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
+            good = [
+                f"{name}={value:.4g}" for name, value in metrics.items() if math.isfinite(value)
+            ]
             raise NonFiniteError(
-                f"step {done}: {', '.join(bad)} (finite: {', '.join(good) or 'nothing'}); a smaller "
-                "config.optimizer.learning_rate or a longer warm-up usually helps"
+                f"step {done}: {', '.join(bad)} (finite: {', '.join(good) or 'nothing'}); a"
+                " smaller config.optimizer.learning_rate or a longer warm-up usually helps"
             )
     if not fetched:
         return {}

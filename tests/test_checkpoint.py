@@ -9,9 +9,11 @@ from sync_jax.steps import TrainState
 
 
 def state(value: float) -> TrainState:
-    tree = {"kernel": jnp.full((3, 2), value), "bias": jnp.arange(2.0) * value}
+    def tree() -> dict[str, jax.Array]:
+        return {"kernel": jnp.full((3, 2), value), "bias": jnp.arange(2.0) * value}
+
     return TrainState(
-        step=jnp.int32(value), params=tree, batch_stats={}, opt_state=(tree, jnp.int32(7))
+        step=jnp.int32(value), params=tree(), batch_stats={}, opt_state=(tree(), jnp.int32(7))
     )
 
 

@@ -176,9 +176,7 @@ class HandComputedTest(chex.TestCase):
             "synchronisation": synchronisation,
         }
         chex.assert_trees_all_close(terms, expected, rtol=1e-5)
-        total = (
-            0.5 * (risk + 32 * (0.8 - 11 / 32) ** 2) + 0.5 * math.log(2) + 0.5 * synchronisation
-        )
+        total = 0.5 * (risk + 32 * (0.8 - 11 / 32) ** 2) + 0.5 * math.log(2) + 0.5 * synchronisation
         np.testing.assert_allclose(loss, total, rtol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
@@ -464,9 +462,7 @@ def _finite_check(objective):
 @every_objective
 def test_nothing_selected(objective):
     logits, _, auxiliary_logits, labels = make_inputs(0)
-    _, terms, _ = assert_finite(
-        objective, (logits, jnp.full(12, -1e4), auxiliary_logits, labels)
-    )
+    _, terms, _ = assert_finite(objective, (logits, jnp.full(12, -1e4), auxiliary_logits, labels))
     assert terms["weight_coverage"] == 0.0
     assert terms["selective_risk"] == 0.0
     np.testing.assert_allclose(terms["coverage_penalty"], 0.64, rtol=1e-6)
@@ -495,9 +491,7 @@ def test_batch_of_one(objective):
 def test_one_class(objective):
     """Nothing can be wrong: the losses are 0, the softmax response is 1."""
     logits, selection_logits, auxiliary_logits, labels = make_inputs(0, classes=1)
-    _, terms, grads = assert_finite(
-        objective, (logits, selection_logits, auxiliary_logits, labels)
-    )
+    _, terms, grads = assert_finite(objective, (logits, selection_logits, auxiliary_logits, labels))
     assert terms["selective_risk"] == 0.0
     assert terms["auxiliary_loss"] == 0.0
     np.testing.assert_array_equal(grads[0], 0.0)
@@ -592,7 +586,10 @@ def test_order_does_not_matter(objective, order):
 def test_shifting_all_classes_changes_nothing(objective, shift):
     logits, selection_logits, auxiliary_logits, labels = make_inputs(0)
     # In steps of 1/1024, so that shifting by an integer below 64 is exact in float32.
-    logits, auxiliary_logits = jnp.round(logits * 1024) / 1024, jnp.round(auxiliary_logits * 1024) / 1024
+    logits, auxiliary_logits = (
+        jnp.round(logits * 1024) / 1024,
+        jnp.round(auxiliary_logits * 1024) / 1024,
+    )
     expected = objective(logits, selection_logits, auxiliary_logits, labels)
     shifted = objective(logits + shift[0], selection_logits, auxiliary_logits + shift[1], labels)
     chex.assert_trees_all_close(shifted, expected, rtol=1e-6)

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
@@ -24,13 +25,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*arguments: str) -> int:
     """Does what the command line does, in this process; returns the exit status."""
-    with flagsaver.flagsaver():
+    command = ["main.py", *arguments]
+    sys.modules.pop("config_config", None)  # or config_flags would load the next file into it
+    with flagsaver.flagsaver(), mock.patch.object(sys, "argv", command):
         flags.FLAGS.unparse_flags()
         try:
-            main.main(main.parse_flags(["main.py", *arguments]))
+            main.main(main.parse_flags(command))
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
+            return int(str(stop.code))
         return 0
 
 
@@ -51,7 +53,7 @@ BAD = {
     "unknown mode": ([QUICKSTART, "--mode=tset"], "--mode=tset: .*prepare.train.evaluate"),
     "unknown field": (
         [QUICKSTART, "--config.train.epocs=3"],
-        "config.train has no field 'epocs' .did you mean 'epochs'.; choose from batch_size, epochs",
+        "config.train has no field 'epocs' .did you mean 'epochs'..; choose from batch_size, epochs",
     ),
     "unknown section": ([QUICKSTART, "--config.trian.epochs=3"], "did you mean 'train'"),
     "field of a value": ([QUICKSTART, "--config.method.x=3"], "config.method is a value"),

@@ -54,7 +54,14 @@ def test_tables_show_both_protocols_and_the_certificates(tmp_path, capsys):
     content = written(tmp_path)
     report.show_report(content, tmp_path)
     shown = capsys.readouterr().out
-    for words in ("rank-based SR", "rank-based g", "deployed SR", "deployed g", "AURC", "infeasible"):
+    for words in (
+        "rank-based SR",
+        "rank-based g",
+        "deployed SR",
+        "deployed g",
+        "AURC",
+        "infeasible",
+    ):
         assert words in shown
     row = next(line for line in shown.splitlines() if line.split()[:1] == ["70"])
     entry = {

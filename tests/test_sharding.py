@@ -48,9 +48,7 @@ def test_shard_batch_splits_every_array_inside_jit(mesh):
     for array in batch.values():
         assert array.sharding.is_equivalent_to(expected, array.ndim)
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
-    chex.assert_trees_all_equal(
-        batch, {"image": jnp.ones((16, 3, 3, 1)), "label": jnp.arange(16)}
-    )
+    chex.assert_trees_all_equal(batch, {"image": jnp.ones((16, 3, 3, 1)), "label": jnp.arange(16)})
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 7), (2, 8), (8, 8), (8, 128)])

@@ -39,9 +39,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def final_state(config, workdir: Path) -> TrainState:
-    run = train.Run(
-        config, sharding.make_mesh(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION
-    )
+    run = train.Run(config, sharding.make_mesh(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         assert checkpoints.latest_step() == run.total_steps
         return checkpoints.restore(run.create_state())
@@ -92,7 +90,7 @@ def test_same_seed_same_run_other_seed_other_run(data_dir, tmp_path):
     chex.assert_trees_all_equal(a.outputs, b.outputs)
     assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
     assert not np.array_equal(a.outputs["logits"], c.outputs["logits"])
-    # The seed does not move the hold-out: runs of different seeds can be compared example by example.
+    # The seed does not move the hold-out: runs of different seeds share their examples.
     calibration = [
         Predictions.load(tmp_path / name / "predictions_calibration.npz") for name in "ac"
     ]
@@ -139,7 +137,7 @@ def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_pa
 
 
 def test_evaluate_without_a_trained_run_says_what_is_missing(data_dir, tmp_path):
-    with pytest.raises(InputError, match="predictions_calibration.npz is missing"):
+    with pytest.raises(InputError, match=r"predictions_calibration\.npz is missing"):
         train.evaluate_finished(tiny.config(data_dir), tmp_path)
 
 

@@ -27,7 +27,7 @@ OVERRIDES = {
 
 
 def contents(seed: int = 0) -> dict[str, np.ndarray]:
-    """Ten classes, each a bright row at its own height under heavy noise: learnable, not trivial."""
+    """Ten classes, each a bright row at its own height under noise: learnable, not trivial."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for prefix, size in {"train": NUM_TRAIN, "t10k": NUM_TEST}.items():

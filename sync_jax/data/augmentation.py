@@ -45,9 +45,7 @@ def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
     # A source outside the image matches no column of the one-hot matrix: that is the zero padding.
     select_rows = jax.nn.one_hot(rows, height)
     select_columns = jax.nn.one_hot(columns, width)
-    return jnp.einsum(
-        "bij,bjkc,blk->bilc", select_rows, images.astype(jnp.float32), select_columns
-    )
+    return jnp.einsum("bij,bjkc,blk->bilc", select_rows, images.astype(jnp.float32), select_columns)
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:

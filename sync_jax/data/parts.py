@@ -1,6 +1,6 @@
 """The three disjoint parts of the evaluation protocol: train, calibration and test."""
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,7 +9,8 @@ from sync_jax.data import catalogue
 from sync_jax.data.splits import stratified_split
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Examples in host memory.
 
     Attributes:

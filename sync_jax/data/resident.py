@@ -1,4 +1,4 @@
-"""The device-resident pipeline: uint8 images in device memory, a batch as a function of (seed, step).
+"""The device-resident pipeline: uint8 images in device memory, batch = f(seed, step).
 
 Everything here runs inside the jitted training step. No state is kept between steps, so a run
 resumed at step s sees the batch that an uninterrupted run would have seen.
@@ -60,7 +60,7 @@ def training_batch(
 
 
 def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:
-    """Which examples a step sees: `[batch_size]` int32, each epoch a permutation of `range(size)`."""
+    """Which examples a step sees: `[batch_size]` int32; an epoch permutes `range(size)`."""
     start = jnp.uint32(step) * jnp.uint32(batch_size)
     position = start + jnp.arange(batch_size, dtype=jnp.uint32)
     epoch, place = position // jnp.uint32(size), position % jnp.uint32(size)

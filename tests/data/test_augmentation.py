@@ -1,0 +1,155 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from sync_jax.data.augmentation import Augmentation, augment, normalise
+
+
+def make_images(batch, height=5, width=6, channels=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (batch, height, width, channels), np.uint8)
+
+
+def reference_outcomes(image, padding, flip):
+    """Every (down, right, flipped) a random crop and flip can give, by slicing: a dict."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    outcomes = {}
+    for down in range(2 * padding + 1):
+        for right in range(2 * padding + 1):
+            crop = padded[down : down + height, right : right + width]
+            outcomes[down, right, False] = crop
+            if flip:
+                outcomes[down, right, True] = crop[:, ::-1]
+    return outcomes
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def compiled(key, images, augmentation):
+    return augment(key, images, augmentation)
+
+
+def identify(images, results, padding, flip):
+    """Which outcome each result is; fails where it is none of its own image's."""
+    found = []
+    for image, result in zip(images, np.asarray(results), strict=True):
+        outcomes = reference_outcomes(image, padding, flip)
+        assert len({crop.tobytes() for crop in outcomes.values()}) == len(outcomes)
+        matches = [name for name, crop in outcomes.items() if np.array_equal(crop, result)]
+        assert len(matches) == 1
+        found += matches
+    return found
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, True), (1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("shape", [(5, 6, 2), (6, 5, 1), (4, 4, 3)])
+def test_every_result_is_a_crop_of_its_own_image(padding, flip, shape):
+    images = make_images(64, *shape)
+    results = compiled(jax.random.key(0), images, Augmentation(padding, flip))
+    chex.assert_shape(results, images.shape)
+    chex.assert_type(results, jnp.float32)
+    assert len(set(identify(images, results, padding, flip))) > 1
+
+
+def test_a_reference_that_is_off_by_a_pixel_would_be_noticed():
+    """Negative control: wrapping around instead of padding with zeros."""
+    images = make_images(32)
+    results = np.stack([np.roll(image, 1, axis=0) for image in images]).astype(np.float32)
+    with pytest.raises(AssertionError):
+        identify(images, results, 2, True)
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, True), (1, False), (2, True)])
+def test_all_outcomes_are_equally_frequent(padding, flip):
+    """Offsets and flips are uniform, and independent of each other."""
+    batch = 5000
+    image = make_images(1)
+    results = compiled(
+        jax.random.key(0), np.repeat(image, batch, axis=0), Augmentation(padding, flip)
+    )
+    outcomes = reference_outcomes(image[0], padding, flip)
+    codes = {crop.astype(np.float32).tobytes(): i for i, crop in enumerate(outcomes.values())}
+    counts = np.bincount([codes[r.tobytes()] for r in np.asarray(results)], minlength=len(codes))
+    assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+def test_neighbours_are_independent():
+    """Image i's flip says nothing about image i + 1's, nor about its own in the next batch."""
+    images = np.repeat(make_images(1), 2000, axis=0)
+    flips = np.stack([
+        (np.asarray(compiled(key, images, Augmentation(0, True))) != images).any(axis=(1, 2, 3))
+        for key in jax.random.split(jax.random.key(0))
+    ])  # fmt: skip
+    for first, second in ((flips[0, :-1], flips[0, 1:]), (flips[0], flips[1])):
+        table = np.histogram2d(first, second, bins=2)[0]
+        assert scipy.stats.chi2_contingency(table).pvalue > 0.01
+
+
+def test_nothing_to_do_is_the_identity():
+    images = make_images(20)
+    results = augment(jax.random.key(0), images, Augmentation(crop_padding=0, flip=False))
+    np.testing.assert_array_equal(results, images)
+
+
+def test_padding_larger_than_the_image():
+    """Crops may then be empty, but nothing else goes wrong."""
+    images = make_images(50, 2, 3, 1) // 2 + 1
+    results = np.asarray(compiled(jax.random.key(0), images, Augmentation(4, True)))
+    assert (results == 0).all(axis=(1, 2, 3)).any()
+    for image, result in zip(images, results, strict=True):
+        outcomes = reference_outcomes(image, 4, True).values()
+        assert any(np.array_equal(crop, result) for crop in outcomes)
+
+
+def test_is_a_function_of_the_key():
+    images = make_images(16)
+    first, second = jax.random.split(jax.random.key(0))
+    augmentation = Augmentation(2, True)
+    result = compiled(first, images, augmentation)
+    np.testing.assert_array_equal(compiled(first, images, augmentation), result)
+    np.testing.assert_array_equal(augment(first, images, augmentation), result)
+    assert not np.array_equal(compiled(second, images, augmentation), result)
+
+
+@pytest.mark.parametrize("precision", ["default", "highest", "BF16_BF16_F32"])
+def test_exact_at_every_matmul_precision(precision):
+    """All 256 values pass unharmed through products of bfloat16."""
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    with jax.default_matmul_precision(precision):
+        results = jax.jit(lambda key: augment(key, images, Augmentation(1, True)))(
+            jax.random.key(0)
+        )
+    identify(images, results, 1, True)
+
+
+def test_pixels_are_exact_in_bfloat16():
+    """Why the test above holds on an accelerator; 257 is the first integer that is not."""
+    pixels = jnp.arange(258)
+    exact = pixels.astype(jnp.bfloat16).astype(jnp.int32) == pixels
+    np.testing.assert_array_equal(jnp.flatnonzero(~exact), [257])
+
+
+# --- Normalisation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.int32])
+def test_normalise_by_hand(dtype):
+    images = jnp.array([0, 255, 51, 102], dtype).reshape(2, 1, 1, 2)
+    result = normalise(images, mean=(0.2, 0.5), std=(0.1, 0.25))
+    chex.assert_type(result, jnp.float32)
+    # (0 - .2) / .1, (1 - .5) / .25, (.2 - .2) / .1, (.4 - .5) / .25
+    np.testing.assert_allclose(result.reshape(-1), [-2.0, 2.0, 0.0, -0.4], rtol=1e-6, atol=1e-6)
+
+
+def test_normalise_gives_zero_mean_and_unit_variance():
+    images = make_images(30, channels=3)
+    scaled = images / 255
+    mean, std = scaled.mean(axis=(0, 1, 2)), scaled.std(axis=(0, 1, 2))
+    result = np.asarray(normalise(jnp.asarray(images), tuple(mean), tuple(std)))
+    np.testing.assert_allclose(result.mean(axis=(0, 1, 2)), np.zeros(3), atol=1e-5)
+    np.testing.assert_allclose(result.std(axis=(0, 1, 2)), np.ones(3), rtol=1e-5)

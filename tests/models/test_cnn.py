@@ -1,0 +1,134 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax.models.cnn import CNN, max_pool_2x2
+
+
+def make_images(batch=4, height=8, width=8, channels=1, seed=0):
+    images = np.random.default_rng(seed).standard_normal((batch, height, width, channels))
+    return jnp.asarray(images, jnp.float32)
+
+
+def leaf_sizes(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# --- Pooling --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 6), (7, 7), (5, 8), (3, 2)])
+def test_pooling_and_its_gradient_are_flaxs(height, width):
+    """Random floats have no ties."""
+    x = make_images(3, height, width, 5)
+    weights = jax.random.normal(jax.random.key(0), (3, height // 2, width // 2, 5))
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    np.testing.assert_array_equal(max_pool_2x2(x), flax_pool(x))
+    ours = jax.grad(lambda x: jnp.sum(weights * max_pool_2x2(x)))(x)
+    flaxs = jax.grad(lambda x: jnp.sum(weights * flax_pool(x)))(x)
+    np.testing.assert_array_equal(ours, flaxs)
+
+
+def test_pooling_by_hand():
+    x = jnp.arange(15.0).reshape(1, 3, 5, 1)
+    np.testing.assert_array_equal(max_pool_2x2(x).reshape(-1), [6.0, 8.0])
+
+
+def test_tied_maxima_share_the_gradient():
+    """As the docstring says; every dead ReLU makes such ties."""
+    grad = jax.grad(lambda x: jnp.sum(max_pool_2x2(x)))(jnp.zeros((1, 2, 2, 1)))
+    np.testing.assert_array_equal(grad.reshape(-1), [0.25, 0.25, 0.25, 0.25])
+
+
+# --- The backbone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (8, 8, 1), (9, 15, 2)])
+def test_shapes_and_dtypes(shape):
+    network = CNN(width=2, features=5)
+    images = jax.ShapeDtypeStruct((3, *shape), jnp.float32)
+    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), images)
+    for train in (False, True):
+        features, _ = jax.eval_shape(
+            lambda v, x, train=train: network.apply(v, x, train=train, mutable=["batch_stats"]),
+            variables,
+            images,
+        )
+        assert features.shape == (3, 5)
+        assert features.dtype == jnp.float32
+    assert variables.keys() == {"params", "batch_stats"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+
+
+def test_parameters_by_hand():
+    """Width 4 and 6 features on 28 x 28 x 1: 14 x 14, 7 x 7, 3 x 3 pixels."""
+    network = CNN(width=4, features=6)
+    variables = jax.eval_shape(
+        lambda: network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+    )
+    convolutions = 5 * 5 * 1 * 4 + 3 * 3 * 4 * 8 + 3 * 3 * 8 * 16
+    dense = 3 * 3 * 16 * 6
+    norms = 4 + 8 + 16 + 6  # each a scale and a bias, a running mean and a running variance
+    assert leaf_sizes(variables["params"]) == convolutions + dense + 2 * norms
+    assert leaf_sizes(variables["batch_stats"]) == 2 * norms
+
+
+def test_parameters_of_the_default():
+    variables = jax.eval_shape(
+        lambda: CNN().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+    )
+    convolutions = 25 * 32 + 9 * 32 * 64 + 9 * 64 * 128
+    assert leaf_sizes(variables["params"]) == (
+        convolutions + 9 * 128 * 256 + 2 * (32 + 64 + 128 + 256)
+    )
+
+
+@pytest.fixture(scope="module")
+def network_and_variables():
+    network = CNN(width=2, features=5)
+    return network, network.init(jax.random.key(0), make_images(), train=False)
+
+
+def test_statistics_change_only_in_training(network_and_variables):
+    network, variables = network_and_variables
+    images = 3 * make_images() + 1
+    _, updates = network.apply(variables, images, train=True, mutable=["batch_stats"])
+    before, after = variables["batch_stats"], updates["batch_stats"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.all(old != new)
+    _, updates = network.apply(variables, images, train=False, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates.get("batch_stats", before), before)
+
+
+def test_statistics_are_averages_with_weight_0_9(network_and_variables):
+    network, variables = network_and_variables
+    images = make_images(16)
+    _, updates = network.apply(variables, images, train=True, mutable=["batch_stats"])
+    convolved = nn.Conv(2, (5, 5), strides=(2, 2), use_bias=False).apply(
+        {"params": variables["params"]["Conv_0"]}, images
+    )
+    statistics = updates["batch_stats"]["BatchNorm_0"]
+    mean, variance = convolved.mean(axis=(0, 1, 2)), convolved.var(axis=(0, 1, 2))
+    np.testing.assert_allclose(statistics["mean"], 0.1 * mean, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * variance, rtol=1e-5)
+
+
+def test_training_normalises_by_the_batch_and_evaluation_does_not(network_and_variables):
+    network, variables = network_and_variables
+    images = make_images(8)
+
+    def features(images, train):
+        return network.apply(variables, images, train=train, mutable=["batch_stats"])[0]
+
+    alone = features(images[:3], train=False)
+    np.testing.assert_allclose(features(images, train=False)[:3], alone, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(features(images, train=True)[:3], features(images[:3], train=True))
+    # The last layer is a ReLU of a normalised value.
+    assert np.all(features(images, train=True) >= 0)

@@ -1,0 +1,176 @@
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax.config import default_config
+from sync_jax.methods import METHODS
+from sync_jax.models import BACKBONES, make_network
+from sync_jax.models.cnn import CNN
+from sync_jax.models.heads import SelectionHead, SelectiveClassifier
+
+BOTH = ("selection", "auxiliary")
+
+
+class Flatten(nn.Module):
+    """The simplest backbone."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return images.reshape(images.shape[0], -1)
+
+
+def make_images(batch=64, size=8, seed=0):
+    images = np.random.default_rng(seed).standard_normal((batch, size, size, 1))
+    return jnp.asarray(images, jnp.float32)
+
+
+def leaf_sizes(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def initialise(network, images, seed=0):
+    return jax.jit(lambda x: network.init(jax.random.key(seed), x, train=False))(images)
+
+
+@pytest.mark.parametrize(("heads", "names"), [
+    ((), {"logits"}),
+    (("selection",), {"logits", "selection_logits"}),
+    (("auxiliary",), {"logits", "auxiliary_logits"}),
+    (BOTH, {"logits", "selection_logits", "auxiliary_logits"}),
+])  # fmt: skip
+@pytest.mark.parametrize("train", [True, False])
+def test_outputs(heads, names, train):
+    network = SelectiveClassifier(Flatten(), num_classes=3, heads=heads, target_coverage=0.8)
+    images = make_images(6)
+    outputs, _ = network.apply(
+        initialise(network, images), images, train=train, mutable=["batch_stats"]
+    )
+    assert outputs.keys() == names
+    for name, output in outputs.items():
+        chex.assert_shape(output, (6,) if name == "selection_logits" else (6, 3))
+        chex.assert_type(output, jnp.float32)
+        assert np.std(output) > 0
+
+
+def test_parameters_by_hand():
+    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    variables = initialise(network, make_images(1))
+    units = 64
+    assert {name: leaf_sizes(tree) for name, tree in variables["params"].items()} == {
+        "class_head": units * 3 + 3,
+        "auxiliary_head": units * 3 + 3,
+        # Dense, BatchNorm's scale and bias, Dense
+        "selection_head": (units * 512 + 512) + 2 * 512 + (512 + 1),
+    }
+    assert leaf_sizes(variables["batch_stats"]) == 2 * 512
+
+
+def test_low_precision_features_are_lifted_to_float32():
+    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    images = make_images(4)
+    variables = initialise(network, images)
+    outputs = network.apply(variables, images.astype(jnp.bfloat16), train=False)
+    chex.assert_type(list(outputs.values()), jnp.float32)
+
+
+def test_selection_head_in_numpy():
+    """Dense, ReLU, BatchNorm, a tenth, Dense, in this order."""
+    head = SelectionHead(target_coverage=0.7)
+    features = make_images(10, size=3).reshape(10, 9)
+    variables = head.init(jax.random.key(0), features, train=False)
+    rng = np.random.default_rng(1)
+    statistics = {
+        "mean": jnp.asarray(rng.standard_normal(512), jnp.float32),
+        "var": jnp.asarray(rng.uniform(0.5, 2.0, 512), jnp.float32),
+    }
+    params = variables["params"]
+    params["BatchNorm_0"] = {
+        "scale": jnp.asarray(rng.standard_normal(512), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(512), jnp.float32),
+    }
+    result = head.apply(
+        {"params": params, "batch_stats": {"BatchNorm_0": statistics}}, features, train=False
+    )
+    first, norm, last = params["Dense_0"], params["BatchNorm_0"], params["Dense_1"]
+    x = np.maximum(np.asarray(features, np.float64) @ first["kernel"] + first["bias"], 0)
+    x = (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    expected = (x / 10 @ last["kernel"] + last["bias"])[:, 0]
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(last["bias"], [math.log(0.7 / 0.3)], rtol=1e-6)
+
+
+def starting_selection(backbone, target_coverage):
+    """Mean g of untrained networks of three seeds, in evaluation and in training: `[2, 3]`."""
+    images = make_images()
+    network = SelectiveClassifier(
+        backbone, num_classes=3, heads=BOTH, target_coverage=target_coverage
+    )
+
+    @jax.jit
+    @jax.vmap
+    def mean_selection(key):
+        variables = network.init(key, images, train=False)
+        evaluation = network.apply(variables, images, train=False)
+        training, _ = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        outputs = [evaluation["selection_logits"], training["selection_logits"]]
+        return [jnp.mean(jax.nn.sigmoid(output)) for output in outputs]
+
+    return np.asarray(mean_selection(jax.random.split(jax.random.key(0), 3)))
+
+
+@pytest.mark.parametrize("target_coverage", [0.5, 0.7, 0.8, 0.95])
+def test_selection_starts_at_its_target(target_coverage):
+    for g in starting_selection(Flatten(), target_coverage).reshape(-1):
+        assert abs(g - target_coverage) < 0.02
+
+
+def test_selection_starts_at_its_target_on_the_cnn():
+    for g in starting_selection(CNN(width=2, features=16), 0.8).reshape(-1):
+        assert abs(g - 0.8) < 0.02
+
+
+def test_full_coverage_has_a_finite_start():
+    images = make_images()
+    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=1.0)
+    outputs = network.apply(initialise(network, images), images, train=False)
+    chex.assert_tree_all_finite(outputs)
+    np.testing.assert_allclose(jax.nn.sigmoid(outputs["selection_logits"]).mean(), 0.999, atol=2e-3)
+
+
+def test_statistics_change_only_in_training():
+    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    images = make_images()
+    variables = initialise(network, images)
+    before = variables["batch_stats"]
+    _, updates = network.apply(variables, images, train=True, mutable=["batch_stats"])
+    for old, new in zip(
+        jax.tree.leaves(before), jax.tree.leaves(updates["batch_stats"]), strict=True
+    ):
+        assert np.all(old != new)
+    _, updates = network.apply(variables, images, train=False, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates.get("batch_stats", before), before)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_make_network_follows_the_config(method, backbone):
+    config = default_config().model
+    config.name = backbone
+    config.width, config.features = 3, 7
+    network = make_network(config, heads=method.heads, num_classes=4, target_coverage=0.9)
+    assert network == SelectiveClassifier(
+        backbone=BACKBONES[backbone](width=3, features=7),
+        num_classes=4,
+        heads=method.heads,
+        target_coverage=0.9,
+    )
+    outputs = jax.eval_shape(
+        lambda x: network.init_with_output(jax.random.key(0), x, train=False)[0], make_images(2)
+    )
+    assert outputs["logits"].shape == (2, 4)
+    assert len(outputs) == 1 + len(method.heads)

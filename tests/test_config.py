@@ -1,0 +1,278 @@
+import json
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sync_jax import config as config_lib
+from sync_jax.config import (
+    OPERATIONAL,
+    default_config,
+    describe_differences,
+    to_json,
+    unknown_field,
+    validate,
+)
+from sync_jax.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+
+# field: (bad values, what the message says would do)
+COUNT = (0, -3)
+NAN, INFINITY = math.nan, math.inf
+BAD = {
+    "method": (("selective", ""), "choose from ce, selectivenet, sync"),
+    "data.name": (("mnist",), "choose from fashion_mnist"),
+    "model.name": (("resnet",), "choose from cnn"),
+    "loss.divergence": (("kl",), "choose from bce, mse"),
+    "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
+    "seed": ((-1, 2**31), "between 0 and 2147483647"),
+    "data.split_seed": ((-1, 2**31), "between 0 and 2147483647"),
+    "data.crop_padding": ((-1, 65), "between 0 and 64"),
+    "data.calibration_size": (COUNT, "at least 1"),
+    "model.width": (COUNT, "at least 1"),
+    "model.features": (COUNT, "at least 1"),
+    "train.batch_size": (COUNT, "at least 1"),
+    "log.every_steps": (COUNT, "at least 1"),
+    "checkpoint.keep": (COUNT, "at least 1"),
+    "evaluation.batch_size": (COUNT, "at least 1"),
+    "target_coverage": ((0.0, -0.1, 1.01, NAN, INFINITY), "in (0, 1]"),
+    "loss.alpha": ((-0.1, 1.1, NAN), "in [0, 1]"),
+    "optimizer.momentum": ((-0.1, 1.1, NAN), "in [0, 1]"),
+    "evaluation.delta": ((0.0, 1.0, NAN), "in (0, 1)"),
+    "optimizer.learning_rate": ((0.0, -1.0, NAN, INFINITY), "above 0"),
+    "optimizer.decay_epochs": ((0.0, NAN, INFINITY), "above 0"),
+    "optimizer.decay_factor": ((0.0, -0.5, NAN), "above 0"),
+    "train.epochs": ((0.0, -1.0, NAN, INFINITY), "above 0"),
+    "checkpoint.every_epochs": ((0.0, NAN, INFINITY), "above 0"),
+    "log.calibration_every_epochs": ((0.0, NAN, INFINITY), "above 0"),
+    "optimizer.weight_decay": ((-1e-9, NAN, INFINITY), "at least 0"),
+    "optimizer.warmup_epochs": ((-1.0, NAN, INFINITY), "at least 0"),
+    "loss.coverage_weight": ((-1.0, NAN, INFINITY), "at least 0"),
+    "loss.prior_power": ((-1.0, NAN, INFINITY), "at least 0"),
+    "loss.prior_weight": ((-1.0, NAN, INFINITY), "at least 0"),
+    "loss.sync_weight": ((-1.0, NAN, INFINITY), "at least 0"),
+    "evaluation.coverages": (
+        ((), (0,), (101,), (50, NAN), ("half",), (True,)),
+        "must be a list of percentages in (0, 100]",
+    ),
+    "evaluation.target_risks": (
+        ((), (0.0,), (1.0,), (NAN,), ("1%",)),
+        "must be a list of error rates in (0, 1)",
+    ),
+}
+# Any value of their type will do.
+FREE = {"data.data_dir", "data.source", "data.flip", "optimizer.nesterov"}
+
+GOOD = [
+    ("seed", 2**31 - 1), ("target_coverage", 1.0), ("target_coverage", 1e-3), ("loss.alpha", 0.0),
+    ("loss.alpha", 1.0), ("optimizer.momentum", 0.0), ("data.crop_padding", 0),
+    ("data.calibration_size", 10), ("data.calibration_size", 59_990 - 128),
+    ("loss.coverage_weight", 0.0), ("loss.prior_power", 0.0), ("train.epochs", 1.5),
+    ("evaluation.coverages", (100,)), ("evaluation.coverages", (33.3, 50)),
+    ("evaluation.target_risks", (0.5,)), ("optimizer.warmup_epochs", 0.0), ("method", "ce"),
+    ("train.batch_size", 54_000), ("optimizer.schedule", "step"),
+]  # fmt: skip
+
+
+def fields(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def changed(**changes):
+    """The default config with some fields changed; __ stands for the dot."""
+    config = default_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def with_field(field, value):
+    return changed(**{field.replace(".", "__"): value})
+
+
+def message(config):
+    with pytest.raises(InputError) as error:
+        validate(config)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- validate -------------------------------------------------------------------------------------
+
+
+def test_the_default_is_valid():
+    validate(default_config())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_are_valid_and_have_the_defaults_fields(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    validate(config)
+    assert set(fields(config)) == set(fields(default_config()))
+    assert runpy.run_path(str(path))["__doc__"]
+
+
+def test_every_field_is_checked():
+    """A new field needs an entry in BAD, or in FREE when nothing can be wrong with it."""
+    assert set(fields(default_config())) == BAD.keys() | FREE
+    assert not BAD.keys() & FREE
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [(field, value, choices) for field, (values, choices) in BAD.items() for value in values],
+)
+def test_a_bad_value_gets_its_field_its_value_and_the_choices(field, value, choices):
+    text = message(with_field(field, value))
+    assert text.startswith(f"config.{field}=")
+    shown = text.removeprefix(f"config.{field}=")
+    assert shown.startswith((str(value), repr(value)))
+    assert choices in text
+
+
+@pytest.mark.parametrize(("field", "value"), GOOD)
+def test_values_at_the_bounds_are_accepted(field, value):
+    validate(with_field(field, value))
+
+
+def test_a_typo_gets_a_suggestion():
+    assert "did you mean 'selectivenet'?" in message(changed(method="selectvenet"))
+    assert "did you mean" not in message(changed(method="zzz"))
+
+
+@pytest.mark.parametrize("field", ["evaluation.coverages", "evaluation.target_risks"])
+def test_a_value_named_twice(field):
+    text = message(with_field(field, (0.5, 0.1, 0.5)))
+    assert text == f"config.{field}=(0.5, 0.1, 0.5) names a value twice"
+
+
+@pytest.mark.parametrize("size", [9, 59_991, 60_000, 10**6])
+def test_calibration_size_must_leave_both_parts_every_class(size):
+    text = message(changed(data__calibration_size=size))
+    assert text.startswith(f"config.data.calibration_size={size}: fashion_mnist has 60000")
+    assert text.endswith("use 10 to 59990")
+
+
+def test_batch_larger_than_the_training_set():
+    text = message(changed(train__batch_size=54_001))
+    assert text == "config.train.batch_size=54001 is more than the 54000 training examples"
+
+
+@pytest.mark.parametrize("warmup", [30.0, 31.5])
+def test_warm_up_must_end_before_training_does(warmup):
+    text = message(changed(optimizer__warmup_epochs=warmup))
+    assert f"config.optimizer.warmup_epochs={warmup:g} must be less than" in text
+    assert "config.train.epochs=30" in text
+
+
+def test_a_longer_run_than_its_positions_can_count():
+    """Batches are a function of step * batch_size below 2^32 (data.resident)."""
+    validate(changed(train__epochs=79_000.0))
+    assert message(changed(train__epochs=80_000.0)).startswith("config.train.epochs=80000")
+
+
+# --- JSON and differences -------------------------------------------------------------------------
+
+
+def test_json_is_strict_stable_and_complete():
+    text = to_json(default_config())
+    assert text == to_json(default_config())
+    assert text.endswith("}\n")
+    decoded = json.loads(text, parse_constant=pytest.fail)
+    assert set(fields(decoded)) == set(fields(default_config()))
+    assert decoded["optimizer"]["weight_decay"] == 5e-4
+    assert decoded["evaluation"]["coverages"][:3] == [100, 99, 98]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(changed(target_coverage=NAN))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(default_config()))
+    return path
+
+
+def test_a_config_does_not_differ_from_itself(saved):
+    assert describe_differences(default_config(), saved) == []
+
+
+def test_differences_are_named(saved):
+    config = changed(seed=1, loss__divergence="mse", train__epochs=2.0)
+    assert describe_differences(config, saved) == [
+        "config.loss.divergence is 'bce' there and 'mse' here",
+        "config.seed is 0 there and 1 here",
+        "config.train.epochs is 30.0 there and 2.0 here",
+    ]
+
+
+def test_which_fields_make_another_experiment(saved):
+    """Every field does, but those that move no weight."""
+    operational = {
+        "data.data_dir", "data.source", "log.every_steps", "log.calibration_every_epochs",
+        "checkpoint.every_epochs", "checkpoint.keep", "evaluation.batch_size",
+        "evaluation.coverages", "evaluation.target_risks", "evaluation.delta",
+    }  # fmt: skip
+    assert {field for field in fields(default_config()) if field.startswith(OPERATIONAL)} == (
+        operational
+    )
+    for field in fields(default_config()):
+        value = default_config()
+        for name in field.split("."):
+            value = value[name]
+        other = {str: "other", bool: not value, tuple: (7,)}.get(type(value))
+        config = with_field(field, value + 1 if other is None else other)
+        differences = describe_differences(config, saved)
+        assert len(differences) == (field not in operational), field
+        assert all(difference.startswith(f"config.{field} ") for difference in differences)
+
+
+def test_fields_that_only_one_side_has(saved):
+    theirs = json.loads(saved.read_text())
+    del theirs["loss"]["sync_weight"]
+    theirs["loss"]["temperature"] = 2.0
+    theirs["extra"] = {"x": 1}
+    saved.write_text(json.dumps(theirs))
+    assert describe_differences(default_config(), saved) == [
+        "config.extra.x is 1 there and None here",
+        "config.loss.sync_weight is None there and 0.5 here",
+        "config.loss.temperature is 2.0 there and None here",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b"3"])
+def test_a_damaged_file(saved, content):
+    saved.write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        describe_differences(default_config(), saved)
+
+
+# --- Unknown fields -------------------------------------------------------------------------------
+
+
+def test_every_field_is_known():
+    for field in fields(default_config()):
+        assert unknown_field(f"config.{field}") is None
+
+
+@pytest.mark.parametrize(("path", "expected"), [
+    ("config.train.epoch",
+     "--config.train.epoch: config.train has no field 'epoch' (did you mean 'epochs'?); choose "
+     "from epochs, batch_size"),
+    ("config.lr.x", "--config.lr.x: config has no field 'lr'; choose from method, seed"),
+    ("config.seed.x", "--config.seed.x: config.seed is a value and has no fields"),
+    ("config.train", "--config.train: name one of its fields, epochs, batch_size"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_path(path, expected):
+    assert unknown_field(path).startswith(expected)
+
+
+def test_suggestion():
+    assert config_lib.suggestion("cosin", ("cosine", "linear")) == " (did you mean 'cosine'?)"
+    assert config_lib.suggestion("q", ("cosine", "linear")) == ""

@@ -1,0 +1,368 @@
+"""Single steps on one device and on eight simulated ones, whose results must agree."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sync_jax import sharding
+from sync_jax.config import default_config
+from sync_jax.losses import cross_entropy_loss
+from sync_jax.methods import METHODS
+from sync_jax.models.cnn import CNN
+from sync_jax.models.heads import SelectiveClassifier
+from sync_jax.optimizer import make_optimizer
+from sync_jax.steps import create_train_state, eval_step, train_step
+
+SHAPE = (8, 8, 1)
+CLASSES = 3
+
+
+@functools.cache
+def setting(method):
+    """network, objective and optimiser of a small network; cached so that compilations are shared."""
+    config = default_config()
+    config.optimizer.weight_decay = 1e-3
+    network = SelectiveClassifier(
+        CNN(width=2, features=8),
+        num_classes=CLASSES,
+        heads=METHODS[method].heads,
+        target_coverage=config.target_coverage,
+    )
+    return {
+        "network": network,
+        "objective": functools.partial(METHODS[method].objective, config=config),
+        "optimizer": make_optimizer(config.optimizer, lambda step: 0.05),
+    }
+
+
+@functools.cache
+def initial_state(method):
+    """On the host, so that no test can donate it away."""
+    parts = setting(method)
+    create = functools.partial(
+        create_train_state,
+        network=parts["network"],
+        optimizer=parts["optimizer"],
+        image_shape=SHAPE,
+    )
+    return jax.device_get(jax.jit(create)(jnp.uint32(0)))
+
+
+@functools.cache
+def compiled_step(method, devices):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(
+        functools.partial(train_step, **setting(method)),
+        in_shardings=(copied, split),
+        out_shardings=copied,
+    )
+
+
+def make_batch(batch=16, seed=0, masked=()):
+    """Images of class k are brighter by k, so that there is something to learn.
+
+    The examples are sorted by class and grow in contrast, so that no two shards are alike.
+    """
+    rng = np.random.default_rng(seed)
+    label = np.sort(rng.integers(0, CLASSES, batch)).astype(np.int32)
+    image = rng.standard_normal((batch, *SHAPE)) * np.linspace(0.3, 2.0, batch)[:, None, None, None]
+    mask = np.ones(batch, np.float32)
+    mask[list(masked)] = 0
+    return {
+        "image": (image + label[:, None, None, None]).astype(np.float32),
+        "label": label,
+        "mask": mask,
+    }
+
+
+def run(method, devices, steps=1, **options):
+    """The state and the metrics after some steps, each on another batch."""
+    state = initial_state(method)
+    for step in range(steps):
+        state, metrics = compiled_step(method, devices)(state, make_batch(seed=step, **options))
+    return jax.device_get((state, metrics))
+
+
+class Linear(nn.Module):
+    """A network without BatchNorm: nothing connects its examples but the objective."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return {"logits": nn.Dense(CLASSES)(images.reshape(images.shape[0], -1))}
+
+
+def plain_objective(outputs, labels, mask):
+    return cross_entropy_loss(outputs["logits"], labels, mask=mask)
+
+
+# --- The state ------------------------------------------------------------------------------------
+
+
+def test_initial_state():
+    state = initial_state("sync")
+    chex.assert_shape(state.step, ())
+    chex.assert_type(state.step, jnp.int32)
+    assert state.step == 0
+    chex.assert_tree_all_finite(state)
+    momentum = [leaf for leaf in jax.tree.leaves(state.opt_state) if np.ndim(leaf) > 0]
+    assert len(momentum) == len(jax.tree.leaves(state.params))
+    assert not any(leaf.any() for leaf in momentum)
+
+
+def test_initial_state_is_a_function_of_the_seed():
+    parts = setting("ce")
+    create = jax.jit(functools.partial(
+        create_train_state,
+        network=parts["network"],
+        optimizer=parts["optimizer"],
+        image_shape=SHAPE,
+    ))  # fmt: skip
+    first, second = create(jnp.uint32(0)), create(jnp.uint32(1))
+    chex.assert_trees_all_equal(first, initial_state("ce"))
+    kernels = [state.params["class_head"]["kernel"] for state in (first, second)]
+    assert not np.allclose(*kernels)
+
+
+# --- One step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "terms"), [
+    ("ce", {"cross_entropy"}),
+    ("sync", {"selective_risk", "coverage_penalty", "weight_coverage", "auxiliary_loss",
+              "synchronisation", "mean_selection"}),
+])  # fmt: skip
+def test_metrics(method, terms):
+    _, metrics = run(method, 1)
+    assert metrics.keys() == {"loss", "accuracy", "gradient_norm"} | terms
+    chex.assert_shape(list(metrics.values()), ())
+    chex.assert_type(list(metrics.values()), jnp.float32)
+    chex.assert_tree_all_finite(metrics)
+    assert metrics["gradient_norm"] > 0
+    assert metrics["accuracy"] * 16 == round(metrics["accuracy"] * 16)
+
+
+def test_metrics_are_those_of_the_batch_before_the_step():
+    state, batch, parts = initial_state("sync"), make_batch(masked=(2, 5)), setting("sync")
+    outputs, _ = parts["network"].apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        batch["image"],
+        train=True,
+        mutable=["batch_stats"],
+    )
+    real = batch["mask"] > 0
+    loss, terms = parts["objective"](outputs, batch["label"], batch["mask"])
+    expected = terms | {
+        "loss": loss,
+        "accuracy": np.mean((outputs["logits"].argmax(axis=-1) == batch["label"])[real]),
+        "mean_selection": np.mean(jax.nn.sigmoid(outputs["selection_logits"])[real]),
+    }
+    _, metrics = compiled_step("sync", 1)(state, batch)
+    del metrics["gradient_norm"]
+    chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
+
+
+def test_a_step_moves_everything():
+    before, (after, _) = initial_state("sync"), run("sync", 1)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert after.step == 1
+    for name in ("params", "batch_stats"):
+        pairs = zip(
+            jax.tree.leaves_with_path(getattr(before, name)),
+            jax.tree.leaves(getattr(after, name)),
+            strict=True,
+        )
+        for (path, old), new in pairs:
+            assert not np.array_equal(old, new), f"{name}{jax.tree_util.keystr(path)}"
+    assert any(leaf.any() for leaf in jax.tree.leaves(after.opt_state))
+
+
+def test_a_step_by_hand():
+    """Softmax regression: the gradient is (p - onehot) x^T, averaged over the real examples."""
+    optimizer = optax.sgd(0.5)
+    state = create_train_state(0, network=Linear(), optimizer=optimizer, image_shape=SHAPE)
+    batch = make_batch(masked=(0, 7))
+    new, metrics = train_step(
+        state, batch, network=Linear(), objective=plain_objective, optimizer=optimizer
+    )
+    real = batch["mask"] > 0
+    x = batch["image"].reshape(16, -1)[real].astype(np.float64)
+    dense = state.params["Dense_0"]
+    logits = x @ dense["kernel"] + dense["bias"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    error = (p - np.eye(CLASSES)[batch["label"][real]]) / real.sum()
+    gradient = {"kernel": x.T @ error, "bias": error.sum(axis=0)}
+    expected = {name: dense[name] - 0.5 * gradient[name] for name in dense}
+    chex.assert_trees_all_close(dict(new.params["Dense_0"]), expected, rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    nll = -np.log(p[np.arange(len(p)), batch["label"][real]]).mean()
+    np.testing.assert_allclose(metrics["loss"], nll, rtol=1e-5)
+
+
+def test_several_steps_learn():
+    step = compiled_step("sync", 1)
+    state, batch = initial_state("sync"), make_batch()
+    losses, accuracies = [], []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        accuracies.append(float(metrics["accuracy"]))
+    assert int(state.step) == 40
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert np.mean(accuracies[-5:]) > 0.9
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+def test_labels_of_masked_examples_do_not_matter():
+    batch = make_batch(masked=(1, 9, 15))
+    changed = batch | {"label": np.where(batch["mask"] > 0, batch["label"], 0).astype(np.int32)}
+    assert not np.array_equal(changed["label"], batch["label"])
+    step, state = compiled_step("sync", 1), initial_state("sync")
+    chex.assert_trees_all_equal(step(state, batch), step(state, changed))
+
+
+def test_a_masked_batch_is_the_smaller_batch():
+    """Of a network without BatchNorm, whose statistics see every image."""
+    optimizer = optax.sgd(0.5)
+    state = create_train_state(0, network=Linear(), optimizer=optimizer, image_shape=SHAPE)
+    step = functools.partial(
+        train_step, network=Linear(), objective=plain_objective, optimizer=optimizer
+    )
+    batch = make_batch(masked=(1, 9, 15))
+    batch["image"][[1, 9, 15]] = 100.0
+    real = batch["mask"] > 0
+    chex.assert_trees_all_close(
+        step(state, batch), step(state, {k: v[real] for k, v in batch.items()}), rtol=1e-5
+    )
+
+
+def test_nothing_but_masked_examples_is_finite():
+    state, metrics = run("sync", 1, masked=range(16))
+    chex.assert_tree_all_finite((state, metrics))
+    assert metrics["gradient_norm"] == 0.0
+    assert metrics["accuracy"] == 0.0
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "masked", [(), (3, 8), (0, 1, 2, 3, 6)], ids=["no mask", "mask", "empty shards"]
+)
+def test_eight_devices_do_what_one_does(steps, masked):
+    """The same loss, terms, parameters, BatchNorm statistics and momentum."""
+    one, eight = run("sync", 1, steps, masked=masked), run("sync", 8, steps, masked=masked)
+    chex.assert_trees_all_close(eight, one, rtol=1e-5, atol=1e-6)
+
+
+def test_state_is_replicated():
+    state, metrics = compiled_step("sync", 8)(initial_state("sync"), make_batch())
+    for array in jax.tree.leaves((state, metrics)):
+        assert len(array.sharding.device_set) == 8
+        assert array.sharding.is_fully_replicated
+
+
+def per_shard(batch, function):
+    """Averages what a function gives for each of eight shards: what pmap and pmean would do."""
+    shards = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, 16, 2)]
+    results = [function(shard) for shard in shards]
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *results)
+
+
+def test_batch_norm_of_a_shard_would_be_noticed():
+    """Negative control: the two tests above are not blind."""
+    state = initial_state("sync")
+    step = jax.jit(functools.partial(train_step, **setting("sync")))
+    new, metrics = run("sync", 1)
+    wrong_new, wrong = per_shard(make_batch(), lambda shard: step(state, shard))
+    assert abs(wrong["loss"] - metrics["loss"]) > 0.01 * metrics["loss"]
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(wrong_new.params, new.params, rtol=1e-5, atol=1e-6)
+
+
+def test_means_of_shards_would_be_noticed():
+    """Negative control: global BatchNorm, but a mean of the shards' means under an uneven mask."""
+    batch = make_batch(masked=(0, 1, 2, 6))
+    state, parts = initial_state("sync"), setting("sync")
+    outputs, _ = parts["network"].apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        batch["image"],
+        train=True,
+        mutable=["batch_stats"],
+    )
+
+    def objective(shard):
+        return parts["objective"](shard["outputs"], shard["label"], shard["mask"])[0]
+
+    expected = objective(batch | {"outputs": outputs})
+    flat = {"label": batch["label"], "mask": batch["mask"]} | outputs
+
+    def of_shard(shard):
+        return objective(shard | {"outputs": {name: shard[name] for name in outputs}})
+
+    wrong = per_shard(flat, of_shard)
+    np.testing.assert_allclose(
+        compiled_step("sync", 8)(state, batch)[1]["loss"], expected, rtol=1e-5
+    )
+    assert abs(wrong - expected) > 0.01 * expected
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_state_may_be_donated(devices):
+    """As the loop does: the same result, and the old buffers are given up."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    step = jax.jit(
+        functools.partial(train_step, **setting("ce")), donate_argnums=0, out_shardings=copied
+    )
+    state = jax.device_put(initial_state("ce"), copied)
+    for i in range(2):
+        old = state
+        state, metrics = step(state, jax.device_put(make_batch(seed=i), split))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+    expected = run("ce", devices, 2)
+    chex.assert_trees_all_close(jax.device_get((state, metrics)), expected, rtol=1e-6, atol=1e-7)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled_evaluation(method):
+    return jax.jit(functools.partial(eval_step, network=setting(method)["network"]))
+
+
+def test_evaluation_uses_the_running_statistics():
+    state, _ = run("sync", 1)
+    images = make_batch()["image"]
+    outputs = compiled_evaluation("sync")(state, images)
+    assert outputs.keys() == {"logits", "selection_logits", "auxiliary_logits"}
+    chex.assert_type(list(outputs.values()), jnp.float32)
+    # An example's outputs do not depend on the rest of the batch.
+    alone = compiled_evaluation("sync")(state, images[3:5])
+    chex.assert_trees_all_close(
+        alone, {name: x[3:5] for name, x in outputs.items()}, rtol=1e-5, atol=1e-6
+    )
+    # But they depend on the statistics.
+    other = state.replace(batch_stats=jax.tree.map(lambda x: x + 1, state.batch_stats))
+    changed = compiled_evaluation("sync")(other, images)
+    assert not np.allclose(changed["logits"], outputs["logits"])
+
+
+def test_evaluation_changes_nothing():
+    state, _ = run("sync", 1)
+    copy = jax.tree.map(np.copy, state)
+    images = make_batch()["image"]
+    first, second = (compiled_evaluation("sync")(state, images) for _ in range(2))
+    chex.assert_trees_all_equal(state, copy)
+    chex.assert_trees_all_equal(first, second)
