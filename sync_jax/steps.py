@@ -79,7 +79,8 @@ def train_step(
 
     Returns:
         The state after the step, and scalars of the batch before it: loss, its terms,
-        gradient_norm, accuracy and, with a selection head, mean_selection (mean of g).
+        gradient_norm, accuracy and, with a selection head, mean_selection (mean of g) and coverage
+        (share with g >= 1/2).
     """
 
     def loss_fn(params: optax.Params) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params]]:
@@ -104,7 +105,9 @@ def train_step(
     }
     if "selection_logits" in outputs:
         selection = jax.nn.sigmoid(outputs["selection_logits"])
+        accepted = (selection >= 0.5).astype(jnp.float32)
         metrics["mean_selection"] = masked_mean(selection, batch["mask"])
+        metrics["coverage"] = masked_mean(accepted, batch["mask"])
     state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
