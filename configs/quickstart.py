@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.model.width = 16
     config.optimizer.learning_rate = 0.2
     config.optimizer.schedule = "linear"
-    config.train.epochs = 6.0
+    config.train.epochs = 7.0
     return config

@@ -147,6 +147,11 @@ def validate(config: ConfigDict) -> None:
             f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
             f"training examples"
         )
+    if config.train.epochs * train_size >= 2**31:  # data.resident counts positions in 32 bits
+        raise InputError(
+            f"config.train.epochs={config.train.epochs:g} must be less than "
+            f"{2**31 / train_size:.0f} with {train_size} training examples"
+        )
     if config.optimizer.warmup_epochs >= config.train.epochs:
         raise InputError(
             f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs:g} must be less than "

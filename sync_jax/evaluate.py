@@ -1,6 +1,7 @@
 """Predictions on a split, thresholds from the calibration split, and the evaluation record."""
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,17 +73,20 @@ class Predictions:
             InputError: there is no such file, or it is damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            contents = io.BytesIO(path.read_bytes())  # np.load would leave a damaged file open
+            with np.load(contents, allow_pickle=False) as file:
                 arrays = dict(file)
             outputs = {
                 name.removeprefix("outputs/"): array
                 for name, array in arrays.items()
                 if name.startswith("outputs/")
             }
+            if "logits" not in outputs or len({len(array) for array in arrays.values()}) > 1:
+                raise ValueError("arrays are missing or of different lengths")
             return cls(outputs, arrays["labels"], arrays["index"])
         except FileNotFoundError:
             raise InputError(f"{path} is missing: train the run to its end first") from None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
             raise InputError(f"{path} is damaged: {error}") from error
 
 

@@ -24,13 +24,11 @@ class Progress:
             batch_size: examples of a step, for the rate.
         """
         self._total = total_steps
-        self._start = start_step
         self._batch_size = batch_size
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time after the compilation
         console = rich.console.Console()
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("train"),
-            rich.progress.BarColumn(bar_width=20),
+            rich.progress.BarColumn(bar_width=8),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TimeRemainingColumn(),
@@ -42,24 +40,26 @@ class Progress:
 
     def step(self, done: int) -> None:
         """Moves the bar."""
+        if self._first is None:
+            self._first = done, time.monotonic()
         self._bar.update(self._task, completed=done)
 
     def metrics(self, done: int, values: Mapping[str, float]) -> None:
         """Shows the latest averages: beside the bar, or as a line with rate and time left."""
-        elapsed = time.monotonic() - self._began
-        rate = (done - self._start) / max(elapsed, 1e-9)
+        first, began = self._first or (done, time.monotonic())
+        rate = (done - first) / max(time.monotonic() - began, 1e-9)
         names = {
             "loss": "loss",
             "accuracy": "accuracy",
             "mean_selection": "mean g",
             "coverage": "coverage",
         }
-        shown = [f"{rate * self._batch_size:,.0f} images/s"]
-        shown += [f"{label} {values[name]:.3f}" for name, label in names.items() if name in values]
+        shown = [f"{label} {values[name]:.3f}" for name, label in names.items() if name in values]
+        shown.append(f"{rate * self._batch_size:,.0f} images/s")
         self._bar.update(self._task, shown="  ".join(shown))
         if self._bar.disable:
-            left = (self._total - done) / max(rate, 1e-9)
-            self.line(f"step {done}/{self._total}  {'  '.join(shown)}  {left:.0f} s left")
+            left = f"{(self._total - done) / rate:.0f}" if rate else "?"
+            self.line(f"step {done}/{self._total}  {'  '.join(shown)}  {left} s left")
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the bar."""

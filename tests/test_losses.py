@@ -78,10 +78,7 @@ def reference_sync(
     w = g * p**prior_weight
     risk = np.sum(w * reference_cross_entropy(logits, labels)) / np.sum(w)
     penalty = max(0.0, target_coverage - np.mean(w)) ** 2
-    if divergence == "bce":
-        distance = -(p * np.log(g) + (1 - p) * np.log(1 - g))
-    else:
-        distance = (g - p) ** 2
+    distance = {"bce": -(p * np.log(g) + (1 - p) * np.log(1 - g)), "mse": (g - p) ** 2}[divergence]
     return (
         alpha * (risk + coverage_weight * penalty)
         + (1 - alpha) * np.mean(reference_cross_entropy(auxiliary_logits, labels))
@@ -370,7 +367,7 @@ def test_gradients_where_nothing_is_stopped():
     # The default step of 1e-4 drowns in float32: a loss of 4 is rounded by 4e-7, a slope thus by
     # 4e-3. At 1e-2 that is 4e-5, and the curvature's share is as small.
     check_grads = functools.partial(jax.test_util.check_grads, eps=1e-2)
-    check_grads(lambda x: losses.cross_entropy(x, labels), (logits,), order=2)
+    check_grads(jax.jit(lambda x: losses.cross_entropy(x, labels)), (logits,), order=2)
     # Plain SelectiveNet, and SYNC as a function of what the prior doesn't depend on.
     check_grads(
         lambda *x: losses.selectivenet_loss(*x, labels, **SELECTIVENET)[0],

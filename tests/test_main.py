@@ -53,7 +53,7 @@ BAD = {
     "unknown mode": ([QUICKSTART, "--mode=tset"], "--mode=tset: .*prepare.train.evaluate"),
     "unknown field": (
         [QUICKSTART, "--config.train.epocs=3"],
-        "config.train has no field 'epocs' .did you mean 'epochs'..; choose from batch_size, epochs",
+        "config.train has no field 'epocs' .did you mean 'epochs'..; choose from batch_size",
     ),
     "unknown section": ([QUICKSTART, "--config.trian.epochs=3"], "did you mean 'train'"),
     "field of a value": ([QUICKSTART, "--config.method.x=3"], "config.method is a value"),
@@ -160,7 +160,7 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
     workdir = Path("runs/quickstart-sync-seed3")
     for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
         assert (folder / workdir / name).stat().st_size > 0
-    assert re.search(r"step 8/12 .*images/s .*loss .*accuracy .*mean g .*s left", first.stdout)
+    assert re.search(r"step 8/12 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left", first.stdout)
     assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", first.stdout)
 
     again = start()

@@ -108,7 +108,7 @@ def test_which_fields_matter(name, fields):
     before = objective(unusual_config())[0]
     changes = {
         "target_coverage": 0.95,
-        **{field: 0.1 for field in unusual_config().loss},
+        **dict.fromkeys(unusual_config().loss, 0.1),
         "divergence": "bce",
     }
     changed = set()

@@ -51,6 +51,16 @@ def test_shard_batch_splits_every_array_inside_jit(mesh):
     chex.assert_trees_all_equal(batch, {"image": jnp.ones((16, 3, 3, 1)), "label": jnp.arange(16)})
 
 
+def test_one_at_a_time_waits_where_devices_are_simulated(mesh, monkeypatch):
+    """On simulated devices two computations under way can block each other for ever."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or x)
+    double = jax.jit(lambda x: 2 * x)
+    assert sharding.one_at_a_time(double, mesh)(21) == 42
+    assert waited == [42]
+    assert sharding.one_at_a_time(double, sharding.make_mesh(jax.devices()[:1])) is double
+
+
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 7), (2, 8), (8, 8), (8, 128)])
 def test_what_can_be_split_is_accepted(devices, batch_size):
     sharding.check_divisible("f", batch_size, sharding.make_mesh(jax.devices()[:devices]))

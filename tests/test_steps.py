@@ -25,7 +25,7 @@ CLASSES = 3
 
 @functools.cache
 def setting(method):
-    """network, objective and optimiser of a small network; cached so that compilations are shared."""
+    """Network, objective and optimiser; cached so that compilations are shared."""
     config = default_config()
     config.optimizer.weight_decay = 1e-3
     network = SelectiveClassifier(
@@ -58,11 +58,12 @@ def initial_state(method):
 def compiled_step(method, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(
+    step = jax.jit(
         functools.partial(train_step, **setting(method)),
         in_shardings=(copied, split),
         out_shardings=copied,
     )
+    return sharding.one_at_a_time(step, mesh)
 
 
 def make_batch(batch=16, seed=0, masked=()):
@@ -82,11 +83,12 @@ def make_batch(batch=16, seed=0, masked=()):
     }
 
 
-def run(method, devices, steps=1, **options):
+def run(method, devices, steps=1, *, order=slice(None), **options):
     """The state and the metrics after some steps, each on another batch."""
     state = initial_state(method)
     for step in range(steps):
-        state, metrics = compiled_step(method, devices)(state, make_batch(seed=step, **options))
+        batch = {name: array[order] for name, array in make_batch(seed=step, **options).items()}
+        state, metrics = compiled_step(method, devices)(state, batch)
     return jax.device_get((state, metrics))
 
 
@@ -136,7 +138,7 @@ def test_initial_state_is_a_function_of_the_seed():
 @pytest.mark.parametrize(("method", "terms"), [
     ("ce", {"cross_entropy"}),
     ("sync", {"selective_risk", "coverage_penalty", "weight_coverage", "auxiliary_loss",
-              "synchronisation", "mean_selection"}),
+              "synchronisation", "mean_selection", "coverage"}),
 ])  # fmt: skip
 def test_metrics(method, terms):
     _, metrics = run(method, 1)
@@ -150,6 +152,10 @@ def test_metrics(method, terms):
 
 def test_metrics_are_those_of_the_batch_before_the_step():
     state, batch, parts = initial_state("sync"), make_batch(masked=(2, 5)), setting("sync")
+    # So that g lies on both sides of 1/2.
+    state = jax.tree.map(np.copy, state)
+    head = state.params["selection_head"]
+    head["Dense_1"]["bias"] *= 0
     outputs, _ = parts["network"].apply(
         {"params": state.params, "batch_stats": state.batch_stats},
         batch["image"],
@@ -162,7 +168,9 @@ def test_metrics_are_those_of_the_batch_before_the_step():
         "loss": loss,
         "accuracy": np.mean((outputs["logits"].argmax(axis=-1) == batch["label"])[real]),
         "mean_selection": np.mean(jax.nn.sigmoid(outputs["selection_logits"])[real]),
+        "coverage": np.mean(outputs["selection_logits"][real] >= 0),
     }
+    assert 0 < expected["coverage"] < 1
     _, metrics = compiled_step("sync", 1)(state, batch)
     del metrics["gradient_norm"]
     chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
@@ -255,14 +263,39 @@ def test_nothing_but_masked_examples_is_finite():
 # --- Devices --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize(
+masks = pytest.mark.parametrize(
     "masked", [(), (3, 8), (0, 1, 2, 3, 6)], ids=["no mask", "mask", "empty shards"]
 )
-def test_eight_devices_do_what_one_does(steps, masked):
+
+
+@masks
+def test_eight_devices_do_what_one_does(masked):
     """The same loss, terms, parameters, BatchNorm statistics and momentum."""
-    one, eight = run("sync", 1, steps, masked=masked), run("sync", 8, steps, masked=masked)
+    one, eight = run("sync", 1, masked=masked), run("sync", 8, masked=masked)
     chex.assert_trees_all_close(eight, one, rtol=1e-5, atol=1e-6)
+
+
+@masks
+def test_eight_devices_stay_with_one(masked):
+    """Over steps rounding grows, by how much depends on the batch: it is measured.
+
+    On one device the order of a batch's examples changes nothing but the order of float additions,
+    as spreading them over devices does.
+    """
+    steps = 5
+    one, eight = run("sync", 1, steps, masked=masked), run("sync", 8, steps, masked=masked)
+    reordered = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(16)
+        reordered.append(run("sync", 1, steps, order=order, masked=masked))
+    rounding = max(distance(one, other) for other in reordered)
+    assert 0 < rounding < 1e-4
+    assert distance(one, eight) < 3 * rounding
+
+
+def distance(first, second):
+    differences = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), first, second)
+    return max(jax.tree.leaves(differences))
 
 
 def test_state_is_replicated():
@@ -286,8 +319,7 @@ def test_batch_norm_of_a_shard_would_be_noticed():
     new, metrics = run("sync", 1)
     wrong_new, wrong = per_shard(make_batch(), lambda shard: step(state, shard))
     assert abs(wrong["loss"] - metrics["loss"]) > 0.01 * metrics["loss"]
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(wrong_new.params, new.params, rtol=1e-5, atol=1e-6)
+    assert distance(wrong_new.params, new.params) > 1e-3
 
 
 def test_means_of_shards_would_be_noticed():
@@ -325,6 +357,7 @@ def test_state_may_be_donated(devices):
     step = jax.jit(
         functools.partial(train_step, **setting("ce")), donate_argnums=0, out_shardings=copied
     )
+    step = sharding.one_at_a_time(step, mesh)
     state = jax.device_put(initial_state("ce"), copied)
     for i in range(2):
         old = state

@@ -1,0 +1,446 @@
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sync_jax.config import default_config
+from sync_jax.data.parts import Part
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
+from sync_jax.models.cnn import CNN
+from sync_jax.models.heads import SelectiveClassifier
+from sync_jax.steps import TrainState, eval_step
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+def make_part(size):
+    rng = np.random.default_rng(size)
+    return Part(
+        images=rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8),
+        labels=rng.integers(0, 3, size).astype(np.int32),
+        index=rng.permutation(1000)[:size],
+    )
+
+
+class Spy:
+    """Outputs that can be worked out by hand, and a record of what it was asked."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.seen = []
+
+    def __call__(self, images):
+        assert images.shape == (self.batch_size, 8, 8, 1)
+        assert images.dtype == np.uint8
+        self.seen.append(images)
+        flat = np.asarray(images, np.float32).reshape(len(images), -1)
+        return {
+            "logits": np.stack([flat.sum(axis=1), flat[:, 0], flat[:, -1]], axis=1),
+            "selection_logits": flat.max(axis=1),
+        }
+
+
+@given(size=st.integers(1, 25), batch_size=st.integers(1, 30))
+@settings(max_examples=60)
+def test_every_example_exactly_once_in_order(size, batch_size):
+    part, spy = make_part(size), Spy(batch_size)
+    predictions = predict(part, spy, batch_size)
+    expected = [Spy(1)(image[None]) for image in part.images]
+    for name, output in predictions.outputs.items():
+        np.testing.assert_array_equal(output, np.concatenate([row[name] for row in expected]))
+        assert output.dtype == np.float32
+    np.testing.assert_array_equal(predictions.labels, part.labels)
+    np.testing.assert_array_equal(predictions.index, part.index)
+    # Whole batches, of which the last is filled up with zeros.
+    seen = np.concatenate(spy.seen)
+    assert len(spy.seen) == -(-size // batch_size)
+    np.testing.assert_array_equal(seen[:size], part.images)
+    assert not seen[size:].any()
+
+
+def test_no_examples():
+    with pytest.raises(InputError, match="no examples"):
+        predict(make_part(0), Spy(4), 4)
+
+
+def test_low_precision_outputs_become_float32():
+    part = make_part(5)
+
+    def outputs_of(images):
+        return {"logits": jax.numpy.asarray(Spy(4)(images)["logits"], jax.numpy.bfloat16)}
+
+    assert predict(part, outputs_of, 4).outputs["logits"].dtype == np.float32
+
+
+def test_a_real_network_whatever_the_batch_size():
+    network = SelectiveClassifier(
+        CNN(width=2, features=4), 3, heads=("selection", "auxiliary"), target_coverage=0.8
+    )
+    part = make_part(11)
+    variables = jax.jit(functools.partial(network.init, train=False))(
+        jax.random.key(0), part.images.astype(np.float32)
+    )
+    state = TrainState(0, variables["params"], variables["batch_stats"], ())
+    outputs_of = jax.jit(lambda images: eval_step(state, images / 255.0, network=network))
+    expected = predict(part, outputs_of, 1).outputs
+    assert expected.keys() == {"logits", "selection_logits", "auxiliary_logits"}
+    for batch_size in (4, 16):
+        outputs = predict(part, outputs_of, batch_size).outputs
+        for name, output in expected.items():
+            np.testing.assert_allclose(outputs[name], output, rtol=1e-5, atol=1e-6)
+
+
+# --- Predictions ----------------------------------------------------------------------------------
+
+
+def binary(margins, labels, selection=None):
+    """Predictions of two classes with logits (margin, 0): class 0 where the margin is positive."""
+    margins = np.asarray(margins, np.float32)
+    outputs = {"logits": np.stack([margins, np.zeros_like(margins)], axis=1)}
+    if selection is not None:
+        outputs["selection_logits"] = np.asarray(selection, np.float32)
+    return Predictions(outputs, np.asarray(labels, np.int32), np.arange(len(labels)))
+
+
+def test_derived_values_by_hand():
+    predictions = binary([math.log(3), -math.log(4)], [0, 0], selection=[0.0, math.log(3)])
+    np.testing.assert_array_equal(predictions.wrong, [0.0, 1.0])
+    expected = [[0.75, 0.25], [0.2, 0.8]]
+    np.testing.assert_allclose(predictions.probabilities, expected, rtol=1e-6)
+    response = predictions.confidence("softmax_response")
+    np.testing.assert_allclose(response, [0.75, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(predictions.confidence("selection"), [0.5, 0.75], rtol=1e-6)
+    assert predictions.mean_selection == pytest.approx(0.625, rel=1e-6)
+    assert {predictions.wrong.dtype, predictions.probabilities.dtype, response.dtype} == {
+        np.dtype(np.float64)
+    }
+
+
+def test_no_selection_head():
+    predictions = binary([1.0], [0])
+    assert predictions.mean_selection is None
+    assert "mean_selection" not in summary(predictions)
+
+
+def test_confident_examples_stay_apart():
+    predictions = binary([25.0, 30.0, 35.0], [0, 1, 0])
+    assert len(set(predictions.confidence("softmax_response"))) == 3
+    assert np.all(predictions.probabilities > 0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    predictions = binary([1.0, -2.0, 0.5], [0, 1, 1], selection=[0.1, 0.2, -3.0])
+    path = tmp_path / "predictions.npz"
+    predictions.save(path)
+    return predictions, path
+
+
+def same(first, second):
+    return (
+        first.outputs.keys() == second.outputs.keys()
+        and all(_same(first.outputs[name], second.outputs[name]) for name in first.outputs)
+        and _same(first.labels, second.labels)
+        and _same(first.index, second.index)
+    )
+
+
+def _same(first, second):
+    return first.dtype == second.dtype and np.array_equal(first, second)
+
+
+def test_save_and_load(saved):
+    predictions, path = saved
+    assert same(Predictions.load(path), predictions)
+    assert [file.name for file in path.parent.iterdir()] == ["predictions.npz"]
+    binary([1.0], [0]).save(path)  # over an older one
+    assert same(Predictions.load(path), binary([1.0], [0]))
+
+
+def test_a_failing_save_leaves_the_older_file(saved, monkeypatch):
+    predictions, path = saved
+
+    def full(file, **arrays):
+        file.write(b"PK")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        binary([1.0], [0]).save(path)
+    assert same(Predictions.load(path), predictions)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"p\.npz is missing: train the run to its end first"):
+        Predictions.load(tmp_path / "p.npz")
+
+
+def test_truncated_file(saved):
+    _, path = saved
+    content = path.read_bytes()
+    for size in (0, 1, 3, 4, 10, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=r"predictions\.npz is damaged"):
+            Predictions.load(path)
+
+
+def test_a_damaged_byte_is_an_error_or_harmless(saved):
+    """Never another exception, and never other numbers."""
+    predictions, path = saved
+    content = path.read_bytes()
+    errors = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x81]) + content[place + 1 :])
+        try:
+            loaded = Predictions.load(path)
+        except InputError:
+            errors += 1
+            continue
+        # The zip directory, which has no checksum, may forget an output.
+        kept = {name: predictions.outputs[name] for name in loaded.outputs}
+        assert same(loaded, dataclasses.replace(predictions, outputs=kept)), place
+    assert errors > len(content) / 2
+
+
+@pytest.mark.parametrize("arrays", [
+    {},
+    {"labels": np.zeros(3)},
+    {"labels": np.zeros(3), "index": np.zeros(3)},
+    {"labels": np.zeros(3), "index": np.zeros(3), "outputs/logits": np.zeros((2, 2))},
+    {"labels": np.zeros(3), "index": np.zeros(2), "outputs/logits": np.zeros((3, 2))},
+    {"labels": np.zeros(3), "outputs/logits": np.zeros((3, 2))},
+    {"labels": np.array([{}]), "index": np.zeros(1), "outputs/logits": np.zeros((1, 2))},
+])  # fmt: skip
+def test_files_that_hold_something_else(tmp_path, arrays):
+    path = tmp_path / "p.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match=r"p\.npz is damaged"):
+        Predictions.load(path)
+
+
+def test_a_plain_array_and_a_folder(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "folder").mkdir()
+    for name in ("array.npy", "folder"):
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            Predictions.load(tmp_path / name)
+
+
+# --- The record -----------------------------------------------------------------------------------
+
+# Softmax responses descend: .9820, .9526, .8808, .7311; the third is wrong. g ranks it last.
+TEST = binary([4.0, 3.0, 2.0, 1.0], [0, 0, 1, 0], selection=[1.0, 3.0, -1.0, 2.0])
+# Five examples: responses of margins 3.5, 2.5, 1.5, 0.8, 0.2; the fifth is wrong.
+CALIBRATION = binary(
+    [3.5, -2.5, 1.5, 0.8, 0.2], [0, 1, 0, 0, 1], selection=[2.5, 1.5, 0.0, 0.5, -2.0]
+)
+
+
+def response(margin):
+    return 1 / (1 + math.exp(-margin))
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = default_config()
+    config.target_coverage = 0.8
+    config.evaluation.coverages = (100, 75, 50, 20)
+    config.evaluation.target_risks = (0.01,)
+    return config
+
+
+@pytest.fixture(scope="module")
+def record(config):
+    return evaluation_record(CALIBRATION, TEST, config, score="selection")
+
+
+def test_summary_by_hand(record):
+    p = [response(margin) for margin in (4, 3, 2, 1)]
+    right = [p[0], p[1], 1 - p[2], p[3]]
+    expected = {
+        "n": 4,
+        "accuracy": 0.75,
+        "negative_log_likelihood": -sum(map(math.log, right)) / 4,
+        "brier": sum(2 * (1 - x) ** 2 for x in right) / 4,
+        # Fifteenths: the first two share a bin, the others have their own.
+        "ece_15_bins_of_equal_width": (2 - p[0] - p[1] + p[2] + 1 - p[3]) / 4,
+        # Each example is a bin.
+        "ece_15_bins_of_equal_mass": ((1 - p[0]) + (1 - p[1]) + p[2] + (1 - p[3])) / 4,
+        "mean_selection": sum(map(response, (1, 3, -1, 2))) / 4,
+    }
+    assert record["test"] == pytest.approx(expected, rel=1e-6)
+    assert record["calibration"]["n"] == 5
+    assert record["calibration"]["accuracy"] == 0.8
+
+
+def test_ranking_of_the_softmax_response_by_hand(record):
+    score = record["scores"]["softmax_response"]
+    # Selective risks of the 1, 2, 3, 4 most confident: 0, 0, 1/3, 1/4.
+    assert score["aurc"] == pytest.approx(
+        {
+            "mean": (1 / 3 + 1 / 4) / 4,
+            # Trapezoids over coverage; from 0 on, or from 1/4 on and over 3/4.
+            "fd_shifts": (1 / 6 + 7 / 24) / 4,
+            "torch_uncertainty": (1 / 6 + 7 / 24) / 3,
+        },
+        rel=1e-12,
+    )
+    # The best ranking's are 0, 0, 0, 1/4.
+    assert score["excess_aurc"] == pytest.approx(1 / 12)
+    assert score["normalised_aurc"] == pytest.approx((1 / 12) / (1 / 4 - 1 / 16))
+    # Joint risk 0, 0, 1/4, 1/4 at coverages 1/4 to 1; at best 0, 0, 0, 1/4.
+    assert score["augrc"] == pytest.approx((1 / 8 + 1 / 4) / 4)
+    assert score["excess_augrc"] == pytest.approx(1 / 16)
+    # Two of the three correct ones are above the error; to have all three, it must be accepted.
+    assert score["failure_auroc"] == pytest.approx(2 / 3)
+    assert score["fpr_at_95_tpr"] == 1.0
+
+
+def test_ranking_of_a_perfect_selection_by_hand(record):
+    score = record["scores"]["selection"]
+    assert score["aurc"]["mean"] == pytest.approx(1 / 16)
+    assert score["excess_aurc"] == 0.0
+    assert score["failure_auroc"] == 1.0
+    assert score["fpr_at_95_tpr"] == 0.0
+
+
+def test_rank_based_by_hand(record):
+    rows = record["scores"]["softmax_response"]["rank_based"]
+    assert [row["coverage"] for row in rows] == [1.0, 0.75, 0.5, 0.2]
+    # 20 % of four is one example.
+    assert [row["selective_risk"] for row in rows] == pytest.approx([1 / 4, 1 / 3, 0.0, 0.0])
+
+
+def test_deployed_by_hand(record):
+    """Thresholds are calibration confidences; coverage and risk are those of the test split."""
+    rows = record["scores"]["softmax_response"]["deployed"]
+    # 100, 75, 50 and 20 % of five calibration examples: 5, 4, 3, 1 of them.
+    margins = [0.2, 0.8, 1.5, 3.5]
+    expected = {
+        "threshold": [response(margin) for margin in margins],
+        "target_coverage": [1.0, 0.75, 0.5, 0.2],
+        "n_accepted": [4, 4, 3, 1],
+        "n_errors": [1, 1, 1, 0],
+        "coverage": [1.0, 1.0, 0.75, 0.25],
+        "selective_risk": [1 / 4, 1 / 4, 1 / 3, 0.0],
+    }
+    assert rows[0].keys() == expected.keys()
+    for name, values in expected.items():
+        assert [row[name] for row in rows] == pytest.approx(values, rel=1e-6), name
+    # 80 % of five: the second least confident.
+    point = record["scores"]["selection"]["operating_point"]
+    assert point["target_coverage"] == 0.8
+    assert point["threshold"] == 0.5  # sigmoid of 0
+    assert (point["n_accepted"], point["n_errors"], point["coverage"]) == (3, 0, 0.75)
+
+
+def test_nothing_accepted():
+    """Where every test example is less confident than the threshold, the risk is undefined."""
+    config = default_config()
+    config.evaluation.coverages = (20,)
+    record = evaluation_record(
+        CALIBRATION, binary([1.0, 0.5], [0, 1]), config, score="softmax_response"
+    )
+    (row,) = record["scores"]["softmax_response"]["deployed"]
+    assert (row["n_accepted"], row["n_errors"], row["coverage"]) == (0, 0, 0.0)
+    assert math.isnan(row["selective_risk"])
+
+
+def test_infeasible_certificate(record):
+    """Five examples cannot promise an error of 1 %."""
+    (certificate,) = record["scores"]["selection"]["certificates"]
+    assert certificate["feasible"] is False
+    assert certificate["threshold"] is None
+    assert certificate["target_risk"] == 0.01
+    assert certificate["n_calibration"] == 5
+    test = certificate["test"]
+    assert (test["threshold"], test["n_accepted"], test["coverage"]) == (None, 0, 0.0)
+    assert math.isnan(test["selective_risk"])
+
+
+def test_feasible_certificate_by_hand():
+    """Twenty right ones: delta / ceil(log2 21) = 0.01, so the error is below 1 - 0.01^(1/20)."""
+    config = default_config()
+    config.evaluation.target_risks = (0.5,)
+    margins = np.linspace(1.9, 0.1, 20)
+    record = evaluation_record(
+        binary(margins, np.zeros(20), selection=margins), TEST, config, score="selection"
+    )
+    (certificate,) = record["scores"]["softmax_response"]["certificates"]
+    assert certificate["method"] == "sgr"
+    assert certificate["feasible"] is True
+    assert certificate["n_accepted"] == 20
+    assert certificate["bound"] == pytest.approx(1 - 0.01 ** (1 / 20), rel=1e-9)
+    assert certificate["threshold"] == pytest.approx(response(0.1), rel=1e-6)
+    assert certificate["delta"] == 0.05
+    assert certificate["test"]["n_accepted"] == 4
+    assert certificate["test"]["selective_risk"] == 0.25
+
+
+def test_which_scores(record, config):
+    assert record["method_score"] == "selection"
+    assert record["scores"].keys() == {"softmax_response", "selection"}
+    plain = evaluation_record(
+        binary([2.0, 1.0], [0, 1]), binary([2.0, 1.0], [0, 1]), config, score="softmax_response"
+    )
+    assert plain["scores"].keys() == {"softmax_response"}
+
+
+def test_no_errors_at_all(config):
+    """AUROC has nothing to rank then; the rest is defined."""
+    perfect = binary([2.0, 1.0, 3.0], [0, 0, 0])
+    record = evaluation_record(perfect, perfect, config, score="softmax_response")
+    score = record["scores"]["softmax_response"]
+    assert math.isnan(score["failure_auroc"])
+    assert score["aurc"]["mean"] == 0.0
+    assert record["test"]["accuracy"] == 1.0
+
+
+def leaves(value, path=""):
+    if isinstance(value, dict):
+        assert all(type(key) is str for key in value)
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, f"{path}[]")
+    else:
+        yield path, value
+
+
+def test_record_is_plain_json(record):
+    """Plain types only, and NaN only where something is undefined."""
+    undefined = set()
+    for path, value in leaves(record):
+        assert type(value) in (str, int, float, bool, type(None)), path
+        if isinstance(value, float) and not math.isfinite(value):
+            undefined.add(path.removeprefix(".scores.selection").removeprefix(".scores"))
+    assert undefined == {".certificates[].test.selective_risk",
+                         ".softmax_response.certificates[].test.selective_risk"}  # fmt: skip
+    decoded = json.loads(json.dumps(record))
+    assert decoded.keys() == record.keys()
+    np.testing.assert_equal(decoded, record)
+
+
+def test_results_do_not_depend_on_the_order(record, config):
+    """Of the test split's examples nor of the calibration split's."""
+    shuffled = [
+        Predictions(
+            {name: output[order] for name, output in predictions.outputs.items()},
+            predictions.labels[order],
+            predictions.index[order],
+        )
+        for predictions, order in ((CALIBRATION, [3, 0, 4, 2, 1]), (TEST, [2, 0, 3, 1]))
+    ]
+    again = evaluation_record(*shuffled, config, score="selection")
+    for (path, value), (_, other) in zip(leaves(record), leaves(again), strict=True):
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=1e-12, nan_ok=True)
+        assert other == value, path
