@@ -11,11 +11,13 @@ import math
 import numpy as np
 import pytest
 
-from sync_jax import guarantees
 from sync_jax.guarantees import (
+    Certificate,
+    clopper_pearson_upper,
     conformal_risk_control,
     group_certificates,
     learn_then_test,
+    selective_risk,
     sgr,
 )
 
@@ -148,7 +150,7 @@ def test_and_with_a_handful_of_examples(method, n):
 def test_one_threshold_spends_all_of_delta():
     """Not only valid but tight: a bound that never fails would pass every test above."""
     n = 100
-    target = guarantees.clopper_pearson_upper(5, n, 0.1)  # 5 errors just pass
+    target = clopper_pearson_upper(5, n, 0.1)  # 5 errors just pass
     rate = violations(
         lambda c, ok: learn_then_test(c, ok, target_risk=target, delta=0.1, thresholds=[0.0]),
         even(target + 1e-9),
@@ -179,7 +181,7 @@ def mean_joint_risk(alpha, population, n):
 
 def group_violations(delta_paid, *, groups=4, n=100):
     """How often any of the groups, all just above the target, gets a certificate."""
-    target = guarantees.clopper_pearson_upper(5, n, delta_paid / groups)
+    target = clopper_pearson_upper(5, n, delta_paid / groups)
     population, rng = even(target + 1e-9), np.random.default_rng(0)
     count = 0
     for _ in range(DRAWS):
@@ -208,9 +210,9 @@ def assert_caught(rate, delta, draws=DRAWS):
 
 
 def test_sgr_that_does_not_split_delta_is_caught(monkeypatch):
-    bound, n = guarantees.clopper_pearson_upper, 500
+    bound, n = clopper_pearson_upper, 500
     monkeypatch.setattr(
-        guarantees,
+        selective_risk,
         "clopper_pearson_upper",
         lambda errors, m, delta: bound(errors, m, delta * n.bit_length()),
     )
@@ -234,7 +236,7 @@ def test_a_truncated_error_count_is_caught(monkeypatch):
     """int(100 * 0.29) is 28: with 29 errors in 100 the bound of 28 is given."""
     n, delta, draws = 100, 0.1, 4000
     assert int(n * (29 / n)) == 28
-    target = guarantees.clopper_pearson_upper(28, n, delta)
+    target = clopper_pearson_upper(28, n, delta)
 
     def rate():
         return violations(
@@ -245,9 +247,9 @@ def test_a_truncated_error_count_is_caught(monkeypatch):
         )
 
     assert_kept(rate(), delta, draws)
-    bound = guarantees.clopper_pearson_upper
+    bound = clopper_pearson_upper
     monkeypatch.setattr(
-        guarantees,
+        selective_risk,
         "clopper_pearson_upper",
         lambda errors, m, d: bound((m * (errors / np.maximum(m, 1))).astype(int), m, d),
     )
@@ -289,7 +291,7 @@ def test_a_plug_in_threshold_is_caught():
             ),
             default=None,
         )
-        return guarantees.Certificate(
+        return Certificate(
             "plug-in", threshold is not None, threshold, 0, TARGET, 0.1, TARGET, 0, 0, 0, "", ""
         )
 

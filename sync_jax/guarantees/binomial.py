@@ -1,0 +1,56 @@
+"""The binomial tail, from both sides: a bound from a count, and a count from a bound."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import bdtr, betainccinv
+
+
+def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> Any:
+    """Upper confidence bound for an error rate (Clopper & Pearson 1934).
+
+    The largest rate r with P(Binomial(n, r) <= errors) >= delta, so that a rate estimated from n
+    independent examples exceeds it with probability at most delta. It is 1 where all n are errors,
+    n = 0 included.
+
+    Args:
+        errors: integers in [0, n].
+        n: non-negative integers.
+        delta: in (0, 1). The three broadcast.
+
+    Returns:
+        A float, or an array of the broadcast shape.
+
+    Raises:
+        ValueError: counts not integers or out of range (a rate times n isn't a count: it may
+            truncate); delta outside (0, 1).
+    """
+    k, m, d = np.broadcast_arrays(errors, n, np.asarray(delta, dtype=np.float64))
+    for counts, name in ((k, "errors"), (m, "n")):
+        if not np.issubdtype(counts.dtype, np.integer):
+            raise ValueError(f"{name} must be integers, got {counts.dtype}")
+    if (m < 0).any():
+        raise ValueError("n must be non-negative")
+    if ((k < 0) | (k > m)).any():
+        raise ValueError("errors must lie in [0, n]")
+    if not ((d > 0) & (d < 1)).all():
+        raise ValueError(f"delta must lie in (0, 1), got {delta!r}")
+    # beta.ppf(1 - delta, ...) without the cancellation in 1 - delta.
+    bound = np.where(k < m, betainccinv(k + 1.0, np.maximum(m - k, 1.0), d), 1.0)
+    return float(bound) if bound.ndim == 0 else bound
+
+
+def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:
+    """The smallest n with P(Binomial(n, target_risk) <= errors) <= delta: errors it can afford.
+
+    Without an error that is (1 - target_risk)^n <= delta.
+    """
+    low, high = errors, errors + 1
+    while bdtr(errors, high, target_risk) > delta:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = bdtr(errors, middle, target_risk) <= delta
+        low, high = (low, middle) if enough else (middle, high)
+    return high

@@ -1,0 +1,145 @@
+"""Accuracy and calibration of predicted probabilities."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sync_jax.metrics.arrays import FloatArray, IntArray
+from sync_jax.metrics.sample import Sample, expected_totals, group_ties
+
+
+def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, IntArray]:
+    try:
+        p = np.asarray(probabilities, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("probabilities must be an array of real numbers") from error
+    y = np.asarray(labels)
+    if p.ndim != 2 or p.size == 0:
+        raise ValueError(f"probabilities must have shape [n, classes], not empty, got {p.shape}")
+    if not ((p >= 0) & (p <= 1)).all() or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
+        raise ValueError("probabilities must lie in [0, 1], each row summing to 1, without NaN")
+    if y.shape != p.shape[:1]:
+        raise ValueError(f"labels has shape {y.shape} but probabilities {p.shape}")
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= p.shape[1]:
+        raise ValueError(f"labels must be integers in [0, {p.shape[1]})")
+    return p, y.astype(np.int64)
+
+
+def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Share of the examples whose most probable class (the first, in a tie) is the label.
+
+    Args:
+        probabilities: [n, classes], rows summing to 1.
+        labels: [n], integers in [0, classes).
+
+    Raises:
+        ValueError: shapes differ; probabilities empty, NaN, outside [0, 1] or with a row whose sum
+            is off by more than 1e-3; labels not integers or out of range. The functions below raise
+            the same.
+    """
+    p, y = _checked(probabilities, labels)
+    return float((p.argmax(axis=1) == y).mean())
+
+
+def negative_log_likelihood(
+    probabilities: ArrayLike, labels: ArrayLike, *, floor: float = 0.0
+) -> float:
+    """Mean of -ln(probability of the label), in nats.
+
+    Args:
+        probabilities: [n, classes], rows summing to 1. Take the softmax in float64: in float32 a
+            confident mistake has probability 0.
+        labels: [n], integers in [0, classes).
+        floor: smaller probabilities count as this one. At 0 a probability of 0 gives infinity.
+
+    Raises:
+        ValueError: also where floor lies outside [0, 1].
+    """
+    p, y = _checked(probabilities, labels)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must lie in [0, 1], got {floor}")
+    label_p = np.maximum(p[np.arange(y.size), y], floor)
+    with np.errstate(divide="ignore"):
+        return float(-np.log(label_p).mean())
+
+
+def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean squared distance to the one-hot label, summed over classes: in [0, 2] (Brier 1950).
+
+    Args:
+        probabilities: [n, classes], rows summing to 1.
+        labels: [n], integers in [0, classes).
+    """
+    p, y = _checked(probabilities, labels)
+    return float(((p**2).sum(axis=1) - 2 * p[np.arange(y.size), y] + 1).mean())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CalibrationError:
+    """Expected calibration error with the convention that it was computed in.
+
+    Attributes:
+        value: mean over examples of |accuracy - confidence| of their bin.
+        binning: "width" or "mass".
+        bins: how many bins were asked for.
+        confidence: mean confidence of each bin that is not empty, ascending.
+        accuracy: accuracy of each of these bins.
+        count: examples in each of these bins.
+    """
+
+    value: float
+    binning: str
+    bins: int
+    confidence: FloatArray
+    accuracy: FloatArray
+    count: IntArray
+
+
+def expected_calibration_error(
+    probabilities: ArrayLike,
+    labels: ArrayLike,
+    *,
+    binning: Literal["width", "mass"] = "width",
+    bins: int = 15,
+) -> CalibrationError:
+    """Top-label expected calibration error.
+
+    Args:
+        probabilities: [n, classes], rows summing to 1.
+        labels: [n], integers in [0, classes).
+        binning: "width": bins of equal width on (0, 1], closed on the right (Guo et al. 2017).
+            "mass": bins of equal size, up to one example (Nixon et al. 2019); a tie cut by a bin's
+            edge counts with its mean accuracy on both sides.
+        bins: number of bins.
+
+    Raises:
+        ValueError: also where binning is unknown or bins below 1.
+    """
+    p, y = _checked(probabilities, labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence, correct = p.max(axis=1), (p.argmax(axis=1) == y).astype(np.float64)
+    n = confidence.size
+    descending = -np.sort(-confidence)
+    if binning == "width":
+        edges = np.linspace(0, 1, bins + 1)[1:-1]
+        ends = n - np.searchsorted(descending[::-1], edges, side="right")[::-1]
+    elif binning == "mass":
+        ends = np.arange(1, bins) * n // bins
+    else:
+        raise ValueError(f"binning {binning!r} is neither 'width' nor 'mass'")
+    ends = np.unique(np.concatenate(([0], ends, [n])))  # what occurs twice is an empty bin
+    count = np.diff(ends)
+    n_correct = expected_totals(group_ties(Sample(confidence, correct)))  # among the k first
+    correct_sum = np.diff(np.append(0.0, n_correct)[ends])
+    confidence_sum = np.add.reduceat(descending, ends[:-1])
+    return CalibrationError(
+        value=float(np.abs(correct_sum - confidence_sum).sum() / n),
+        binning=binning,
+        bins=bins,
+        confidence=(confidence_sum / count)[::-1],
+        accuracy=(correct_sum / count)[::-1],
+        count=count[::-1],
+    )

@@ -1,0 +1,69 @@
+"""The bound against exact arithmetic and scipy."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sync_jax.guarantees import clopper_pearson_upper
+
+
+def exact_tail(errors, n, rate):
+    """P(Binomial(n, rate) <= errors) in rational arithmetic."""
+    p = Fraction(rate)
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(errors + 1))
+
+
+@pytest.mark.parametrize("delta", [0.2, 0.05, 1e-3, 1e-9])
+@pytest.mark.parametrize(("errors", "n"), [(0, 1), (0, 30), (1, 2), (3, 100), (29, 30), (57, 80)])
+def test_clopper_pearson_inverts_the_exact_binomial_tail(errors, n, delta):
+    bound = clopper_pearson_upper(errors, n, delta)
+    assert float(exact_tail(errors, n, bound)) == pytest.approx(delta, rel=1e-9)
+    assert isinstance(bound, float)
+
+
+def test_clopper_pearson_closed_forms_and_edges():
+    assert clopper_pearson_upper(0, 50, 0.05) == pytest.approx(1 - 0.05 ** (1 / 50), rel=1e-13)
+    assert clopper_pearson_upper(49, 50, 0.05) == pytest.approx(0.95 ** (1 / 50), rel=1e-13)
+    assert clopper_pearson_upper(50, 50, 0.05) == 1
+    assert clopper_pearson_upper(0, 0, 0.05) == 1
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1), st.floats(1e-6, 0.5))
+def test_clopper_pearson_matches_the_beta_quantile_of_scipy(n, share, delta):
+    errors = math.floor(share * (n - 1))
+    bound = clopper_pearson_upper(errors, n, delta)
+    assert bound == pytest.approx(stats.beta.ppf(1 - delta, errors + 1, n - errors), rel=1e-8)
+    assert bound > errors / n
+    assert clopper_pearson_upper(errors + 1, n, delta) > bound
+    assert clopper_pearson_upper(errors, n + 1, delta) < bound
+    assert clopper_pearson_upper(errors, n, delta / 2) > bound
+
+
+def test_clopper_pearson_broadcasts():
+    bounds = clopper_pearson_upper(np.array([[0], [2]]), np.array([2, 10, 100]), 0.1)
+    assert bounds.shape == (2, 3)
+    assert bounds[1, 0] == 1
+    assert bounds[1, 2] == clopper_pearson_upper(2, 100, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "n", "delta", "message"),
+    [
+        (0.29 * 100, 100, 0.1, "errors must be integers"),  # 28.999...: which count is meant?
+        (1, 10.0, 0.1, "n must be integers"),
+        (-1, 10, 0.1, "errors must lie in"),
+        (11, 10, 0.1, "errors must lie in"),
+        (0, -1, 0.1, "n must be non-negative"),
+        (0, 10, 0, "delta must lie"),
+        (0, 10, 1, "delta must lie"),
+        (0, 10, math.nan, "delta must lie"),
+    ],
+)
+def test_clopper_pearson_refuses_by_name(errors, n, delta, message):
+    with pytest.raises(ValueError, match=message):
+        clopper_pearson_upper(errors, n, delta)

@@ -1,0 +1,125 @@
+"""What holds of the certificates of every method."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sync_jax.guarantees import (
+    Certificate,
+    clopper_pearson_upper,
+    conformal_risk_control,
+    group_certificates,
+    sgr,
+)
+from tests.guarantees.examples import METHODS, check_counts, dumps, example
+
+confidences = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.5, 1.0, math.inf])
+
+
+@given(
+    st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=60),
+    st.sampled_from(sorted(METHODS)),
+    st.floats(0.05, 0.95),
+    st.floats(0.01, 0.6),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=300)
+def test_certificates_are_consistent_and_independent_of_the_input_order(
+    data, method, target_risk, delta, random
+):
+    options = {"target_risk": target_risk, "delta": delta}
+    confidence, correct = (np.array(column) for column in zip(*data, strict=True))
+    certificate = METHODS[method](confidence, correct, **options)
+    check_counts(certificate, confidence, correct)
+    assert Certificate.from_dict(json.loads(dumps(certificate))) == certificate
+    shuffled = list(data)
+    random.shuffle(shuffled)
+    again = METHODS[method](*(np.array(c) for c in zip(*shuffled, strict=True)), **options)
+    assert repr(again) == repr(certificate)
+    if certificate.feasible and method != "fixed_sequence":
+        tests = {"sgr": len(data).bit_length(), "bonferroni": 1}[method]
+        least = clopper_pearson_upper(certificate.n_errors, certificate.n_accepted, delta / tests)
+        assert certificate.bound >= least - 1e-12
+
+
+def test_infinite_thresholds_survive_strict_json():
+    certificate = sgr([math.inf] * 50 + [0.0] * 50, [1] * 50 + [0] * 50, target_risk=0.2, delta=0.1)
+    assert certificate.threshold == math.inf
+    assert json.loads(dumps(certificate))["threshold"] == "Infinity"
+    assert Certificate.from_dict(json.loads(dumps(certificate))) == certificate
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_certified_is_infeasible_and_says_why(method):
+    hopeless = METHODS[method](np.arange(500), np.arange(500) % 2, target_risk=0.01, delta=0.05)
+    few = METHODS[method](np.arange(20), np.ones(20), target_risk=0.01, delta=0.05)
+    for certificate in (hopeless, few):
+        assert not certificate.feasible
+        assert certificate.threshold is None
+        assert "0.01" in certificate.reason
+        assert "accepted examples are needed" in certificate.reason
+        assert "Nothing is promised" in certificate.promise
+        dumps(certificate)
+    numbers = [int(word) for word in few.reason.split() if word.isdigit()]
+    assert numbers[-1] >= math.log(0.05) / math.log(0.99)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
+    certificate = METHODS[method](*example(), target_risk=0.1, delta=0.1)
+    assert certificate.promise.startswith("With probability at least 0.9 over the draw of the cal")
+    assert f"{certificate.bound:.6g}" in certificate.promise
+    assert certificate.promise.count(".") <= 4  # one sentence, and decimal points
+    assert (certificate.target_risk, certificate.delta) == (0.1, 0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        certificate.threshold = 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stricter_wishes_cost_coverage(method):
+    confidence, correct = example(5000)
+    coverage = [
+        METHODS[method](confidence, correct, target_risk=r, delta=d).coverage
+        for r, d in [(0.04, 0.001), (0.04, 0.1), (0.08, 0.1), (0.5, 0.1)]
+    ]
+    assert coverage == sorted(coverage)
+    assert 0 < coverage[0] < coverage[-1] == 1
+
+
+BAD_INPUT = [
+    ([], [], "confidence is empty"),
+    ([math.nan, 1.0], [0, 1], "confidence contains NaN"),
+    ([[0.5, 1.0]], [0, 1], r"confidence must have shape \[n\]"),
+    ([0.5, 1.0], [1], "correct has shape"),
+    ([0.5, 1.0], [0, 2], "correct must hold only 0 and 1"),
+    ([0.5, 1.0], [0, math.nan], "correct must hold only 0 and 1"),
+    (["a", "b"], [0, 1], "must be arrays of real numbers"),
+]
+
+
+@pytest.mark.parametrize(("confidence", "correct", "message"), BAD_INPUT)
+def test_bad_input_is_refused_by_name(confidence, correct, message):
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match=message):
+            method(confidence, correct, target_risk=0.1, delta=0.1)
+    with pytest.raises(ValueError, match=message):
+        conformal_risk_control(confidence, correct, alpha=0.1)
+    with pytest.raises(ValueError, match=message):
+        group_certificates(sgr, confidence, correct, [0, 1], target_risk=0.1, delta=0.1)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, math.nan])
+@pytest.mark.parametrize("name", ["target_risk", "delta"])
+def test_probabilities_out_of_range_are_refused_by_name(name, value):
+    options = {"target_risk": 0.1, "delta": 0.1, name: value}
+    for method in (*METHODS.values(), functools.partial(group_certificates, sgr, groups=[0, 1])):
+        with pytest.raises(ValueError, match=f"{name} must lie"):
+            method(confidence=[0.5, 1.0], correct=[0, 1], **options)
+    with pytest.raises(ValueError, match="alpha must lie"):
+        conformal_risk_control([0.5, 1.0], [0, 1], alpha=value)

@@ -1,0 +1,193 @@
+"""SGR and learn-then-test against their definitions."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sync_jax.guarantees import clopper_pearson_upper, learn_then_test, sgr
+from tests.guarantees.examples import LTT, METHODS, check_counts, example
+
+
+def sgr_by_the_paper(confidence, correct, target, delta):
+    """Algorithm 1, ranks from the least confident up, without ties; n isn't a power of 2."""
+    order = np.argsort(confidence)
+    sorted_confidence, errors = confidence[order], ~correct[order]
+    m = len(order)
+    steps = math.ceil(math.log2(m))
+    low, high, best = 1, m, None
+    for _ in range(steps):
+        z = math.ceil((low + high) / 2)
+        k, accepted = int(errors[z - 1 :].sum()), m - z + 1
+        bound = stats.beta.ppf(1 - delta / steps, k + 1, accepted - k) if k < accepted else 1.0
+        if bound <= target:
+            high, best = z, (sorted_confidence[z - 1], bound)
+        else:
+            low = z
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sgr_is_algorithm_1(seed):
+    """Same K, same bound; the search may end elsewhere, where its midpoints round differently."""
+    confidence, correct = example(1500, seed)
+    certificate = sgr(confidence, correct, target_risk=0.1, delta=0.05)
+    threshold, bound = sgr_by_the_paper(confidence, correct, 0.1, 0.05)
+    check_counts(certificate, confidence, correct)
+    n_paper = (confidence >= threshold).sum()
+    assert certificate.n_accepted == pytest.approx(n_paper, rel=0.1)
+    assert certificate.bound == pytest.approx(bound, abs=0.003)
+    assert certificate.bound == pytest.approx(
+        stats.beta.ppf(
+            1 - 0.05 / 11,
+            certificate.n_errors + 1,
+            certificate.n_accepted - certificate.n_errors,
+        )
+    )
+
+
+def test_sgr_finds_the_threshold_of_a_clean_step():
+    """200 right answers above 200 wrong ones: every further example is an error."""
+    confidence, correct = np.arange(400), np.arange(400) >= 200
+    certificate = sgr(confidence, correct, target_risk=0.05, delta=0.1)
+    share = 0.1 / 9  # ceil(log2(401)) tests
+    allowed = max(k for k in range(50) if clopper_pearson_upper(k, 200 + k, share) <= 0.05)
+    assert certificate.n_errors == allowed
+    assert certificate.threshold == 200 - allowed
+
+
+@pytest.mark.parametrize("n", [255, 256, 257])
+def test_sgr_can_certify_full_coverage(n):
+    certificate = sgr(np.arange(n), np.ones(n), target_risk=0.05, delta=0.1)
+    assert (certificate.coverage, certificate.threshold) == (1, 0)
+    assert certificate.bound == clopper_pearson_upper(0, n, 0.1 / math.ceil(math.log2(n + 1)))
+
+
+def test_sgr_counts_all_of_a_tie():
+    """The right answers of a tie can't be accepted without its wrong ones."""
+    confidence = np.r_[np.full(100, 1.0), np.full(100, 0.5)]
+    correct = np.r_[np.ones(100), np.ones(50), np.zeros(50)]
+    certificate = sgr(confidence, correct, target_risk=0.1, delta=0.1)
+    assert (certificate.threshold, certificate.n_accepted, certificate.n_errors) == (1.0, 100, 0)
+
+
+def test_bonferroni_on_given_thresholds_by_its_definition():
+    confidence, correct = example()
+    thresholds = np.linspace(0, 0.9, 10)
+    certificate = learn_then_test(
+        confidence, correct, target_risk=0.1, delta=0.1, thresholds=thresholds
+    )
+    rejected = [
+        t
+        for t in thresholds
+        if stats.binom.cdf((~correct[confidence >= t]).sum(), (confidence >= t).sum(), 0.1) <= 0.01
+    ]
+    assert certificate.threshold == min(rejected)
+    check_counts(certificate, confidence, correct)
+
+
+def test_fixed_sequence_stops_at_the_first_failure():
+    """0.8 passes, 0.6 fails, 0.4 would pass: Bonferroni may take it, the sequence may not."""
+    confidence = np.r_[np.full(100, 0.8), np.full(20, 0.6), np.full(2000, 0.4)]
+    correct = np.r_[np.ones(100), np.zeros(20), np.ones(2000)]
+    options = {"target_risk": 0.1, "delta": 0.05, "thresholds": [0.4, 0.8, 0.6]}
+    assert LTT["fixed_sequence"](confidence, correct, **options).threshold == 0.8
+    assert LTT["bonferroni"](confidence, correct, **options).threshold == 0.4
+
+
+def test_fixed_sequence_starts_where_enough_are_accepted():
+    """At target 0.1 and delta 0.05 fewer than 29 accepted examples prove nothing."""
+    needed = math.ceil(math.log(0.05) / math.log(0.9))
+    assert needed == 29
+    confidence, correct = np.arange(100), np.ones(100)
+    for n in (needed - 1, needed):
+        certificate = LTT["fixed_sequence"](
+            confidence[:n], correct[:n], target_risk=0.1, delta=0.05
+        )
+        assert certificate.feasible == (n == needed)
+    # 46 accepted may hold one error, 61 two; but a start may not take more than half.
+    for slack, n, feasible in [(0, 200, False), (1, 200, True), (2, 122, True), (2, 91, False)]:
+        certificate = LTT["fixed_sequence"](
+            np.arange(n), np.arange(n) < n - 1, target_risk=0.1, delta=0.05, slack=slack
+        )
+        assert certificate.feasible == feasible  # the most confident example is wrong
+    # Thresholds that accept fewer are passed over, not failed.
+    certificate = LTT["fixed_sequence"](
+        confidence, correct, target_risk=0.1, delta=0.05, thresholds=[99, 90, 50, 0]
+    )
+    assert certificate.coverage == 1
+
+
+def test_a_fixed_sequence_promises_the_target_and_not_its_last_bound():
+    certificate = LTT["fixed_sequence"](*example(), target_risk=0.1, delta=0.1)
+    assert certificate.bound == 0.1
+
+
+@pytest.mark.parametrize("procedure", LTT)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(procedure, dtype):
+    confidence, correct = example(dtype=dtype)
+    certificate = LTT[procedure](confidence, correct, target_risk=0.1, delta=0.1)
+    check_counts(certificate, confidence, correct)
+    assert certificate.feasible
+    threshold = dtype(certificate.threshold)
+    assert float(threshold) == certificate.threshold  # survives deployment in that dtype
+    assert np.nextafter(threshold, dtype(0)) in confidence
+
+
+@pytest.mark.parametrize("procedure", LTT)
+def test_all_right_is_certified_at_full_coverage(procedure):
+    confidence = np.r_[np.linspace(0, 1, 300)]
+    certificate = LTT[procedure](confidence, np.ones(300), target_risk=0.05, delta=0.1)
+    assert certificate.coverage == 1
+    assert certificate.threshold == np.finfo(np.float64).min
+    json.dumps(certificate.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heavy_ties_at_the_top(method):
+    """Saturated softmax responses: half of the examples at exactly 1.0."""
+    confidence, correct = example(4000, dtype=np.float32)
+    confidence[::2], correct[::2] = 1.0, True
+    correct[:20:2] = False
+    certificate = METHODS[method](confidence, correct, target_risk=0.02, delta=0.1)
+    check_counts(certificate, confidence, correct)
+    assert certificate.feasible
+    assert certificate.n_accepted >= 2000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"procedure": "holm"}, "procedure 'holm'"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"slack": -1}, "slack must not be negative"),
+        ({"thresholds": []}, "thresholds is empty"),
+        ({"thresholds": [0.5, math.nan]}, "thresholds is empty or contains NaN"),
+    ],
+)
+def test_bad_options_of_learn_then_test_are_refused_by_name(option, message):
+    with pytest.raises(ValueError, match=message):
+        learn_then_test([0.5, 1.0], [0, 1], target_risk=0.1, delta=0.1, **option)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "the smallest bound among 50 candidates is 0."),
+        ({"procedure": "fixed_sequence"}, "the first in the sequence has a bound of 0."),
+        (
+            {"procedure": "fixed_sequence", "slack": 3, "thresholds": [160]},
+            "none accepts the 76 examples that the sequence starts from",
+        ),
+    ],
+)
+def test_the_reason_of_learn_then_test_is_that_of_its_procedure(options, reason):
+    """The 40 most confident are right, all others wrong: too few where a sequence starts."""
+    certificate = learn_then_test(
+        np.arange(200), np.arange(200) >= 160, target_risk=0.1, delta=0.05, **options
+    )
+    assert not certificate.feasible
+    assert reason in certificate.reason

@@ -1,0 +1,142 @@
+"""What the metrics take, what they refuse, and what of it makes no difference."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sync_jax import metrics
+from tests.metrics.examples import (
+    CONVENTIONS,
+    CORRECT_METRICS,
+    HAND,
+    LOSS_METRICS,
+    any_loss,
+    rows,
+    split,
+)
+
+
+@given(rows(any_loss, min_size=2, max_size=40), st.randoms(use_true_random=False))
+def test_nothing_depends_on_the_order_of_the_input(data, random):
+    shuffled = list(data)
+    random.shuffle(shuffled)
+    a, b = split(data), split(shuffled)
+    for metric in LOSS_METRICS:
+        np.testing.assert_equal(metric(*a), metric(*b))
+    for convention in CONVENTIONS:
+        assert metrics.aurc(*a, convention=convention) == metrics.aurc(*b, convention=convention)
+    coverage = np.linspace(0.05, 1, 20)
+    assert np.array_equal(
+        metrics.selective_risk(*a, coverage=coverage), metrics.selective_risk(*b, coverage=coverage)
+    )
+    curves = metrics.risk_coverage_curve(*a), metrics.risk_coverage_curve(*b)
+    for field in ("coverage", "risk", "threshold", "n_accepted", "loss_sum"):
+        first, second = (getattr(curve, field) for curve in curves)
+        assert first.tobytes() == second.tobytes()  # to the last bit, and the sign of zero
+    assert repr(metrics.deployed(*a, threshold=0.25)) == repr(metrics.deployed(*b, threshold=0.25))
+
+
+def test_the_order_of_the_input_does_not_even_change_the_rounding():
+    """Many different losses per tie, so that any order of summation but one would show."""
+    rng = np.random.default_rng(0)
+    confidence, loss = rng.integers(3, size=1000) / 2, rng.exponential(size=1000)
+    plain = metrics.risk_coverage_curve(confidence, loss).loss_sum
+    for _ in range(10):
+        order = rng.permutation(1000)
+        curve = metrics.risk_coverage_curve(confidence[order], loss[order])
+        assert np.array_equal(curve.loss_sum, plain)
+
+
+@given(rows(any_loss, min_size=2, max_size=40))
+def test_only_the_ranking_matters(data):
+    confidence, loss = split(data)
+    transformed = np.tanh(np.clip(confidence, -3, 3)) * 100 + 7
+    assert metrics.aurc(confidence, loss) == metrics.aurc(transformed, loss)
+    for metric in LOSS_METRICS:
+        np.testing.assert_equal(metric(confidence, loss), metric(transformed, loss))
+    correct = loss == 0
+    for metric in CORRECT_METRICS:
+        np.testing.assert_equal(metric(confidence, correct), metric(transformed, correct))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, bool])
+def test_any_numeric_dtype_is_taken_in_float64(dtype):
+    confidence = np.array([3, 2, 1, 0]).astype(dtype)
+    wide = confidence.astype(np.float64)
+    assert metrics.aurc(confidence, [0, 1, 0, 1]) == metrics.aurc(wide, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("confidence", "loss", "message"),
+    [
+        ([], [], "confidence is empty"),
+        ([0.1, math.nan], [0, 1], "confidence contains NaN"),
+        ([0.1, 0.2], [0, math.nan], "loss contains NaN"),
+        ([0.1, 0.2], [0], r"loss has shape \(1,\) but confidence \(2,\)"),
+        ([[0.1, 0.2]], [0, 1], r"confidence must have shape \[n\]"),
+        ([0.1, 0.2], [[0, 1]], r"loss must have shape \[n\]"),
+        ([0.1, 0.2], [0, -1], "loss must be finite and non-negative"),
+        ([0.1, 0.2], [0, math.inf], "loss must be finite and non-negative"),
+        (["a", "b"], [0, 1], "confidence must be an array of real numbers"),
+        ([0.1, 0.2], None, "loss"),
+    ],
+)
+def test_bad_input_is_refused_by_name(confidence, loss, message):
+    calls = [
+        *LOSS_METRICS,
+        metrics.risk_coverage_curve,
+        metrics.threshold_table,
+        lambda c, x: metrics.selective_risk(c, x, coverage=0.5),
+        lambda c, x: metrics.coverage_at_risk(c, x, risk=0.5),
+        lambda c, x: metrics.deployed(c, x, threshold=0.5),
+        lambda c, x: metrics.bootstrap_interval(metrics.aurc, c, x),
+        lambda c, x: metrics.paired_bootstrap_interval(metrics.aurc, c, x, c, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(confidence, loss)
+
+
+@pytest.mark.parametrize("metric", CORRECT_METRICS)
+def test_correct_must_be_zero_or_one(metric):
+    with pytest.raises(ValueError, match="correct must hold only 0 and 1"):
+        metric([1, 2], [0, 0.5])
+    with pytest.raises(ValueError, match="correct has shape"):
+        metric([1, 2], [0])
+
+
+@pytest.mark.parametrize("coverage", [0, -0.1, 1.0001, math.nan, [0.5, 0.0], math.inf])
+def test_coverage_outside_its_range_is_refused(coverage):
+    with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\]"):
+        metrics.selective_risk(*HAND, coverage=coverage)
+    with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\]"):
+        metrics.threshold_for_coverage(HAND[0], coverage=coverage)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.aurc(*HAND, convention="median"), "convention 'median'"),
+        (lambda: metrics.aurc([1], [0], convention="torch_uncertainty"), "two examples"),
+        (lambda: metrics.excess_aurc(*HAND, convention="torch_uncertainty"), "no excess"),
+        (lambda: metrics.coverage_at_risk(*HAND, risk=-0.1), "risk must be non-negative"),
+        (lambda: metrics.coverage_at_risk(*HAND, risk=math.nan), "risk must be non-negative"),
+        (lambda: metrics.fpr_at_tpr(*HAND, tpr=0), "tpr must lie"),
+        (lambda: metrics.deployed(*HAND, threshold=math.nan), "threshold is NaN"),
+        (lambda: metrics.threshold_table([1], [0.5]), "loss must be 0/1"),
+        (lambda: metrics.threshold_table(*HAND, thresholds=[]), "thresholds is empty"),
+        (lambda: metrics.threshold_for_coverage([], coverage=1), "confidence is empty"),
+        (lambda: metrics.bootstrap_interval(metrics.aurc, *HAND, level=1), "level must lie"),
+        (lambda: metrics.bootstrap_interval(metrics.aurc, *HAND, resamples=0), "resamples must"),
+        (
+            lambda: metrics.paired_bootstrap_interval(metrics.aurc, *HAND, [1], [0]),
+            "confidence_b has 1 examples but confidence_a 4",
+        ),
+    ],
+)
+def test_bad_options_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

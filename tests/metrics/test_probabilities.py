@@ -1,0 +1,127 @@
+"""Metrics of probabilities against hand-computed values, the oracles and scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from sync_jax import metrics
+from tests.metrics import oracles
+
+
+def predictions(n=500, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(classes, 0.5), size=n)
+    return p, np.array([rng.choice(classes, p=row) for row in p])
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_probability_metrics_match_scikit_learn(classes):
+    p, y = predictions(classes=classes)
+    names = list(range(classes))
+    assert metrics.accuracy(p, y) == sklearn.metrics.accuracy_score(y, p.argmax(1))
+    assert metrics.negative_log_likelihood(p, y) == pytest.approx(
+        sklearn.metrics.log_loss(y, p, labels=names)
+    )
+    assert metrics.brier(p, y) == pytest.approx(
+        sklearn.metrics.brier_score_loss(y, p, labels=names, scale_by_half=False)
+    )
+
+
+def test_probability_metrics_by_hand():
+    p, y = [[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]], [1, 1]
+    assert metrics.accuracy(p, y) == 0.5
+    assert metrics.negative_log_likelihood(p, y) == pytest.approx(math.log(4) / 2)
+    assert metrics.brier(p, y) == pytest.approx((0.25 + 0.5625 + 0.0625) / 2)
+
+
+def test_a_label_of_probability_zero_costs_infinity_or_the_floor():
+    assert metrics.negative_log_likelihood([[1.0, 0.0]], [1]) == math.inf
+    assert metrics.negative_log_likelihood([[1.0, 0.0]], [1], floor=math.exp(-7)) == pytest.approx(
+        7
+    )
+
+
+@pytest.mark.parametrize("bins", [1, 2, 5, 15])
+def test_calibration_error_by_width_matches_the_oracle(bins):
+    p, y = predictions()
+    p = np.round(p * 20) / 20  # on the edges of the bins
+    p[:, 0] += 1 - p.sum(1)
+    p = p[(p >= 0).all(1)]
+    y = y[: len(p)]
+    result = metrics.expected_calibration_error(p, y, bins=bins)
+    expected = oracles.calibration_error_by_width(p.max(1), p.argmax(1) == y, bins)
+    assert result.value == pytest.approx(expected, abs=1e-12)
+    assert (result.binning, result.bins) == ("width", bins)
+    assert result.count.sum() == len(p)
+    assert (result.count > 0).all()
+    assert (np.diff(result.confidence) > 0).all()
+
+
+def test_calibration_error_by_mass_by_hand():
+    top, correct = [0.6, 0.7, 0.8, 0.9], [1, 0, 1, 1]
+    p, y = [[1 - c, c] for c in top], correct
+    result = metrics.expected_calibration_error(p, y, binning="mass", bins=2)
+    np.testing.assert_allclose(result.confidence, [0.65, 0.85])
+    np.testing.assert_allclose(result.accuracy, [0.5, 1.0])
+    np.testing.assert_array_equal(result.count, [2, 2])
+    assert result.value == pytest.approx((0.15 + 0.15) / 2)
+    assert result.binning == "mass"
+
+
+def test_calibration_error_by_mass_spreads_a_tie_over_its_bins():
+    """Eight equal confidences, half of them right, in any order: both bins see accuracy 1/2."""
+    p = np.tile([0.25, 0.75], (8, 1))
+    for y in ([1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 1]):
+        result = metrics.expected_calibration_error(p, y, binning="mass", bins=2)
+        np.testing.assert_allclose(result.accuracy, [0.5, 0.5])
+        assert result.value == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+def test_calibration_error_of_certain_and_right_is_zero(binning):
+    result = metrics.expected_calibration_error(np.eye(3), [0, 1, 2], binning=binning)
+    assert result.value == 0
+    assert result.count.sum() == 3
+
+
+def test_more_bins_by_mass_than_examples():
+    result = metrics.expected_calibration_error([[0.4, 0.6], [0.1, 0.9]], [1, 1], binning="mass")
+    np.testing.assert_allclose(result.confidence, [0.6, 0.9])
+    assert result.value == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        ([], [], "probabilities must have shape"),
+        ([0.5, 0.5], [0, 1], "probabilities must have shape"),
+        ([[0.5, 0.6]], [0], "each row summing to 1"),
+        ([[1.5, -0.5]], [0], "must lie in"),
+        ([[math.nan, 1.0]], [0], "without NaN"),
+        ([["a", "b"]], [0], "probabilities must be an array"),
+        ([[0.5, 0.5]], [0, 1], "labels has shape"),
+        ([[0.5, 0.5]], [2], "labels must be integers"),
+        ([[0.5, 0.5]], [-1], "labels must be integers"),
+        ([[0.5, 0.5]], [0.0], "labels must be integers"),
+    ],
+)
+def test_bad_probabilities_are_refused_by_name(probabilities, labels, message):
+    for call in (
+        metrics.accuracy,
+        metrics.negative_log_likelihood,
+        metrics.brier,
+        metrics.expected_calibration_error,
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(probabilities, labels)
+
+
+def test_bad_probability_options_are_refused_by_name():
+    with pytest.raises(ValueError, match="binning 'kernel'"):
+        metrics.expected_calibration_error([[1.0]], [0], binning="kernel")
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        metrics.expected_calibration_error([[1.0]], [0], bins=0)
+    with pytest.raises(ValueError, match="floor must lie"):
+        metrics.negative_log_likelihood([[1.0]], [0], floor=-1)

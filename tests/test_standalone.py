@@ -1,0 +1,20 @@
+"""The libraries that a PyTorch user may want alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("package", "name"), [("metrics", "aurc"), ("guarantees", "sgr")])
+def test_importable_without_jax_or_a_dataset_library(package, name):
+    """They need only numpy and scipy: nothing else of ours, and not each other."""
+    code = (
+        f"import sys; from sync_jax.{package} import {name}; "
+        "heavy = {'jax', 'flax', 'tensorflow', 'tensorflow_datasets', 'grain', 'matplotlib'}; "
+        "loaded = {module.split('.')[0] for module in sys.modules}; "
+        "ours = {'.'.join(module.split('.')[:2]) for module in sys.modules "
+        "if module.startswith('sync_jax.')}; "
+        f"assert not heavy & loaded and ours == {{'sync_jax.{package}'}}, (heavy & loaded, ours)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
