@@ -160,7 +160,9 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
     workdir = Path("runs/quickstart-sync-seed3")
     for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
         assert (folder / workdir / name).stat().st_size > 0
-    assert re.search(r"step 8/12 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left", first.stdout)
+    assert re.search(
+        r"step 8/12 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left", first.stdout
+    )
     assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", first.stdout)
 
     again = start()

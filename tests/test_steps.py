@@ -42,8 +42,7 @@ def setting(method):
 
 
 @functools.cache
-def initial_state(method):
-    """On the host, so that no test can donate it away."""
+def compiled_create(method):
     parts = setting(method)
     create = functools.partial(
         create_train_state,
@@ -51,19 +50,40 @@ def initial_state(method):
         optimizer=parts["optimizer"],
         image_shape=SHAPE,
     )
-    return jax.device_get(jax.jit(create)(jnp.uint32(0)))
+    return jax.jit(create)
 
 
 @functools.cache
-def compiled_step(method, devices):
+def initial_state(method):
+    """On the host, so that no test can donate it away."""
+    return jax.device_get(compiled_create(method)(jnp.uint32(0)))
+
+
+@functools.cache
+def compiled_step(method, devices, *, donate=False):
+    """The step over some devices; it takes its arguments from anywhere."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     step = jax.jit(
         functools.partial(train_step, **setting(method)),
-        in_shardings=(copied, split),
+        donate_argnums=0 if donate else (),
         out_shardings=copied,
     )
-    return sharding.one_at_a_time(step, mesh)
+    step = sharding.one_at_a_time(step, mesh)
+    return lambda state, batch: step(jax.device_put(state, copied), jax.device_put(batch, split))
+
+
+@functools.cache
+def compiled_forward(method):
+    """The network's outputs in training."""
+    network = setting(method)["network"]
+
+    @jax.jit
+    def forward(state, images):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return network.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    return forward
 
 
 def make_batch(batch=16, seed=0, masked=()):
@@ -119,15 +139,8 @@ def test_initial_state():
 
 
 def test_initial_state_is_a_function_of_the_seed():
-    parts = setting("ce")
-    create = jax.jit(functools.partial(
-        create_train_state,
-        network=parts["network"],
-        optimizer=parts["optimizer"],
-        image_shape=SHAPE,
-    ))  # fmt: skip
-    first, second = create(jnp.uint32(0)), create(jnp.uint32(1))
-    chex.assert_trees_all_equal(first, initial_state("ce"))
+    first, second = (compiled_create("sync")(jnp.uint32(seed)) for seed in (0, 1))
+    chex.assert_trees_all_equal(first, initial_state("sync"))
     kernels = [state.params["class_head"]["kernel"] for state in (first, second)]
     assert not np.allclose(*kernels)
 
@@ -156,12 +169,7 @@ def test_metrics_are_those_of_the_batch_before_the_step():
     state = jax.tree.map(np.copy, state)
     head = state.params["selection_head"]
     head["Dense_1"]["bias"] *= 0
-    outputs, _ = parts["network"].apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        batch["image"],
-        train=True,
-        mutable=["batch_stats"],
-    )
+    outputs = compiled_forward("sync")(state, batch["image"])
     real = batch["mask"] > 0
     loss, terms = parts["objective"](outputs, batch["label"], batch["mask"])
     expected = terms | {
@@ -326,12 +334,7 @@ def test_means_of_shards_would_be_noticed():
     """Negative control: global BatchNorm, but a mean of the shards' means under an uneven mask."""
     batch = make_batch(masked=(0, 1, 2, 6))
     state, parts = initial_state("sync"), setting("sync")
-    outputs, _ = parts["network"].apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        batch["image"],
-        train=True,
-        mutable=["batch_stats"],
-    )
+    outputs = compiled_forward("sync")(state, batch["image"])
 
     def objective(shard):
         return parts["objective"](shard["outputs"], shard["label"], shard["mask"])[0]
@@ -349,21 +352,16 @@ def test_means_of_shards_would_be_noticed():
     assert abs(wrong - expected) > 0.01 * expected
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_state_may_be_donated(devices):
+def test_state_may_be_donated():
     """As the loop does: the same result, and the old buffers are given up."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    step = jax.jit(
-        functools.partial(train_step, **setting("ce")), donate_argnums=0, out_shardings=copied
-    )
-    step = sharding.one_at_a_time(step, mesh)
-    state = jax.device_put(initial_state("ce"), copied)
-    for i in range(2):
-        old = state
-        state, metrics = step(state, jax.device_put(make_batch(seed=i), split))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
-    expected = run("ce", devices, 2)
+    step = compiled_step("sync", 8, donate=True)
+    # Copies, for the host's arrays may back those of the first device.
+    state = jax.tree.map(np.copy, initial_state("sync"))
+    state, _ = step(state, make_batch(seed=0))
+    old = state
+    state, metrics = step(state, make_batch(seed=1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+    expected = run("sync", 8, 2)
     chex.assert_trees_all_close(jax.device_get((state, metrics)), expected, rtol=1e-6, atol=1e-7)
 
 
