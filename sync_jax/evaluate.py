@@ -34,9 +34,14 @@ class Predictions:
     index: np.ndarray
 
     @property
+    def predicted(self) -> np.ndarray:
+        """`[n]` integers, the most probable class."""
+        return np.argmax(self.outputs["logits"], axis=-1)
+
+    @property
     def wrong(self) -> np.ndarray:
-        """`[n]` float64, 1 where the most probable class is not the label."""
-        return (np.argmax(self.outputs["logits"], axis=-1) != self.labels).astype(np.float64)
+        """`[n]` float64, 1 where the prediction is not the label."""
+        return (self.predicted != self.labels).astype(np.float64)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -161,58 +166,48 @@ def evaluation_record(
         Plain dicts, lists and numbers; undefined values are NaN.
     """
     names = [name for name in SCORES if REQUIRED_OUTPUT[name] in test.outputs]
-    return {
+    record = {
         "calibration": summary(calibration),
         "test": summary(test),
         "method_score": score,
-        "scores": {
-            name: _score_record(
-                calibration.confidence(name),
-                calibration.wrong,
-                test.confidence(name),
-                test.wrong,
-                config,
-            )
-            for name in names
-        },
+        "scores": {name: score_record(calibration, test, config, score=name) for name in names},
     }
+    if score != "softmax_response":
+        difference = metrics.paired_bootstrap_interval(
+            metrics.aurc,
+            test.confidence(score),
+            test.wrong,
+            test.confidence("softmax_response"),
+            test.wrong,
+        )
+        record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
+    return record
 
 
-def _score_record(
-    calibration_confidence: np.ndarray,
-    calibration_wrong: np.ndarray,
-    confidence: np.ndarray,
-    wrong: np.ndarray,
-    config: ConfigDict,
+def score_record(
+    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
+    """The part of the evaluation record that depends on a confidence score.
+
+    Args:
+        calibration: where thresholds come from.
+        test: where they are judged.
+        config: as in `evaluation_record`.
+        score: a name in `scores.SCORES`.
+    """
+    confidence, wrong = test.confidence(score), test.wrong
+
     def rank_based(coverage: float) -> dict[str, float]:
-        return {
-            "coverage": coverage,
-            "selective_risk": metrics.selective_risk(confidence, wrong, coverage=coverage),
-        }
+        risk = metrics.selective_risk(confidence, wrong, coverage=coverage)
+        return {"coverage": coverage, "selective_risk": risk}
 
     def calibrated(coverage: float) -> dict[str, Any]:
-        threshold = metrics.threshold_for_coverage(calibration_confidence, coverage=coverage)
-        return {"target_coverage": coverage, **_deployed(threshold)}
+        threshold = metrics.threshold_for_coverage(calibration.confidence(score), coverage=coverage)
+        return {"target_coverage": coverage, **_on_test(confidence, wrong, threshold)}
 
-    def certified(target_risk: float) -> dict[str, Any]:
-        certificate = guarantees.sgr(
-            calibration_confidence,
-            1 - calibration_wrong,
-            target_risk=target_risk,
-            delta=config.evaluation.delta,
-        )
-        return {**certificate.to_dict(), "test": _deployed(certificate.threshold)}
-
-    def _deployed(threshold: float | None) -> dict[str, Any]:
-        result = metrics.deployed(confidence, wrong, threshold=threshold)
-        return {
-            "threshold": result.threshold,
-            "coverage": result.coverage,
-            "selective_risk": result.risk,
-            "n_accepted": result.n_accepted,
-            "n_errors": result.n_errors,
-        }
+    def interval(metric: Callable[..., float], values: np.ndarray) -> list[float]:
+        result = metrics.bootstrap_interval(metric, confidence, values)
+        return [result.lower, result.upper]
 
     coverages = [percent / 100 for percent in config.evaluation.coverages]
     return {
@@ -220,14 +215,93 @@ def _score_record(
             convention: metrics.aurc(confidence, wrong, convention=convention)
             for convention in ("mean", "fd_shifts", "torch_uncertainty")
         },
-        "excess_aurc": metrics.excess_aurc(confidence, wrong),
+        "excess_aurc": {
+            convention: metrics.excess_aurc(confidence, wrong, convention=convention)
+            for convention in ("mean", "fd_shifts")
+        },
         "normalised_aurc": metrics.normalised_aurc(confidence, wrong),
         "augrc": metrics.augrc(confidence, wrong),
         "excess_augrc": metrics.excess_augrc(confidence, wrong),
         "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
         "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
+        "bootstrap_95": {
+            "aurc": interval(metrics.aurc, wrong),
+            "augrc": interval(metrics.augrc, wrong),
+            "failure_auroc": interval(metrics.failure_auroc, 1 - wrong),
+        },
         "rank_based": [rank_based(coverage) for coverage in coverages],
         "deployed": [calibrated(coverage) for coverage in coverages],
         "operating_point": calibrated(config.target_coverage),
-        "certificates": [certified(risk) for risk in config.evaluation.target_risks],
+        "certificates": certificates(calibration, test, config, score=score),
+        "class_certificates": class_certificates(calibration, test, config, score=score),
+    }
+
+
+def certificates(
+    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
+) -> list[dict[str, Any]]:
+    """A certificate of every method at every target risk, and what its threshold gives on test.
+
+    Each holds by itself. Which method to trust must be chosen before looking at them: the best of
+    several has not the confidence of one.
+    """
+    confidence, correct = calibration.confidence(score), 1 - calibration.wrong
+    delta = config.evaluation.delta
+    rows = []
+    for risk in config.evaluation.target_risks:
+        found = [guarantees.sgr(confidence, correct, target_risk=risk, delta=delta)]
+        for procedure in ("bonferroni", "fixed_sequence"):
+            found.append(
+                guarantees.learn_then_test(
+                    confidence, correct, target_risk=risk, delta=delta, procedure=procedure
+                )
+            )
+        found.append(guarantees.conformal_risk_control(confidence, correct, alpha=risk))
+        rows += [
+            {
+                **certificate.to_dict(),
+                "test": _on_test(test.confidence(score), test.wrong, certificate.threshold),
+            }
+            for certificate in found
+        ]
+    return rows
+
+
+def class_certificates(
+    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
+) -> list[dict[str, Any]]:
+    """Certificates by predicted class, all together at delta, by learn-then-test (Bonferroni)."""
+    classes = range(calibration.outputs["logits"].shape[-1])
+    confidence, wrong, predicted = test.confidence(score), test.wrong, test.predicted
+    rows = []
+    for risk in config.evaluation.target_risks:
+        found = guarantees.group_certificates(
+            guarantees.learn_then_test,
+            calibration.confidence(score),
+            1 - calibration.wrong,
+            calibration.predicted,
+            target_risk=risk,
+            delta=config.evaluation.delta,
+            names=list(classes),
+        )
+        for name, certificate in found.items():
+            member = predicted == name
+            row = {"predicted_class": name, **certificate.to_dict()}
+            if member.any():
+                row["test"] = _on_test(confidence[member], wrong[member], certificate.threshold)
+            rows.append(row)
+    return rows
+
+
+def _on_test(confidence: np.ndarray, wrong: np.ndarray, threshold: float | None) -> dict[str, Any]:
+    """Coverage, risk and counts of accepting confidence >= threshold; None accepts nothing."""
+    result = metrics.deployed(confidence, wrong, threshold=threshold)
+    return {
+        "threshold": result.threshold,
+        "coverage": result.coverage,
+        "selective_risk": result.risk,
+        "n_accepted": result.n_accepted,
+        "n_errors": result.n_errors,
+        "n_rejected": result.n - result.n_accepted,
+        "n_rejected_errors": int(wrong.sum()) - result.n_errors,
     }

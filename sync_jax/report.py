@@ -14,16 +14,25 @@ and risks are fractions. Fields:
     scores.NAME                for softmax_response and, with a selection head, selection:
       aurc.CONVENTION          on test: mean (expected value under random order of ties),
                                fd_shifts, torch_uncertainty
-      excess_aurc, normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
+      excess_aurc.CONVENTION   mean (against the best ranking of as many errors), fd_shifts
+      normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
                                on test; see sync_jax.metrics
+      bootstrap_95             [lower, upper] of aurc, augrc, failure_auroc over 1,000 resamples of
+                               the test examples
       rank_based[]             coverage imposed on the test ranking, as published tables do:
                                coverage, selective_risk
       deployed[]               threshold from the calibration split, applied to test: what a user
                                would get: target_coverage, threshold, coverage, selective_risk,
-                               n_accepted, n_errors
+                               n_accepted, n_errors, n_rejected, n_rejected_errors
       operating_point          the same at config.target_coverage
-      certificates[]           a guarantees.Certificate for each config.evaluation.target_risks,
-                               and under test what its threshold gives there
+      certificates[]           a guarantees.Certificate of each method at each of
+                               config.evaluation.target_risks, and under test what its threshold
+                               gives there
+      class_certificates[]     the same by predicted_class, by learn-then-test (Bonferroni) at
+                               delta / classes each: they hold all together at delta
+    aurc_minus_softmax_response
+                               paired bootstrap interval of the method score's AURC minus SR's, a
+                               metrics.Interval; absent where the method's score is SR
 """
 
 import datetime
@@ -49,6 +58,12 @@ from sync_jax.evaluate import Predictions
 
 SCHEMA = 1
 LABELS = {"softmax_response": "SR", "selection": "g"}
+CERTIFICATE_LABELS = {
+    "sgr": "SGR",
+    "learn_then_test/bonferroni": "LTT Bonferroni",
+    "learn_then_test/fixed_sequence": "LTT fixed sequence",
+    "conformal_risk_control": "CRC (joint)",
+}
 
 
 def write_report(
@@ -123,6 +138,13 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
         f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
         f"ECE {_percent(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
     )
+    if "aurc_minus_softmax_response" in report:
+        difference = report["aurc_minus_softmax_response"]
+        low, high = (_number(difference[end], 1000, 2) for end in ("lower", "upper"))
+        console.print(
+            f"AURC x1000 of {LABELS[report['method_score']]} minus that of SR: "
+            f"{_number(difference['estimate'], 1000, 2)} (95 % paired bootstrap: {low} to {high})."
+        )
     if "mean_selection" in calibration:
         target = report["config"]["target_coverage"]
         console.print(
@@ -134,9 +156,10 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
 
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table(
-        title="Selective error (%) on test. Rank-based: coverage imposed on the test ranking, as in"
-        " published tables.\nDeployed: threshold from the calibration split; coverage and error "
-        "that a user would get.",
+        title="Selective error % on test",
+        caption="Rank-based: coverage imposed on the test ranking, as in published tables.\n"
+        "Deployed: threshold from the calibration split; what a user would get.",
+        caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
     table.add_column("coverage %", justify="right")
@@ -162,14 +185,23 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
         title="Ranking on test (AURC convention: mean, ties in random order)",
         box=rich.box.SIMPLE_HEAD,
     )
-    columns = ("score", "AURC x1000", "E-AURC x1000", "AUGRC x1000", "failure AUROC", "FPR@95TPR")
+    columns = (
+        "score",
+        "AURC x1000",
+        "95 % interval",
+        "E-AURC x1000",
+        "AUGRC x1000",
+        "failure AUROC",
+        "FPR@95TPR",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for name, score in report["scores"].items():
         table.add_row(
             LABELS[name],
             _number(score["aurc"]["mean"], 1000, 2),
-            _number(score["excess_aurc"], 1000, 2),
+            " to ".join(_number(x, 1000, 2) for x in score["bootstrap_95"]["aurc"]),
+            _number(score["excess_aurc"]["mean"], 1000, 2),
             _number(score["augrc"], 1000, 2),
             _number(score["failure_auroc"], 1, 4),
             _number(score["fpr_at_95_tpr"], 1, 4),
@@ -180,34 +212,26 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
 def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
     delta = report["config"]["evaluation"]["delta"]
     table = rich.table.Table(
-        title=f"Certified thresholds (SGR): error at most the target, with confidence {1 - delta:g}"
-        " over the draw of the calibration split",
+        title=f"Certified thresholds at delta {delta:g}: test coverage % : test error %",
+        caption="SGR, LTT: error of the answers at most the target, with confidence 1 - delta over "
+        "the calibration split.\nCRC: P(answered and wrong) at most the target, on average. Choose "
+        "one before looking.",
+        caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
-    columns = (
-        "score",
-        "target error %",
-        "bound %",
-        "accept if >=",
-        "test coverage %",
-        "test error %",
-    )
-    for column in columns:
+    for column in ("score", "target %", *CERTIFICATE_LABELS.values()):
         table.add_column(column, justify="right")
     for name, score in report["scores"].items():
+        rows: dict[float, dict[str, str]] = {}
         for certificate in score["certificates"]:
-            test = certificate["test"]
+            test, cell = certificate["test"], "infeasible"
             if certificate["feasible"]:
-                threshold = f"{float(certificate['threshold']):.6f}"
-                cells = [
-                    _percent(certificate["bound"]),
-                    threshold,
-                    _percent(test["coverage"]),
-                    _percent(test["selective_risk"]),
-                ]
-            else:
-                cells = ["none", "infeasible", "0", "-"]
-            table.add_row(LABELS[name], f"{100 * certificate['target_risk']:g}", *cells)
+                cell = f"{_percent(test['coverage'])} : {_percent(test['selective_risk'])}"
+            rows.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
+        for target, cells in rows.items():
+            table.add_row(
+                LABELS[name], f"{100 * target:g}", *(cells[key] for key in CERTIFICATE_LABELS)
+            )
     return table
 
 

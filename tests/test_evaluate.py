@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
@@ -293,7 +294,9 @@ def test_ranking_of_the_softmax_response_by_hand(record):
         rel=1e-12,
     )
     # The best ranking's are 0, 0, 0, 1/4.
-    assert score["excess_aurc"] == pytest.approx(1 / 12)
+    assert score["excess_aurc"] == pytest.approx(
+        {"mean": 1 / 12, "fd_shifts": 11 / 96 - (1 / 4 + 3 / 4 * math.log(3 / 4))}
+    )
     assert score["normalised_aurc"] == pytest.approx((1 / 12) / (1 / 4 - 1 / 16))
     # Joint risk 0, 0, 1/4, 1/4 at coverages 1/4 to 1; at best 0, 0, 0, 1/4.
     assert score["augrc"] == pytest.approx((1 / 8 + 1 / 4) / 4)
@@ -306,7 +309,7 @@ def test_ranking_of_the_softmax_response_by_hand(record):
 def test_ranking_of_a_perfect_selection_by_hand(record):
     score = record["scores"]["selection"]
     assert score["aurc"]["mean"] == pytest.approx(1 / 16)
-    assert score["excess_aurc"] == 0.0
+    assert score["excess_aurc"]["mean"] == 0.0
     assert score["failure_auroc"] == 1.0
     assert score["fpr_at_95_tpr"] == 0.0
 
@@ -330,6 +333,8 @@ def test_deployed_by_hand(record):
         "n_errors": [1, 1, 1, 0],
         "coverage": [1.0, 1.0, 0.75, 0.25],
         "selective_risk": [1 / 4, 1 / 4, 1 / 3, 0.0],
+        "n_rejected": [0, 0, 1, 3],
+        "n_rejected_errors": [0, 0, 0, 1],
     }
     assert rows[0].keys() == expected.keys()
     for name, values in expected.items():
@@ -353,16 +358,55 @@ def test_nothing_accepted():
     assert math.isnan(row["selective_risk"])
 
 
-def test_infeasible_certificate(record):
-    """Five examples cannot promise an error of 1 %."""
-    (certificate,) = record["scores"]["selection"]["certificates"]
-    assert certificate["feasible"] is False
-    assert certificate["threshold"] is None
-    assert certificate["target_risk"] == 0.01
-    assert certificate["n_calibration"] == 5
-    test = certificate["test"]
-    assert (test["threshold"], test["n_accepted"], test["coverage"]) == (None, 0, 0.0)
-    assert math.isnan(test["selective_risk"])
+METHODS = [
+    "sgr",
+    "learn_then_test/bonferroni",
+    "learn_then_test/fixed_sequence",
+    "conformal_risk_control",
+]
+
+
+def test_infeasible_certificates(record):
+    """Five examples cannot promise an error of 1 %, by any method."""
+    certificates = record["scores"]["selection"]["certificates"]
+    assert [certificate["method"] for certificate in certificates] == METHODS
+    for certificate in certificates:
+        assert certificate["feasible"] is False
+        assert certificate["reason"]
+        assert certificate["threshold"] is None
+        assert certificate["target_risk"] == 0.01
+        assert certificate["n_calibration"] == 5
+        test = certificate["test"]
+        assert (test["threshold"], test["n_accepted"], test["coverage"]) == (None, 0, 0.0)
+        assert math.isnan(test["selective_risk"])
+
+
+def test_class_certificates_pay_for_their_number():
+    """Class 0 has thirty right examples, class 1 two: one is certified at delta / 2."""
+    config = default_config()
+    config.evaluation.target_risks = (0.3,)
+    margins = np.concatenate([np.linspace(1.9, 0.1, 30), [-1.0, -2.0]])
+    calibration = binary(margins, np.repeat([0, 1], [30, 2]))
+    test = binary([1.5, 1.0, -1.0], [0, 1, 1])
+    record = evaluation_record(calibration, test, config, score="softmax_response")
+    first, second = record["scores"]["softmax_response"]["class_certificates"]
+    assert (first["predicted_class"], second["predicted_class"]) == (0, 1)
+    assert (first["feasible"], second["feasible"]) == (True, False)
+    assert first["delta"] == second["delta"] == 0.025
+    assert (first["n_calibration"], second["n_calibration"]) == (30, 2)
+    assert (first["test"]["n_accepted"], first["test"]["n_errors"]) == (2, 1)
+
+
+def test_intervals_are_those_of_the_bootstrap(record):
+    score = record["scores"]["softmax_response"]
+    interval = metrics.bootstrap_interval(
+        metrics.aurc, TEST.confidence("softmax_response"), TEST.wrong
+    )
+    assert score["bootstrap_95"]["aurc"] == [interval.lower, interval.upper]
+    difference = record["aurc_minus_softmax_response"]
+    aurc = {name: record["scores"][name]["aurc"]["mean"] for name in record["scores"]}
+    assert difference["estimate"] == pytest.approx(aurc["selection"] - aurc["softmax_response"])
+    assert difference["lower"] <= difference["estimate"] <= difference["upper"]
 
 
 def test_feasible_certificate_by_hand():
@@ -373,7 +417,7 @@ def test_feasible_certificate_by_hand():
     record = evaluation_record(
         binary(margins, np.zeros(20), selection=margins), TEST, config, score="selection"
     )
-    (certificate,) = record["scores"]["softmax_response"]["certificates"]
+    certificate = record["scores"]["softmax_response"]["certificates"][0]
     assert certificate["method"] == "sgr"
     assert certificate["feasible"] is True
     assert certificate["n_accepted"] == 20
@@ -422,8 +466,13 @@ def test_record_is_plain_json(record):
         assert type(value) in (str, int, float, bool, type(None)), path
         if isinstance(value, float) and not math.isfinite(value):
             undefined.add(path.removeprefix(".scores.selection").removeprefix(".scores"))
-    assert undefined == {".certificates[].test.selective_risk",
-                         ".softmax_response.certificates[].test.selective_risk"}  # fmt: skip
+    nothing_accepted = {
+        "certificates[].test.selective_risk",
+        "class_certificates[].test.selective_risk",
+    }
+    assert undefined == {
+        f"{score}.{path}" for score in ("", ".softmax_response") for path in nothing_accepted
+    }
     decoded = json.loads(json.dumps(record))
     assert decoded.keys() == record.keys()
     np.testing.assert_equal(decoded, record)
@@ -441,6 +490,8 @@ def test_results_do_not_depend_on_the_order(record, config):
     ]
     again = evaluation_record(*shuffled, config, score="selection")
     for (path, value), (_, other) in zip(leaves(record), leaves(again), strict=True):
+        if "bootstrap" in path or "aurc_minus" in path:  # resamples are drawn by position
+            continue
         if isinstance(value, float):
             value = pytest.approx(value, rel=1e-12, nan_ok=True)
         assert other == value, path
