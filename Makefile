@@ -5,8 +5,8 @@
 PINNED ?= 1
 # More for the quickstart's command line, as ARGS=--config.seed=1.
 ARGS ?=
-# More for pytest's, as PYTEST_ARGS='-n 2' or '-k losses'.
-PYTEST_ARGS ?=
+# For pytest's, as PYTEST_ARGS='-k losses'.
+PYTEST_ARGS ?= -n 2
 
 export PYTHON PINNED
 # Packages of another installation must not be taken for ours.

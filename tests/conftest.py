@@ -1,7 +1,21 @@
 """Every test runs on eight simulated CPU devices, whatever the machine has."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import hypothesis
 import jax
+
+# One compilation cache for the session, its workers and the processes that tests start: half of the
+# suite's time would go to compiling the same small networks again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="sync_jax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Before anything starts a backend: afterwards neither can be changed.
 jax.config.update("jax_platforms", "cpu")

@@ -46,8 +46,9 @@ def identify(images, results, padding, flip):
     return found
 
 
-@pytest.mark.parametrize(("padding", "flip"), [(0, True), (1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("shape", [(5, 6, 2), (6, 5, 1), (4, 4, 3)])
+@pytest.mark.parametrize(("padding", "flip", "shape"), [
+    (0, True, (5, 6, 2)), (1, False, (6, 5, 1)), (1, True, (4, 4, 3)), (2, True, (5, 6, 1)),
+])  # fmt: skip
 def test_every_result_is_a_crop_of_its_own_image(padding, flip, shape):
     images = make_images(64, *shape)
     results = compiled(jax.random.key(0), images, Augmentation(padding, flip))

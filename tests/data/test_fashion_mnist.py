@@ -16,7 +16,6 @@ import threading
 import types
 from pathlib import Path
 
-import idx_files
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -24,6 +23,7 @@ import tensorflow_datasets as tfds
 from sync_jax.data import catalogue, sources
 from sync_jax.data.catalogue import DataError
 from sync_jax.data.fashion_mnist import UPSTREAM, FashionMnist
+from tests.data import idx_files
 
 NAME = "fashion_mnist"
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -532,7 +532,7 @@ def test_an_exception_midway_leaves_nothing(published, tmp_path, monkeypatch):
 CHILD = """
 import sys, time
 from pathlib import Path
-import idx_files
+from tests.data import idx_files
 from sync_jax.data import catalogue, fashion_mnist
 
 def stop(*args):
