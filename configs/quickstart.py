@@ -4,7 +4,8 @@
     python -m sync_jax.main --config=configs/quickstart.py
 
 Expected, seeds 0 to 2: test accuracy 91.4 +- 0.2 %; selective error at 70 % coverage 0.6 % by SR
-and 0.7 % by g; 85 to 122 s of training (two cores of an AMD EPYC shared with other work, 2026-11-23).
+and 0.7 % by g; 85 to 122 s of training (two cores of an AMD EPYC shared with other work,
+2026-11-23).
 
 Crop padding and learning rate were chosen on the calibration split: with 6 epochs and seed 0 its
 accuracy was 92.55 % at padding 1 and rate 0.2; 92.55 and 91.75 % at padding 0 and 2; 92.22 and
