@@ -80,7 +80,9 @@ def default_config() -> ConfigDict:
     config.evaluation.batch_size = 1000
     config.evaluation.coverages = COVERAGES  # percent
     # Certificates: error rates that a user may ask of the answers, each held with confidence
-    # 1 - delta over the draw of the calibration split.
+    # 1 - delta over the draw of the calibration split. The defaults are what some thousands of
+    # calibration examples can prove (guarantees.calibration_size), at the confidence that people
+    # are used to from intervals: one calibration split in twenty may mislead.
     config.evaluation.target_risks = (0.01, 0.02, 0.05)
     config.evaluation.delta = 0.05
     return config
