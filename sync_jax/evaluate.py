@@ -17,6 +17,10 @@ from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
 from sync_jax.scores import REQUIRED_OUTPUT, SCORES
 
+# A class has few calibration examples and a share of delta: fifty candidates would divide it so far
+# that no class can be certified.
+CLASS_CANDIDATES = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
@@ -283,6 +287,7 @@ def class_certificates(
             target_risk=risk,
             delta=config.evaluation.delta,
             names=list(classes),
+            candidates=CLASS_CANDIDATES,
         )
         for name, certificate in found.items():
             member = predicted == name

@@ -128,8 +128,18 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
     if not console.is_terminal:
         console = rich.console.Console(highlight=False, markup=False, width=120)
     console.print(_coverage_table(report))
+    console.print("Rank-based: coverage imposed on the test ranking, as in published tables.")
+    console.print("Deployed: threshold from the calibration split; what a user would get.\n")
     console.print(_ranking_table(report))
     console.print(_certificate_table(report))
+    console.print(
+        "SGR, LTT: error of the answers at most the target, with confidence 1 - delta over the "
+        "calibration split; the fixed\nsequence provided that errors are no likelier where "
+        "confidence is higher. CRC: P(answered and wrong) at most the\ntarget, on average. Each "
+        "holds by itself: choose score, target and method before looking.\n"
+    )
+    for line in _certificate_notes(report):
+        console.print(line)
     test, training = report["test"], report["training"]
     calibration = report["calibration"]
     seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
@@ -157,9 +167,6 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table(
         title="Selective error % on test",
-        caption="Rank-based: coverage imposed on the test ranking, as in published tables.\n"
-        "Deployed: threshold from the calibration split; what a user would get.",
-        caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
     table.add_column("coverage %", justify="right")
@@ -213,10 +220,6 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
     delta = report["config"]["evaluation"]["delta"]
     table = rich.table.Table(
         title=f"Certified thresholds at delta {delta:g}: test coverage % : test error %",
-        caption="SGR, LTT: error of the answers at most the target, with confidence 1 - delta over "
-        "the calibration split.\nCRC: P(answered and wrong) at most the target, on average. Choose "
-        "one before looking.",
-        caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
     for column in ("score", "target %", *CERTIFICATE_LABELS.values()):
@@ -233,6 +236,31 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
                 LABELS[name], f"{100 * target:g}", *(cells[key] for key in CERTIFICATE_LABELS)
             )
     return table
+
+
+def _certificate_notes(report: dict[str, Any]) -> list[str]:
+    """Why certificates are infeasible, and how many classes have one of their own."""
+    notes = []
+    for name, score in report["scores"].items():
+        for certificate in score["certificates"]:
+            if not certificate["feasible"]:
+                notes.append(
+                    f"{LABELS[name]}, {CERTIFICATE_LABELS[certificate['method']]} at "
+                    f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
+                )
+    score = report["scores"][report["method_score"]]
+    certified: dict[float, list[bool]] = {}
+    for certificate in score["class_certificates"]:
+        certified.setdefault(certificate["target_risk"], []).append(certificate["feasible"])
+    counts = ", ".join(
+        f"{sum(feasible)} of {len(feasible)} at {100 * target:g} %"
+        for target, feasible in certified.items()
+    )
+    notes.append(
+        f"Predicted classes with a certificate of their own, all together, by "
+        f"{LABELS[report['method_score']]}: {counts}."
+    )
+    return notes
 
 
 def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
@@ -299,5 +327,5 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -79,7 +79,10 @@ def test_tables_show_both_protocols_and_the_certificates(tmp_path, capsys):
 
 def test_undefined_and_infinite_values_become_json():
     values = {"a": [math.nan, math.inf, -math.inf, 1.5], "b": (1, "x", None, True)}
-    assert report._strict(values) == {"a": [None, "inf", "-inf", 1.5], "b": [1, "x", None, True]}
+    assert report._strict(values) == {
+        "a": [None, "Infinity", "-Infinity", 1.5],
+        "b": [1, "x", None, True],
+    }
 
 
 def test_damaged_or_foreign_report_is_named(tmp_path):

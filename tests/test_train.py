@@ -131,9 +131,18 @@ def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_pa
     second = read_report(tmp_path)
     assert first is not None
     assert second is not None
-    certificates = [r["scores"]["selection"]["certificates"][0] for r in (first, second)]
-    assert [c["delta"] for c in certificates] == [0.05, 0.2]
     assert first["test"] == second["test"]
+    for name in ("softmax_response", "selection"):
+        pairs = zip(*(r["scores"][name]["certificates"] for r in (first, second)), strict=True)
+        for strict, loose in pairs:
+            if strict["method"] == "conformal_risk_control":  # it has no delta
+                assert strict == loose
+                continue
+            assert (strict["delta"], loose["delta"]) == (0.05, 0.2)
+            assert strict["coverage"] <= loose["coverage"]
+        classes = [r["scores"][name]["class_certificates"] for r in (first, second)]
+        assert {c["delta"] for c in classes[0]} == {0.05 / 10}
+        assert {c["delta"] for c in classes[1]} == {0.2 / 10}
 
 
 def test_evaluate_without_a_trained_run_says_what_is_missing(data_dir, tmp_path):
