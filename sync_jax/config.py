@@ -99,6 +99,11 @@ def validate(config: ConfigDict) -> None:
         raise InputError(str(unknown_field(f"config.{field}")))
     for field in ours.keys() - theirs.keys():
         raise InputError(f"config.{field} is missing; begin with sync_jax.config.default_config()")
+    for field, value in theirs.items():
+        kind = type(ours[field])
+        accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+        if type(value) not in accepted:
+            raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
     _choice(config, "method", METHODS)
     _choice(config, "data.name", DATASETS)
     _choice(config, "model.name", BACKBONES)
@@ -114,7 +119,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
     _integer(config, "checkpoint.keep", low=1)
-    _integer(config, "evaluation.batch_size", low=1)
+    _integer(config, "evaluation.batch_size", low=1, high=100_000)
 
     unit = _range("in (0, 1]", lambda x: 0 < x <= 1)
     fraction = _range("in [0, 1]", lambda x: 0 <= x <= 1)
@@ -128,7 +133,7 @@ def validate(config: ConfigDict) -> None:
     for field in ("optimizer.learning_rate", "optimizer.decay_epochs", "optimizer.decay_factor"):
         positive(config, field)
     for field in ("train.epochs", "checkpoint.every_epochs", "log.calibration_every_epochs"):
-        positive(config, field)
+        _range("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)(config, field)
     for field in ("optimizer.weight_decay", "optimizer.warmup_epochs"):
         non_negative(config, field)
     for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
@@ -248,7 +253,7 @@ def _range(bounds: str, accepts: Callable[[float], bool]) -> Callable[[ConfigDic
     def check(config: ConfigDict, field: str) -> None:
         value = _get(config, field)
         if not math.isfinite(value) or not accepts(value):
-            raise InputError(f"config.{field}={value} must be {bounds}")
+            raise InputError(f"config.{field}={value} must be a finite number {bounds}")
 
     return check
 

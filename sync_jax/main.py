@@ -116,4 +116,7 @@ def _stop(message: object, status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:  # before main's own
+        _stop("interrupted", 130)

@@ -28,7 +28,7 @@ class Progress:
         self._first: tuple[int, float] | None = None  # step and time after the compilation
         console = rich.console.Console()
         self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=8),
+            rich.progress.BarColumn(bar_width=5),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TimeRemainingColumn(),
@@ -54,9 +54,14 @@ class Progress:
             "mean_selection": "mean g",
             "coverage": "coverage",
         }
-        shown = [f"{label} {values[name]:.3f}" for name, label in names.items() if name in values]
+        present = [(label, values[name]) for name, label in names.items() if name in values]
+        # A terminal of 80 columns has room for little beside steps, time and time left.
+        short = {"accuracy": "acc", "mean g": "g", "coverage": "cov"}
+        beside = [f"{short.get(label, label)} {value:.3f}" for label, value in present]
+        beside.append(f"{rate * self._batch_size:.0f}/s")
+        self._bar.update(self._task, shown=" ".join(beside))
+        shown = [f"{label} {value:.3f}" for label, value in present]
         shown.append(f"{rate * self._batch_size:,.0f} images/s")
-        self._bar.update(self._task, shown="  ".join(shown))
         if self._bar.disable:
             left = f"{(self._total - done) / rate:.0f}" if rate else "?"
             self.line(f"step {done}/{self._total}  {'  '.join(shown)}  {left} s left")

@@ -1,6 +1,7 @@
 """Training a selective classifier, from a config to a report."""
 
 import functools
+import json
 import math
 import os
 from pathlib import Path
@@ -53,7 +54,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     check_workdir(config, workdir)
     if (report := read_report(workdir)) is not None:
         print(f"{workdir} holds a finished run: nothing to train. Its report:")
-        show_report(report, workdir)
+        if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
+            show_report(report, workdir)
+        else:  # other coverages, target risks or delta than it was made with
+            evaluate_finished(config, workdir)
         return
     if not catalogue.is_prepared(config.data.name, data_dir=config.data.data_dir):
         prepare(config)
@@ -107,14 +111,18 @@ def fit(
                 if averages:
                     writer.write(done, "train", averages)
                     progress.metrics(done, averages)
-            if done % calibrate_every == 0 or last:
+            calibrates, saves = (
+                done % every == 0 or last for every in (calibrate_every, save_every)
+            )
+            if calibrates or saves:
+                # Nothing non-finite is evaluated or saved. This waits for the device.
+                check_and_average(unchecked)
+                check_state(state, done)
+            if calibrates:
                 values = run.calibration_metrics(state, calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
-            if done % save_every == 0 or last:
-                # Nothing non-finite is saved. This waits for the device, once per save.
-                check_and_average(unchecked)
-                check_state(state, done)
+            if saves:
                 checkpoints.save(state, done)
         checkpoints.wait()
     return state

@@ -36,7 +36,7 @@ BAD = {
     "train.batch_size": (COUNT, "at least 1"),
     "log.every_steps": (COUNT, "at least 1"),
     "checkpoint.keep": (COUNT, "at least 1"),
-    "evaluation.batch_size": (COUNT, "at least 1"),
+    "evaluation.batch_size": (COUNT, "between 1"),
     "target_coverage": ((0.0, -0.1, 1.01, NAN, INFINITY), "in (0, 1]"),
     "loss.alpha": ((-0.1, 1.1, NAN), "in [0, 1]"),
     "optimizer.momentum": ((-0.1, 1.1, NAN), "in [0, 1]"),

@@ -69,7 +69,7 @@ BAD = {
         [QUICKSTART, "--config.data.name=mnist"],
         "config.data.name='mnist' is unknown.*choose from fashion_mnist",
     ),
-    "not finite": ([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be in \[0, 1\]"),
+    "not finite": ([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be .* in \[0, 1\]"),
     "coverage 0": ([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),
     "delta 1": ([QUICKSTART, "--config.evaluation.delta=1"], r"delta=1.* in \(0, 1\)"),
     "no coverages": ([QUICKSTART, "--config.evaluation.coverages=()"], r"coverages=\(\)"),

@@ -150,9 +150,17 @@ def test_evaluate_without_a_trained_run_says_what_is_missing(data_dir, tmp_path)
         train.evaluate_finished(tiny.config(data_dir), tmp_path)
 
 
-def test_divergence_stops_with_the_step_and_the_term_and_saves_nothing(data_dir, tmp_path):
+@pytest.mark.parametrize("log_every", [4, 1000])  # seen at a log line, or before calibrating
+def test_divergence_stops_with_the_step_and_the_term_and_saves_nothing(
+    log_every, data_dir, tmp_path
+):
     config = tiny.config(
-        data_dir, optimizer__learning_rate=1e30, optimizer__warmup_epochs=0.0, loss__sync_weight=0.0
+        data_dir,
+        optimizer__learning_rate=1e30,
+        optimizer__warmup_epochs=0.0,
+        loss__sync_weight=0.0,
+        log__every_steps=log_every,
+        checkpoint__every_epochs=3.0,
     )
     with pytest.raises(train.NonFiniteError, match=r"^step [234]: .*selective_risk=nan"):
         train.train_and_evaluate(config, tmp_path)
