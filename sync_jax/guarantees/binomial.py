@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtr, betainccinv
+from scipy.special import betaincc, betainccinv
 
 
 def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> Any:
@@ -41,16 +41,48 @@ def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> 
     return float(bound) if bound.ndim == 0 else bound
 
 
+def at_most(errors: ArrayLike, n: ArrayLike, rate: float) -> Any:
+    """P(Binomial(n, rate) <= errors), for errors from -1 up.
+
+    By the incomplete beta function: scipy's bdtr takes n for a 32-bit integer.
+    """
+    k, m = np.asarray(errors, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    tail = betaincc(np.maximum(k, 0) + 1, np.maximum(m - k, 1), rate)
+    return np.where(k < 0, 0.0, np.where(k >= m, 1.0, tail))
+
+
+def most_errors(n: ArrayLike, target_risk: float, delta: float) -> Any:
+    """The largest k with P(Binomial(n, target_risk) <= k) <= delta; -1 where there is none.
+
+    Inverse of `fewest_accepted`: with k errors the Clopper-Pearson bound still meets the target.
+    """
+    size = np.asarray(n, dtype=np.int64)
+    low, high = np.full(size.shape, -1), size + 0  # low passes, high doesn't: all n errors never do
+    if size.size > 2:  # what the least and the most of n allow lies close together
+        least, most = most_errors([size.min(), size.max()], target_risk, delta)
+        low, high = np.full(size.shape, least), np.minimum(high, most + 1)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        passes = at_most(middle, size, target_risk) <= delta
+        low, high = np.where(passes, middle, low), np.where(passes, high, middle)
+    return low
+
+
 def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:
     """The smallest n with P(Binomial(n, target_risk) <= errors) <= delta: errors it can afford.
 
     Without an error that is (1 - target_risk)^n <= delta.
+
+    Raises:
+        ValueError: there is none up to 10^300.
     """
     low, high = errors, errors + 1
-    while bdtr(errors, high, target_risk) > delta:
+    while at_most(errors, high, target_risk) > delta:
         low, high = high, 2 * high
+        if high > 1e300:  # next to it float64 ends
+            raise ValueError(f"target_risk={target_risk:g} is too small for any number of examples")
     while high - low > 1:
         middle = (low + high) // 2
-        enough = bdtr(errors, middle, target_risk) <= delta
+        enough = at_most(errors, middle, target_risk) <= delta
         low, high = (low, middle) if enough else (middle, high)
     return high

@@ -17,6 +17,21 @@ def probability(value: float, name: str) -> float:
     return float(value)
 
 
+def real(values: ArrayLike, name: str) -> tuple[NDArray[Any], FloatArray]:
+    """The argument `name` as an array, and in float64.
+
+    Other floats than these three are refused: float64 cannot hold a longdouble, and NumPy has no
+    successor of a bfloat16; a threshold would accept others than were counted.
+    """
+    given = np.asarray(values)
+    ours = given.dtype.newbyteorder("=")
+    if given.dtype.kind not in "biu" and ours not in (np.float16, np.float32, np.float64):
+        raise ValueError(
+            f"{name} must hold integers or float16, float32 or float64, got {given.dtype}"
+        )
+    return given, given.astype(np.float64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationSplit:
     """Calibration examples in descending order of confidence.
@@ -52,11 +67,8 @@ class CalibrationSplit:
 
 def calibration_split(confidence: ArrayLike, correct: ArrayLike) -> CalibrationSplit:
     """Checks the arguments of these names and sorts them."""
-    given = np.asarray(confidence)
-    try:
-        scores, right = given.astype(np.float64), np.asarray(correct, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError("confidence and correct must be arrays of real numbers") from error
+    given, scores = real(confidence, "confidence")
+    _, right = real(correct, "correct")
     if scores.ndim != 1:
         raise ValueError(f"confidence must have shape [n], got {scores.shape}")
     if scores.size == 0:

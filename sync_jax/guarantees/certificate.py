@@ -53,9 +53,10 @@ class Certificate:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Certificate":
-        """Inverse of `to_dict`."""
-        threshold = fields["threshold"]
-        return cls(**{**fields, "threshold": None if threshold is None else float(threshold)})
+        """Inverse of `to_dict`; other keys, as those of later versions, are ignored."""
+        ours = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        threshold = ours["threshold"]
+        return cls(**{**ours, "threshold": None if threshold is None else float(threshold)})
 
 
 def certified(

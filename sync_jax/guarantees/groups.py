@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from sync_jax.guarantees.calibration import calibration_split, probability
 from sync_jax.guarantees.certificate import Certificate, infeasible
+from sync_jax.guarantees.joint_risk import conformal_risk_control
 
 
 def group_certificates(
@@ -41,13 +42,17 @@ def group_certificates(
         A certificate by group, in the order of names, or sorted.
 
     Raises:
-        ValueError: as the method, and where groups has another shape, or values not in names.
+        ValueError: as the method, and where groups has another shape, NaN, or values not in names.
     """
+    if method is conformal_risk_control:
+        raise ValueError("conformal_risk_control promises an average: it has no delta to divide")
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     calibration_split(confidence, correct)  # errors here name the whole, not a group's part
     scores, right, group = np.asarray(confidence), np.asarray(correct), np.asarray(groups)
     if group.shape != scores.shape:
         raise ValueError(f"groups has shape {group.shape} but confidence {scores.shape}")
+    if (group != group).any():  # NaN equals nothing, and would be a group without a member
+        raise ValueError("groups contains NaN")
     present = np.unique(group).tolist()
     wanted = present if names is None else list(dict.fromkeys(names))
     if unknown := [name for name in present if name not in wanted]:

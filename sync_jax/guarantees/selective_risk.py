@@ -1,5 +1,6 @@
 """Methods that bound the selective risk, the share of errors among the accepted."""
 
+import decimal
 from typing import Literal
 
 import numpy as np
@@ -64,7 +65,11 @@ def sgr(
         target_risk=target_risk,
         delta=delta,
         bound=best[2],
-        promise=_risk_promise(best[2], delta),
+        promise=_risk_promise(
+            best[2],
+            delta,
+            ", by a union bound that takes the thresholds visited for fixed in advance",
+        ),
     )
 
 
@@ -156,7 +161,13 @@ def learn_then_test(
         target_risk=target_risk,
         delta=delta,
         bound=promised,
-        promise=_risk_promise(promised, delta),
+        promise=_risk_promise(
+            promised,
+            delta,
+            ""
+            if bonferroni
+            else ", provided that errors are no likelier where confidence is higher",
+        ),
     )
 
 
@@ -169,11 +180,17 @@ def _start_of_sequence(n: int, target_risk: float, delta: float, slack: int) -> 
     return fewest_accepted(target_risk, delta)
 
 
-def _risk_promise(bound: float, delta: float) -> str:
+def _risk_promise(bound: float, delta: float, provided: str = "") -> str:
     return (
-        f"With probability at least {1 - delta:g} over the draw of the calibration split, the "
-        f"selective risk on its distribution is at most {bound:.6g}."
+        f"With probability at least 1 - {_rounded_up(delta)} over the draw of the calibration "
+        f"split, the selective risk on its distribution is at most {_rounded_up(bound)}{provided}."
     )
+
+
+def _rounded_up(value: float) -> str:
+    """Six significant digits, never less than the value: what is promised must hold."""
+    digits = decimal.Context(prec=6, rounding=decimal.ROUND_CEILING)
+    return f"{digits.create_decimal(repr(value)).normalize():g}"
 
 
 def _least(target_risk: float, delta: float) -> str:

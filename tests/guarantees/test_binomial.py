@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sync_jax.guarantees import clopper_pearson_upper
+from sync_jax.guarantees.binomial import at_most, fewest_accepted, most_errors
 
 
 def exact_tail(errors, n, rate):
@@ -49,6 +50,33 @@ def test_clopper_pearson_broadcasts():
     assert bounds.shape == (2, 3)
     assert bounds[1, 0] == 1
     assert bounds[1, 2] == clopper_pearson_upper(2, 100, 0.1)
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.05, 1e-6])
+@pytest.mark.parametrize("target_risk", [1e-11, 1e-9, 0.01, 0.3])
+def test_counts_and_sizes_invert_each_other(target_risk, delta):
+    """Also beyond 2^31 examples, where scipy's bdtr returns NaN."""
+    for errors in (0, 1, 7):
+        n = fewest_accepted(target_risk, delta, errors)
+        assert most_errors(n, target_risk, delta) == errors
+        assert most_errors(n - 1, target_risk, delta) == errors - 1
+        assert clopper_pearson_upper(errors, n, delta) <= target_risk * (1 + 1e-9)
+        assert clopper_pearson_upper(errors, n - 1, delta) > target_risk * (1 - 1e-9)
+    sizes = np.arange(n - 20, n + 20)
+    assert most_errors(sizes, target_risk, delta).tolist() == [
+        int(most_errors(size, target_risk, delta)) for size in sizes
+    ]
+    assert fewest_accepted(1e-11, 0.05) == pytest.approx(
+        math.log(0.05) / math.log1p(-1e-11), rel=1e-12
+    )
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0.001, 0.999))
+def test_the_tail_is_exact(errors, more, rate):
+    n = errors + more
+    expected = min(float(exact_tail(min(errors, n), n, rate)), 1.0)
+    assert float(at_most(errors, n, rate)) == pytest.approx(expected, rel=1e-9)
+    assert at_most(-1, n, rate) == 0
 
 
 @pytest.mark.parametrize(

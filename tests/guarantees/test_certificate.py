@@ -5,6 +5,7 @@ import functools
 import json
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,6 +56,25 @@ def test_infinite_thresholds_survive_strict_json():
     assert Certificate.from_dict(json.loads(dumps(certificate))) == certificate
 
 
+def test_a_tiny_delta_is_printed_as_it_is():
+    certificate = sgr(np.zeros(2000), np.ones(2000), target_risk=0.1, delta=1e-20)
+    assert certificate.promise.startswith("With probability at least 1 - 1e-20 over")
+
+
+def test_fields_of_later_versions_are_ignored():
+    certificate = sgr(*example(), target_risk=0.1, delta=0.1)
+    assert Certificate.from_dict({**certificate.to_dict(), "seed": 3}) == certificate
+
+
+def test_integers_and_big_endian_numbers_are_welcome():
+    confidence, correct = example()
+    expected = sgr(confidence, correct, target_risk=0.1, delta=0.1)
+    assert sgr(confidence.astype(">f8"), correct, target_risk=0.1, delta=0.1) == expected
+    integers = (confidence * 1000).astype(np.int32)
+    certificate = sgr(integers, correct, target_risk=0.1, delta=0.1)
+    assert certificate == sgr(integers.astype(float), correct, target_risk=0.1, delta=0.1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_certified_is_infeasible_and_says_why(method):
     hopeless = METHODS[method](np.arange(500), np.arange(500) % 2, target_risk=0.01, delta=0.05)
@@ -71,10 +91,28 @@ def test_what_cannot_be_certified_is_infeasible_and_says_why(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target_risk", [1e-9, 1e-17, 1e-200])
+def test_a_target_out_of_all_reach_is_infeasible_like_any_other(method, target_risk):
+    certificate = METHODS[method](*example(), target_risk=target_risk, delta=0.05)
+    assert not certificate.feasible
+    needed = int(certificate.reason.split()[-5])
+    tests = 11 if method == "sgr" else 1  # Bonferroni: all candidates are the same here
+    assert needed == pytest.approx(math.log(tests / 0.05) / target_risk, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
     certificate = METHODS[method](*example(), target_risk=0.1, delta=0.1)
-    assert certificate.promise.startswith("With probability at least 0.9 over the draw of the cal")
-    assert f"{certificate.bound:.6g}" in certificate.promise
+    start = (
+        "With probability at least 1 - 0.1 over the draw of the calibration split, the selective "
+    )
+    assert certificate.promise.startswith(start)
+    printed = float(
+        certificate.promise.partition("is at most ")[2].split(",")[0].rstrip(".").split()[0]
+    )
+    assert certificate.bound <= printed < certificate.bound + 1e-6  # rounded up, not down
+    assert ("union bound" in certificate.promise) == (method == "sgr")
+    assert ("provided that errors are no" in certificate.promise) == (method == "fixed_sequence")
     assert certificate.promise.count(".") <= 4  # one sentence, and decimal points
     assert (certificate.target_risk, certificate.delta) == (0.1, 0.1)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -99,7 +137,13 @@ BAD_INPUT = [
     ([0.5, 1.0], [1], "correct has shape"),
     ([0.5, 1.0], [0, 2], "correct must hold only 0 and 1"),
     ([0.5, 1.0], [0, math.nan], "correct must hold only 0 and 1"),
-    (["a", "b"], [0, 1], "must be arrays of real numbers"),
+    (["a", "b"], [0, 1], "confidence must hold .* got <U1"),
+    ([0.5, 1.0], ["0", "1"], "correct must hold .* got <U1"),
+    (np.array([0.5, 1.0], complex), [0, 1], "confidence must hold .* got complex128"),
+    ([0.5, None], [0, 1], "confidence must hold .* got object"),
+    # Neither has the successors and the comparisons of float64 that a count relies on.
+    (np.array([0.5, 1.0], np.longdouble), [0, 1], "confidence must hold .* got float128"),
+    (np.array([0.5, 1.0], ml_dtypes.bfloat16), [0, 1], "confidence must hold .* got bfloat16"),
 ]
 
 

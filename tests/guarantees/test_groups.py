@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sync_jax.guarantees import group_certificates, learn_then_test, sgr
+from sync_jax.guarantees import conformal_risk_control, group_certificates, learn_then_test, sgr
 from tests.guarantees.examples import METHODS, dumps, example
 
 
@@ -51,3 +51,12 @@ def test_unknown_groups_and_shapes_are_refused():
         group_certificates(sgr, [1, 2], [1, 1], [0, 3], names=[0, 1, 2], **options)
     with pytest.raises(ValueError, match="groups has shape"):
         group_certificates(sgr, [1, 2], [1, 1], [0], **options)
+    with pytest.raises(ValueError, match="groups contains NaN"):
+        group_certificates(sgr, [1, 2], [1, 1], [0, np.nan], **options)
+
+
+def test_a_promise_on_average_has_no_delta_to_divide():
+    with pytest.raises(ValueError, match="conformal_risk_control promises an average"):
+        group_certificates(
+            conformal_risk_control, [1, 2], [1, 1], [0, 1], target_risk=0.1, delta=0.1
+        )

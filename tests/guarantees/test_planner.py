@@ -13,10 +13,6 @@ def test_plan_without_errors_is_the_closed_form():
     plan = calibration_size(target_risk=0.01, delta=0.05, expected_risk=0.0)
     assert plan.n_accepted == math.ceil(math.log(0.05) / math.log(0.99)) == 299
     assert (plan.n_calibration, plan.max_errors, plan.power) == (299, 0, 1.0)
-    half = calibration_size(target_risk=0.01, delta=0.05, expected_risk=0.0, coverage=0.5)
-    assert half.n_calibration == 598
-    third = calibration_size(target_risk=0.01, delta=0.05, expected_risk=0.0, coverage=0.3)
-    assert third.n_calibration == 997  # 299 of 996.67
     split = calibration_size(target_risk=0.01, delta=0.05, expected_risk=0.0, tests=10)
     assert split.n_accepted == math.ceil(math.log(0.005) / math.log(0.99))
 
@@ -56,15 +52,48 @@ def test_plan_is_the_smallest_size_with_the_power(target_risk, delta, expected_r
     assert plan.n_accepted == smallest
 
 
-def test_a_plan_delivers_its_certificates():
+def chance_by_sum(n, coverage, target_risk, delta, expected_risk):
+    """Chance of a certificate: over the number accepted, then over the errors among them."""
+    total = 0.0
+    for accepted in range(n + 1):
+        bounds = clopper_pearson_upper(np.arange(accepted + 1), accepted, delta)
+        allowed = int((bounds <= target_risk).sum()) - 1
+        total += stats.binom.pmf(accepted, n, coverage) * stats.binom.cdf(
+            allowed, accepted, expected_risk
+        )
+    return total
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("expected_risk", [0.0, 0.04])
+def test_how_many_are_accepted_is_uncertain_too(coverage, expected_risk):
+    options = {"target_risk": 0.15, "delta": 0.1, "expected_risk": expected_risk}
+    plan = calibration_size(**options, coverage=coverage)
+    assert plan.power == pytest.approx(chance_by_sum(plan.n_calibration, coverage, **options))
+    assert plan.power >= 0.8
+    fewer = plan.n_calibration * 9 // 10
+    assert chance_by_sum(fewer, coverage, **options) < 0.8
+    assert plan.n_accepted == math.floor(plan.n_calibration * coverage)
+
+
+def test_half_the_examples_accepted_take_more_than_twice_as_many():
+    """598 = 2 * 299 would have 299 accepted, the fewest that do, only every second time."""
+    options = {"target_risk": 0.01, "delta": 0.05, "expected_risk": 0.0}
+    plan = calibration_size(**options, coverage=0.5)
+    assert (plan.n_calibration, plan.n_accepted, plan.max_errors) == (618, 309, 0)
+    assert plan.power == pytest.approx(stats.binom.sf(298, 618, 0.5))
+    assert stats.binom.sf(298, 617, 0.5) < 0.8 <= plan.power
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.8, 0.5])
+def test_a_plan_delivers_its_certificates(coverage):
     """Simulated: calibration splits of the planned size are certified about as often as planned."""
-    plan = calibration_size(target_risk=0.1, delta=0.1, expected_risk=0.06)
+    plan = calibration_size(target_risk=0.1, delta=0.1, expected_risk=0.06, coverage=coverage)
     rng = np.random.default_rng(0)
-    n, draws = plan.n_accepted, 1000
+    n, draws = plan.n_calibration, 1000
+    options = {"target_risk": 0.1, "delta": 0.1, "thresholds": [1 - coverage]}
     hits = sum(
-        learn_then_test(
-            np.zeros(n), rng.random(n) > 0.06, target_risk=0.1, delta=0.1, thresholds=[0]
-        ).feasible
+        learn_then_test(rng.random(n), rng.random(n) > 0.06, **options).feasible
         for _ in range(draws)
     )
     assert abs(hits / draws - plan.power) < 3 * math.sqrt(plan.power * (1 - plan.power) / draws)
@@ -76,6 +105,7 @@ def test_a_plan_delivers_its_certificates():
         ({"expected_risk": 0.1}, "expected_risk must lie"),
         ({"expected_risk": -0.1}, "expected_risk must lie"),
         ({"expected_risk": 0.1 - 1e-12}, "too close"),
+        ({"target_risk": 1e-17, "expected_risk": 0}, "takes more than 1e\\+12 accepted"),
         ({"target_risk": 1}, "target_risk must lie"),
         ({"delta": 0}, "delta must lie"),
         ({"coverage": 0}, "coverage must lie"),
