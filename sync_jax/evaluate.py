@@ -234,10 +234,15 @@ def score_record(
             "failure_auroc": interval(metrics.failure_auroc, 1 - wrong),
         },
         "rank_based": [rank_based(coverage) for coverage in coverages],
+        "coverage_at_risk": [
+            {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, wrong, risk=risk)}
+            for risk in config.evaluation.target_risks
+        ],
         "deployed": [calibrated(coverage) for coverage in coverages],
         "operating_point": calibrated(config.target_coverage),
         "certificates": certificates(calibration, test, config, score=score),
         "class_certificates": class_certificates(calibration, test, config, score=score),
+        "calibration_plans": calibration_plans(calibration, config, score=score),
     }
 
 
@@ -295,6 +300,35 @@ def class_certificates(
             if member.any():
                 row["test"] = _on_test(confidence[member], wrong[member], certificate.threshold)
             rows.append(row)
+    return rows
+
+
+def calibration_plans(
+    calibration: Predictions, config: ConfigDict, *, score: str
+) -> list[dict[str, Any]]:
+    """How many calibration examples a certificate at config.target_coverage needs, per target risk.
+
+    For one threshold, fixed beforehand, that accepts this coverage with the error rate seen on the
+    calibration split; a search among thresholds needs more.
+    """
+    confidence, wrong = calibration.confidence(score), calibration.wrong
+    coverage = config.target_coverage
+    threshold = metrics.threshold_for_coverage(confidence, coverage=coverage)
+    seen = metrics.deployed(confidence, wrong, threshold=threshold)
+    rows = []
+    for risk in config.evaluation.target_risks:
+        row = {"target_risk": risk, "coverage": coverage, "expected_risk": seen.risk}
+        try:
+            plan = guarantees.calibration_size(
+                target_risk=risk,
+                delta=config.evaluation.delta,
+                expected_risk=seen.risk,
+                coverage=coverage,
+            )
+        except ValueError:  # the expected risk is not, or hardly, below the target
+            rows.append({**row, "n_calibration": None, "power": None})
+        else:
+            rows.append({**row, "n_calibration": plan.n_calibration, "power": plan.power})
     return rows
 
 

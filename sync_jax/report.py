@@ -3,7 +3,7 @@
 report.json is strict JSON; what is undefined (the risk of an empty selection) is null. Coverages
 and risks are fractions. Fields:
 
-    schema                     1; raised when a field changes its meaning
+    schema                     2; raised when fields are added or change their meaning
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
     training                   steps, seconds (of the loop, earlier processes included)
@@ -21,6 +21,8 @@ and risks are fractions. Fields:
                                the test examples
       rank_based[]             coverage imposed on the test ranking, as published tables do:
                                coverage, selective_risk
+      coverage_at_risk[]       the largest coverage of the test ranking with each target risk: risk,
+                               coverage (0: none); rank-based too
       deployed[]               threshold from the calibration split, applied to test: what a user
                                would get: target_coverage, threshold, coverage, selective_risk,
                                n_accepted, n_errors, n_rejected, n_rejected_errors
@@ -30,6 +32,11 @@ and risks are fractions. Fields:
                                gives there
       class_certificates[]     the same by predicted_class, by learn-then-test (Bonferroni) at
                                delta / classes each: they hold all together at delta
+      calibration_plans[]      how many calibration examples one fixed threshold at
+                               config.target_coverage would need for each target risk: target_risk,
+                               coverage, expected_risk (seen on the calibration split),
+                               n_calibration, power (chance of the certificate); the last two null
+                               where expected_risk is not below the target: no number is enough
     aurc_minus_softmax_response
                                paired bootstrap interval of the method score's AURC minus SR's, a
                                metrics.Interval; absent where the method's score is SR
@@ -56,7 +63,7 @@ from sync_jax import metrics
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
 
-SCHEMA = 1
+SCHEMA = 2
 LABELS = {"softmax_response": "SR", "selection": "g"}
 CERTIFICATE_LABELS = {
     "sgr": "SGR",
@@ -249,6 +256,17 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
                     f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
                 )
     score = report["scores"][report["method_score"]]
+    plan = score["calibration_plans"][0]
+    needs = ", ".join(
+        f"{100 * plan['target_risk']:g} %: "
+        + ("none is enough" if plan["n_calibration"] is None else f"{plan['n_calibration']:,}")
+        for plan in score["calibration_plans"]
+    )
+    notes.append(
+        f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
+        f"{LABELS[report['method_score']]}, where {_percent(plan['expected_risk'])} % of them are "
+        f"wrong: {needs}."
+    )
     certified: dict[float, list[bool]] = {}
     for certificate in score["class_certificates"]:
         certified.setdefault(certificate["target_risk"], []).append(certificate["feasible"])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
-from sync_jax import metrics
+from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
@@ -426,6 +427,35 @@ def test_feasible_certificate_by_hand():
     assert certificate["delta"] == 0.05
     assert certificate["test"]["n_accepted"] == 4
     assert certificate["test"]["selective_risk"] == 0.25
+
+
+def test_coverage_at_risk_by_hand(config):
+    """Errors at the 3rd of four: risks 0, 0, 1/3, 1/4 at coverages 1/4 to 1."""
+    config = ConfigDict(config.to_dict())
+    config.evaluation.target_risks = (0.01, 0.25, 0.3)
+    rows = evaluation_record(CALIBRATION, TEST, config, score="selection")["scores"]
+    assert rows["softmax_response"]["coverage_at_risk"] == [
+        {"risk": 0.01, "coverage": 0.5},
+        {"risk": 0.25, "coverage": 1.0},
+        {"risk": 0.3, "coverage": 1.0},
+    ]
+
+
+def test_calibration_plans_are_the_planners():
+    """Of the 8 most confident of ten calibration examples, one is wrong: 12.5 %."""
+    config = default_config()
+    config.evaluation.target_risks = (0.1, 0.2)
+    margins = np.linspace(1.9, 0.1, 10)
+    calibration = binary(margins, [0, 0, 0, 1, 0, 0, 0, 0, 0, 1], selection=margins)
+    record = evaluation_record(calibration, TEST, config, score="softmax_response")
+    plan = guarantees.calibration_size(
+        target_risk=0.2, delta=0.05, expected_risk=0.125, coverage=0.8
+    )
+    common = {"coverage": 0.8, "expected_risk": 0.125}
+    assert record["scores"]["softmax_response"]["calibration_plans"] == [
+        {"target_risk": 0.1, **common, "n_calibration": None, "power": None},
+        {"target_risk": 0.2, **common, "n_calibration": plan.n_calibration, "power": plan.power},
+    ]
 
 
 def test_which_scores(record, config):

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from sync_jax import report
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions, evaluation_record
+from sync_jax.guarantees import Certificate
+from sync_jax.metrics import Interval
 
 
 def predictions(seed: int, n: int = 300, *, perfect: bool = False) -> Predictions:
@@ -43,11 +47,69 @@ def test_report_is_strict_json_and_reads_back(tmp_path, perfect):
     assert (auroc is None) == perfect  # without errors there is nothing to detect
 
 
-def test_every_documented_field_is_there_and_no_other(tmp_path):
+SPLIT_FIELDS = {
+    *("n", "accuracy", "negative_log_likelihood", "brier", "mean_selection"),
+    *("ece_15_bins_of_equal_width", "ece_15_bins_of_equal_mass"),
+}
+DEPLOYED_FIELDS = {
+    *("target_coverage", "threshold", "coverage", "selective_risk"),
+    *("n_accepted", "n_errors", "n_rejected", "n_rejected_errors"),
+}
+CERTIFICATE_FIELDS = {field.name for field in dataclasses.fields(Certificate)} | {"test"}
+SCORE_FIELDS = {
+    "aurc": {"mean", "fd_shifts", "torch_uncertainty"},
+    "excess_aurc": {"mean", "fd_shifts"},
+    **dict.fromkeys(("normalised_aurc", "augrc", "excess_augrc")),
+    **dict.fromkeys(("failure_auroc", "fpr_at_95_tpr")),
+    "bootstrap_95": {"aurc", "augrc", "failure_auroc"},
+    "rank_based": {"coverage", "selective_risk"},
+    "coverage_at_risk": {"risk", "coverage"},
+    "deployed": DEPLOYED_FIELDS,
+    "operating_point": DEPLOYED_FIELDS,
+    "certificates": CERTIFICATE_FIELDS,
+    "class_certificates": CERTIFICATE_FIELDS | {"predicted_class"},
+    "calibration_plans": {"target_risk", "coverage", "expected_risk", "n_calibration", "power"},
+}
+FIELDS = {
+    "schema": None,
+    "config": set(default_config()),
+    "environment": {"date", "python", "jax", "sync_jax", "platform", "devices"},
+    "training": {"steps", "seconds"},
+    "method_score": None,
+    "calibration": SPLIT_FIELDS,
+    "test": SPLIT_FIELDS,
+    "scores": {"softmax_response", "selection"},
+    "aurc_minus_softmax_response": {field.name for field in dataclasses.fields(Interval)},
+}
+
+
+def test_fields_are_the_schemas_and_no_others(tmp_path):
+    def fields(value):
+        """A dict's keys, also as the element of a list; None for a plain value."""
+        value = value[0] if isinstance(value, list) else value
+        return set(value) if isinstance(value, dict) else None
+
     content = written(tmp_path)
+    assert {name: fields(value) for name, value in content.items()} == FIELDS
+    for score in content["scores"].values():
+        assert {name: fields(value) for name, value in score.items()} == SCORE_FIELDS
     assert report.__doc__ is not None
-    for name in (*content, *content["test"], *content["scores"]["selection"]):
-        assert name in report.__doc__, name
+    words = set(re.findall(r"\w+", report.__doc__))
+    documented = (FIELDS, FIELDS["environment"], SPLIT_FIELDS, SCORE_FIELDS, DEPLOYED_FIELDS)
+    for names in (*documented, SCORE_FIELDS["calibration_plans"]):
+        assert words.issuperset(names)
+
+
+def test_a_feasible_certificate_is_shown_with_what_it_gives_on_test(tmp_path, capsys):
+    content = written(tmp_path, perfect=True)
+    report.show_report(content, tmp_path)
+    shown = capsys.readouterr().out
+    certificate = content["scores"]["selection"]["certificates"][-4]
+    assert (certificate["method"], certificate["target_risk"]) == ("sgr", 0.05)
+    assert certificate["feasible"]
+    row = next(line for line in shown.splitlines() if line.split()[:2] == ["g", "5"])
+    assert row.split()[2:5] == [f"{100 * certificate['test']['coverage']:.2f}", ":", "0.00"]
+    assert "Calibration examples for one threshold at 80 % coverage by g" in shown
 
 
 def test_tables_show_both_protocols_and_the_certificates(tmp_path, capsys):
