@@ -9,12 +9,21 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
-def vector(value: ArrayLike, name: str) -> FloatArray:
-    """The argument `name` in float64: [n], not empty, without NaN."""
+def real(value: ArrayLike, name: str) -> FloatArray:
+    """The argument `name` in float64."""
     try:
-        array = np.asarray(value, dtype=np.float64)
+        array = np.asarray(value)
+        # NumPy would read strings as numbers, and drop an imaginary part but for a warning.
+        if array.dtype.kind not in "cSUMm":
+            return array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of real numbers") from error
+    raise ValueError(f"{name} must be an array of real numbers, not of {array.dtype}")
+
+
+def vector(value: ArrayLike, name: str) -> FloatArray:
+    """The argument `name` in float64: [n], not empty, without NaN."""
+    array = real(value, name)
     if array.ndim != 1:
         raise ValueError(f"{name} must have shape [n], got {array.shape}")
     if array.size == 0:
@@ -44,7 +53,7 @@ def ceiling(value: FloatArray) -> IntArray:
 
 def rank_of_coverage(coverage: ArrayLike, n: int) -> IntArray:
     """How many of n examples a coverage in (0, 1] accepts: the smallest k with k/n >= coverage."""
-    values = np.asarray(coverage, dtype=np.float64)
+    values = real(coverage, "coverage")
     if not ((values > 0) & (values <= 1)).all():  # NaN fails both comparisons
         raise ValueError(f"coverage must lie in (0, 1], got {values}")
     return np.clip(ceiling(values * n), 1, n)

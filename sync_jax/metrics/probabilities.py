@@ -6,15 +6,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics.arrays import FloatArray, IntArray
+from sync_jax.metrics.arrays import FloatArray, IntArray, real
 from sync_jax.metrics.sample import Sample, expected_totals, group_ties
 
 
 def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, IntArray]:
-    try:
-        p = np.asarray(probabilities, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError("probabilities must be an array of real numbers") from error
+    p = real(probabilities, "probabilities")
     y = np.asarray(labels)
     if p.ndim != 2 or p.size == 0:
         raise ValueError(f"probabilities must have shape [n, classes], not empty, got {p.shape}")

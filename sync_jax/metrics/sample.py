@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 
 from sync_jax.metrics.arrays import FloatArray, IntArray, is_binary, vector
 
+LARGEST_LOSS = 1e150  # its square, and as many sums as memory holds, stay within float64
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
@@ -35,6 +37,8 @@ def loss_sample(confidence: ArrayLike, loss: ArrayLike) -> Sample:
     sample = _sample(confidence, loss, "loss")
     if sample.value.min() < 0 or np.isinf(sample.value.max()):
         raise ValueError("loss must be finite and non-negative")
+    if sample.value.max() > LARGEST_LOSS:
+        raise ValueError(f"loss must be at most {LARGEST_LOSS:g}: larger ones' sums overflow")
     return sample
 
 

@@ -108,3 +108,30 @@ def calibration_error_by_width(confidence, correct, bins):
         gap = sum(correct[i] for i in inside) - sum(confidence[i] for i in inside)
         error += abs(gap) / n
     return error
+
+
+def calibration_error_by_mass(confidence, correct, bins):
+    """Bin b holds the ranks from b n // bins on, by confidence; a tie shares its accuracy."""
+    n = len(confidence)
+    order = sorted(range(n), key=lambda i: -confidence[i])
+    error = 0.0
+    for b in range(bins):
+        gap = 0.0
+        for i in order[b * n // bins : (b + 1) * n // bins]:
+            tied = [correct[j] for j in range(n) if confidence[j] == confidence[i]]
+            gap += sum(tied) / len(tied) - confidence[i]
+        error += abs(gap) / n
+    return error
+
+
+def brier(probabilities, labels):
+    return sum(
+        (p - (k == y)) ** 2
+        for row, y in zip(probabilities, labels, strict=True)
+        for k, p in enumerate(row)
+    ) / len(labels)
+
+
+def negative_log_likelihood(probabilities, labels):
+    right = [row[y] for row, y in zip(probabilities, labels, strict=True)]
+    return sum(-math.log(p) if p > 0 else math.inf for p in right) / len(right)

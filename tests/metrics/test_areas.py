@@ -1,10 +1,13 @@
 """The areas against hand-computed values, closed forms, oracles and identities."""
 
 import math
+from fractions import Fraction
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from sync_jax import metrics
 from tests.metrics import oracles
@@ -55,15 +58,18 @@ def test_areas_derived_from_aurc_by_hand():
     assert metrics.excess_augrc(*HAND) == pytest.approx((1 / 8 + 1 / 4 + 3 / 8) / 4 - 1 / 8)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [(7, 3), (1, 9), (40, 1), (5, 0), (0, 5)])
+@given(st.integers(0, 60), st.integers(0, 60))
+@hypothesis.example(5, 0)
+@hypothesis.example(0, 5)
 def test_closed_forms_of_perfect_reversed_and_constant(right, wrong):
     n = right + wrong
+    hypothesis.assume(n >= 2)  # torch_uncertainty needs two
     error = np.r_[np.zeros(right), np.ones(wrong)]
     perfect, reverse, constant = -np.arange(n), np.arange(n), np.zeros(n)
-    r, harmonic = wrong / n, lambda k: sum(1 / i for i in range(1, k + 1))
+    r, harmonic = wrong / n, lambda k: sum(Fraction(1, i) for i in range(1, k + 1))
     # Perfect: (k - right)/k for k > right. Reversed: 1 up to k = wrong, then wrong/k.
-    best = (wrong - right * (harmonic(n) - harmonic(right))) / n
-    worst = (wrong + wrong * (harmonic(n) - harmonic(wrong))) / n
+    best = float((wrong - right * (harmonic(n) - harmonic(right))) / n)
+    worst = float((wrong + wrong * (harmonic(n) - harmonic(wrong))) / n)
     assert metrics.aurc(perfect, error) == pytest.approx(best, abs=1e-15)
     assert metrics.aurc(reverse, error) == pytest.approx(worst)
     assert metrics.augrc(perfect, error) == pytest.approx(r**2 / 2)

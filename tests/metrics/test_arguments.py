@@ -82,6 +82,11 @@ def test_any_numeric_dtype_is_taken_in_float64(dtype):
         ([0.1, 0.2], [0, math.inf], "loss must be finite and non-negative"),
         (["a", "b"], [0, 1], "confidence must be an array of real numbers"),
         ([0.1, 0.2], None, "loss"),
+        (["0.1", "0.2"], [0, 1], "confidence must be an array of real numbers, not of <U3"),
+        ([0.1, 0.2], ["0", "1"], "loss must be an array of real numbers, not of <U1"),
+        ([0.1 + 1j, 0.2], [0, 1], "confidence must be an array of real numbers, not of complex"),
+        ([0.1, 0.2], [0, 1j], "loss must be an array of real numbers, not of complex"),
+        ([0.1, 0.2], [0, 1e151], r"loss must be at most 1e\+150"),
     ],
 )
 def test_bad_input_is_refused_by_name(confidence, loss, message):
@@ -100,10 +105,23 @@ def test_bad_input_is_refused_by_name(confidence, loss, message):
             call(confidence, loss)
 
 
+def test_the_largest_losses_do_not_overflow():
+    confidence, loss = np.arange(1000.0), np.full(1000, 1e150)
+    for metric in LOSS_METRICS:
+        assert not np.isinf(metric(confidence, loss))
+    interval = metrics.bootstrap_interval(metrics.aurc, confidence, loss, resamples=20)
+    assert interval.lower == pytest.approx(1e150, rel=1e-12)
+    assert interval.upper == pytest.approx(1e150, rel=1e-12)
+
+
 @pytest.mark.parametrize("metric", CORRECT_METRICS)
 def test_correct_must_be_zero_or_one(metric):
     with pytest.raises(ValueError, match="correct must hold only 0 and 1"):
         metric([1, 2], [0, 0.5])
+    with pytest.raises(
+        ValueError, match="correct must be an array of real numbers, not of complex"
+    ):
+        metric([1, 2], [0, 1j])
     with pytest.raises(ValueError, match="correct has shape"):
         metric([1, 2], [0])
 
@@ -124,6 +142,8 @@ def test_coverage_outside_its_range_is_refused(coverage):
         (lambda: metrics.excess_aurc(*HAND, convention="torch_uncertainty"), "no excess"),
         (lambda: metrics.coverage_at_risk(*HAND, risk=-0.1), "risk must be non-negative"),
         (lambda: metrics.coverage_at_risk(*HAND, risk=math.nan), "risk must be non-negative"),
+        (lambda: metrics.selective_risk(*HAND, coverage="1"), "coverage must be an array of real"),
+        (lambda: metrics.threshold_table(*HAND, thresholds=["1"]), "thresholds must be an array"),
         (lambda: metrics.fpr_at_tpr(*HAND, tpr=0), "tpr must lie"),
         (lambda: metrics.deployed(*HAND, threshold=math.nan), "threshold is NaN"),
         (lambda: metrics.threshold_table([1], [0.5]), "loss must be 0/1"),

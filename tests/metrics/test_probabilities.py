@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sync_jax import metrics
 from tests.metrics import oracles
@@ -14,6 +16,48 @@ def predictions(n=500, classes=4, seed=0):
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.full(classes, 0.5), size=n)
     return p, np.array([rng.choice(classes, p=row) for row in p])
+
+
+@st.composite
+def labelled(draw):
+    """Few distinct weights per class, so that confidences tie and lie on the edges of bins."""
+    classes, n = draw(st.integers(2, 4)), draw(st.integers(1, 15))
+    weights = st.lists(st.integers(0, 4), min_size=classes, max_size=classes).filter(any)
+    p = np.array(draw(st.lists(weights, min_size=n, max_size=n)), float)
+    y = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    return p / p.sum(axis=1, keepdims=True), np.array(y)
+
+
+@given(labelled(), st.integers(1, 20))
+def test_probability_metrics_match_the_oracles(data, bins):
+    p, y = data
+    assert metrics.accuracy(p, y) == np.mean(
+        [row.argmax() == k for row, k in zip(p, y, strict=True)]
+    )
+    assert metrics.brier(p, y) == pytest.approx(oracles.brier(p, y), abs=1e-12)
+    nll = oracles.negative_log_likelihood(p, y)
+    assert metrics.negative_log_likelihood(p, y) == pytest.approx(nll, abs=1e-12)
+    for binning, oracle in (
+        ("width", oracles.calibration_error_by_width),
+        ("mass", oracles.calibration_error_by_mass),
+    ):
+        result = metrics.expected_calibration_error(p, y, binning=binning, bins=bins)
+        assert result.value == pytest.approx(oracle(p.max(1), p.argmax(1) == y, bins), abs=1e-12)
+        assert result.count.sum() == y.size
+        assert result.count.size <= bins
+
+
+@given(labelled())
+def test_and_scikit_learn(data):
+    p, y = data
+    names = list(range(p.shape[1]))
+    positive = (p + 1e-3) / (p + 1e-3).sum(axis=1, keepdims=True)  # it clips what is nearly 0
+    assert metrics.negative_log_likelihood(positive, y) == pytest.approx(
+        sklearn.metrics.log_loss(y, positive, labels=names), rel=1e-9
+    )
+    assert metrics.brier(p, y) == pytest.approx(
+        sklearn.metrics.brier_score_loss(y, p, labels=names, scale_by_half=False), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -101,6 +145,8 @@ def test_more_bins_by_mass_than_examples():
         ([[1.5, -0.5]], [0], "must lie in"),
         ([[math.nan, 1.0]], [0], "without NaN"),
         ([["a", "b"]], [0], "probabilities must be an array"),
+        ([["0.5", "0.5"]], [0], "probabilities must be an array of real numbers, not of <U3"),
+        ([[0.5, 0.5 + 0j]], [0], "probabilities must be an array of real numbers, not of complex"),
         ([[0.5, 0.5]], [0, 1], "labels has shape"),
         ([[0.5, 0.5]], [2], "labels must be integers"),
         ([[0.5, 0.5]], [-1], "labels must be integers"),
