@@ -44,8 +44,8 @@ def default_config() -> ConfigDict:
     config.model.width = 32  # channels of the first convolution
     config.model.features = 256  # size of the feature vector
 
-    # losses.sync_loss and losses.selectivenet_loss. The SYNC values are provisional: the paper's
-    # are not public, and which are best is an open question.
+    # losses.selectivenet_loss and losses.sync_loss read the first six. The SYNC values are
+    # provisional: the paper's are not public, and which are best is an open question.
     config.loss = ConfigDict()
     config.loss.coverage_weight = 32.0
     config.loss.alpha = 0.5
@@ -53,6 +53,13 @@ def default_config() -> ConfigDict:
     config.loss.prior_weight = 0.0
     config.loss.sync_weight = 0.5
     config.loss.divergence = "bce"  # or "mse"
+    config.loss.payoff = 2.2  # deep_gamblers: of a right answer; above 1, at most the classes
+    config.loss.target_momentum = 0.9  # self_adaptive: of the targets; the field's 0.99 on ImageNet
+    # Of any method: weight of the entropy of the class probabilities ("+EM"; the field's is 0.01).
+    config.loss.entropy_weight = 0.0
+    # How many first epochs minimise the plain cross-entropy instead; negative: the method's own
+    # choice, a third of the run for deep_gamblers and none for the others.
+    config.loss.warmup_epochs = -1.0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.1  # peak
@@ -138,10 +145,17 @@ def validate(config: ConfigDict) -> None:
         non_negative(config, field)
     for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
         non_negative(config, f"loss.{field}")
+    non_negative(config, "loss.entropy_weight")
+    _range("below the run's epochs, or negative", lambda x: True)(config, "loss.warmup_epochs")
+    _range("in [0, 1)", lambda x: 0 <= x < 1)(config, "loss.target_momentum")
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
     _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
 
     info = DATASETS[config.data.name]
+    classes = info.num_classes
+    _range(f"above 1 and at most the {classes} classes", lambda x: 1 < x <= classes)(
+        config, "loss.payoff"
+    )
     train_size = info.num_train - config.data.calibration_size
     if train_size < info.num_classes or config.data.calibration_size < info.num_classes:
         raise InputError(
@@ -159,11 +173,12 @@ def validate(config: ConfigDict) -> None:
             f"config.train.epochs={config.train.epochs:g} must be less than "
             f"{2**31 / train_size:.0f} with {train_size} training examples"
         )
-    if config.optimizer.warmup_epochs >= config.train.epochs:
-        raise InputError(
-            f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs:g} must be less than "
-            f"config.train.epochs={config.train.epochs:g}"
-        )
+    for field in ("optimizer.warmup_epochs", "loss.warmup_epochs"):
+        if (epochs := _get(config, field)) >= config.train.epochs:
+            raise InputError(
+                f"config.{field}={epochs:g} must be less than "
+                f"config.train.epochs={config.train.epochs:g}"
+            )
 
 
 def to_json(config: ConfigDict) -> str:

@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 from sync_jax import guarantees, metrics
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.scores import REQUIRED_OUTPUT, SCORES
+from sync_jax.scores import REQUIRED_OUTPUTS, SCORES
 
 # A class has few calibration examples and a share of delta: fifty candidates would divide it so far
 # that no class can be certified.
 CLASS_CANDIDATES = 5
+
+PNORMS = range(1, 11)  # orders that max_logit_pnorm chooses from, beside its fallback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Predictions:
 
     Attributes:
         outputs: by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
-            auxiliary_logits `[n, classes]`; float32.
+            auxiliary_logits `[n, classes]`, abstention_logits `[n]`; float32.
         labels: `[n]` int32.
         index: `[n]` int64, positions in the official split.
     """
@@ -54,10 +56,13 @@ class Predictions:
         exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
-    def confidence(self, score: str) -> np.ndarray:
-        """`[n]` float64, by a name in `scores.SCORES`. Float64 keeps confident examples apart."""
+    def confidence(self, score: str, **parameters: Any) -> np.ndarray:
+        """`[n]` float64, by a name in `scores.SCORES` and the score's own arguments.
+
+        Float64 keeps confident examples apart.
+        """
         outputs = {name: output.astype(np.float64) for name, output in self.outputs.items()}
-        return SCORES[score](outputs)
+        return SCORES[score](outputs, **parameters)
 
     @property
     def mean_selection(self) -> float | None:
@@ -169,13 +174,15 @@ def evaluation_record(
     Returns:
         Plain dicts, lists and numbers; undefined values are NaN.
     """
-    names = [name for name in SCORES if REQUIRED_OUTPUT[name] in test.outputs]
-    record = {
+    names = [name for name, needed in REQUIRED_OUTPUTS.items() if test.outputs.keys() >= {*needed}]
+    record: dict[str, Any] = {
         "calibration": summary(calibration),
         "test": summary(test),
         "method_score": score,
-        "scores": {name: score_record(calibration, test, config, score=name) for name in names},
+        "scores": {name: ranking_record(calibration, test, config, score=name) for name in names},
     }
+    for name in {"softmax_response", score}:
+        record["scores"][name] |= guarantee_record(calibration, test, config, score=name)
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
             metrics.aurc,
@@ -188,33 +195,32 @@ def evaluation_record(
     return record
 
 
-def score_record(
+def ranking_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
-    """The part of the evaluation record that depends on a confidence score.
+    """What is recorded of every score.
 
     Args:
-        calibration: where thresholds come from.
+        calibration: where thresholds and the score's parameters come from.
         test: where they are judged.
         config: as in `evaluation_record`.
         score: a name in `scores.SCORES`.
     """
-    confidence, wrong = test.confidence(score), test.wrong
+    parameters = fit_parameters(calibration, score=score)
+    held_out = calibration.confidence(score, **parameters)
+    confidence, wrong = test.confidence(score, **parameters), test.wrong
 
     def rank_based(coverage: float) -> dict[str, float]:
         risk = metrics.selective_risk(confidence, wrong, coverage=coverage)
         return {"coverage": coverage, "selective_risk": risk}
 
     def calibrated(coverage: float) -> dict[str, Any]:
-        threshold = metrics.threshold_for_coverage(calibration.confidence(score), coverage=coverage)
+        threshold = metrics.threshold_for_coverage(held_out, coverage=coverage)
         return {"target_coverage": coverage, **_on_test(confidence, wrong, threshold)}
-
-    def interval(metric: Callable[..., float], values: np.ndarray) -> list[float]:
-        result = metrics.bootstrap_interval(metric, confidence, values)
-        return [result.lower, result.upper]
 
     coverages = [percent / 100 for percent in config.evaluation.coverages]
     return {
+        "parameters": parameters,
         "aurc": {
             convention: metrics.aurc(confidence, wrong, convention=convention)
             for convention in ("mean", "fd_shifts", "torch_uncertainty")
@@ -228,11 +234,6 @@ def score_record(
         "excess_augrc": metrics.excess_augrc(confidence, wrong),
         "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
         "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
-        "bootstrap_95": {
-            "aurc": interval(metrics.aurc, wrong),
-            "augrc": interval(metrics.augrc, wrong),
-            "failure_auroc": interval(metrics.failure_auroc, 1 - wrong),
-        },
         "rank_based": [rank_based(coverage) for coverage in coverages],
         "coverage_at_risk": [
             {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, wrong, risk=risk)}
@@ -240,6 +241,43 @@ def score_record(
         ],
         "deployed": [calibrated(coverage) for coverage in coverages],
         "operating_point": calibrated(config.target_coverage),
+    }
+
+
+def fit_parameters(calibration: Predictions, *, score: str) -> dict[str, Any]:
+    """The arguments that a score takes, chosen on the calibration split; {} for most.
+
+    The order p of max_logit_pnorm is the one with the smallest AURC, the smallest of several, and
+    None, the softmax response, where no order is better than that.
+    """
+    if score != "max_logit_pnorm":
+        return {}
+
+    def area(p: int | None) -> float:
+        return metrics.aurc(calibration.confidence(score, p=p), calibration.wrong)
+
+    return {"p": min((None, *PNORMS), key=area)}  # min keeps the first among equals
+
+
+def guarantee_record(
+    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
+) -> dict[str, Any]:
+    """What is recorded beside that of the softmax response and of the method's own score.
+
+    Intervals and certificates cost time, and of a dozen scores none could be chosen by them.
+    """
+    confidence, wrong = test.confidence(score), test.wrong
+
+    def interval(metric: Callable[..., float], values: np.ndarray) -> list[float]:
+        result = metrics.bootstrap_interval(metric, confidence, values)
+        return [result.lower, result.upper]
+
+    return {
+        "bootstrap_95": {
+            "aurc": interval(metrics.aurc, wrong),
+            "augrc": interval(metrics.augrc, wrong),
+            "failure_auroc": interval(metrics.failure_auroc, 1 - wrong),
+        },
         "certificates": certificates(calibration, test, config, score=score),
         "class_certificates": class_certificates(calibration, test, config, score=score),
         "calibration_plans": calibration_plans(calibration, config, score=score),

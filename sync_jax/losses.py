@@ -6,6 +6,8 @@ whatever the inputs' precision. Means run over the real examples of the whole ar
 with a sharded batch that is the global batch.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -187,6 +189,98 @@ def sync_loss(
     synchronisation = masked_mean(distance, mask)
     terms = terms | {"synchronisation": synchronisation}
     return selective + sync_weight * synchronisation, terms
+
+
+def deep_gamblers_loss(
+    logits: Array, abstention_logits: Array, labels: Array, *, payoff: float
+) -> Array:
+    """Deep Gamblers (Liu et al., 2019, equation 5): the doubling rate of a horse race.
+
+    With p the softmax over the classes and the abstention, y the label and o the payoff,
+
+        -log(p_y + p_abstain / o)
+
+    in log space, where nothing underflows. The authors' code takes the logarithm of the sum of the
+    probabilities.
+
+    Args:
+        logits: `[batch, classes]`.
+        abstention_logits: `[batch]`.
+        labels: `[batch]`.
+        payoff: what a right answer pays against a stake kept back; above 1, where abstaining is
+            free, and at most the number of classes, where guessing blindly pays as much.
+
+    Returns:
+        `[batch]` float32, in nats.
+    """
+    log_right, log_abstain = _log_right_and_abstain(logits, abstention_logits, labels)
+    return -jnp.logaddexp(log_right, log_abstain - math.log(payoff))
+
+
+def self_adaptive_loss(
+    logits: Array, abstention_logits: Array, labels: Array, targets: Array
+) -> Array:
+    """Self-adaptive training (Huang et al., 2020, equation 5).
+
+    With p the softmax over the classes and the abstention, y the label and t the target,
+
+        -t log p_y - (1 - t) log p_abstain
+
+    Args:
+        logits: `[batch, classes]`.
+        abstention_logits: `[batch]`.
+        labels: `[batch]`.
+        targets: `[batch]` in `[0, 1]`: how far each example's label is believed.
+
+    Returns:
+        `[batch]` float32, in nats.
+    """
+    log_right, log_abstain = _log_right_and_abstain(logits, abstention_logits, labels)
+    return -targets * log_right - (1.0 - targets) * log_abstain
+
+
+def update_targets(targets: Array, logits: Array, labels: Array, *, momentum: float) -> Array:
+    """Self-adaptive training's next targets: momentum * t + (1 - momentum) * p_y, as constants.
+
+    p is the softmax over the classes alone. The authors keep a target per class; the loss reads the
+    label's only, and so do we.
+
+    Args:
+        targets: `[batch]` in `[0, 1]`, 1 before the first visit.
+        logits: `[batch, classes]`.
+        labels: `[batch]`.
+        momentum: in `[0, 1)`.
+
+    Returns:
+        `[batch]` float32.
+    """
+    right = jnp.exp(-cross_entropy(jax.lax.stop_gradient(logits), labels))
+    return momentum * targets + (1.0 - momentum) * right
+
+
+def entropy(logits: Array) -> Array:
+    """Entropy of the class probabilities, -sum(p log p): its minimisation is "+EM".
+
+    Feng et al. (2023) describe it so; their code sums p times the raw logits, which depends on a
+    shift of them and has no lower bound.
+
+    Args:
+        logits: `[batch, classes]`.
+
+    Returns:
+        `[batch]` float32, in nats, in `[0, log(classes)]` but for rounding.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def _log_right_and_abstain(
+    logits: Array, abstention_logits: Array, labels: Array
+) -> tuple[Array, Array]:
+    """Log-probabilities of the label and of the abstention, `[batch]` each."""
+    every = jnp.concatenate([logits, abstention_logits[:, None]], axis=-1).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(every)
+    return jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0], log_p[:, -1]
 
 
 def _selective_objective(

@@ -11,14 +11,14 @@ and risks are fractions. Fields:
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
                                ece_15_bins_of_equal_width, ece_15_bins_of_equal_mass,
                                mean_selection (mean of g, with a selection head)
-    scores.NAME                for softmax_response and, with a selection head, selection:
+    scores.NAME                for every score that the outputs allow, see sync_jax.scores:
+      parameters               the score's arguments, chosen on the calibration split: p of
+                               max_logit_pnorm (null: the softmax response is better), {} else
       aurc.CONVENTION          on test: mean (expected value under random order of ties),
                                fd_shifts, torch_uncertainty
       excess_aurc.CONVENTION   mean (against the best ranking of as many errors), fd_shifts
       normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
                                on test; see sync_jax.metrics
-      bootstrap_95             [lower, upper] of aurc, augrc, failure_auroc over 1,000 resamples of
-                               the test examples
       rank_based[]             coverage imposed on the test ranking, as published tables do:
                                coverage, selective_risk
       coverage_at_risk[]       the largest coverage of the test ranking with each target risk: risk,
@@ -27,6 +27,9 @@ and risks are fractions. Fields:
                                would get: target_coverage, threshold, coverage, selective_risk,
                                n_accepted, n_errors, n_rejected, n_rejected_errors
       operating_point          the same at config.target_coverage
+                               and of softmax_response and the method's own score alone:
+      bootstrap_95             [lower, upper] of aurc, augrc, failure_auroc over 1,000 resamples of
+                               the test examples
       certificates[]           a guarantees.Certificate of each method at each of
                                config.evaluation.target_risks, and under test what its threshold
                                gives there
@@ -64,7 +67,16 @@ from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
 
 SCHEMA = 2
-LABELS = {"softmax_response": "SR", "selection": "g"}
+LABELS = {
+    "softmax_response": "SR",
+    "margin": "margin",
+    "negative_entropy": "-entropy",
+    "max_logit": "max logit",
+    "max_logit_pnorm": "p-norm",
+    "energy": "energy",
+    "selection": "g",
+    "abstention": "-abstention",
+}
 CERTIFICATE_LABELS = {
     "sgr": "SGR",
     "learn_then_test/bonferroni": "LTT Bonferroni",
@@ -171,13 +183,19 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
     console.print(f"Report: {workdir / 'report.json'}, {workdir / 'risk_coverage.png'}")
 
 
+def _main_scores(record: dict[str, Any]) -> dict[str, Any]:
+    """The softmax response and the method's own score, which may be the same."""
+    names = dict.fromkeys(("softmax_response", record["method_score"]))
+    return {name: record["scores"][name] for name in names}
+
+
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table(
         title="Selective error % on test",
         box=rich.box.SIMPLE_HEAD,
     )
     table.add_column("coverage %", justify="right")
-    scores = report["scores"]
+    scores = _main_scores(report)
     for name in scores:
         table.add_column(f"rank-based {LABELS[name]}", justify="right")
     for name in scores:
@@ -212,9 +230,11 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
         table.add_column(column, justify="right")
     for name, score in report["scores"].items():
         table.add_row(
-            LABELS[name],
+            _label(name, score["parameters"]),
             _number(score["aurc"]["mean"], 1000, 2),
-            " to ".join(_number(x, 1000, 2) for x in score["bootstrap_95"]["aurc"]),
+            " to ".join(_number(x, 1000, 2) for x in score["bootstrap_95"]["aurc"])
+            if "bootstrap_95" in score
+            else "",
             _number(score["excess_aurc"]["mean"], 1000, 2),
             _number(score["augrc"], 1000, 2),
             _number(score["failure_auroc"], 1, 4),
@@ -231,7 +251,7 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
     )
     for column in ("score", "target %", *CERTIFICATE_LABELS.values()):
         table.add_column(column, justify="right")
-    for name, score in report["scores"].items():
+    for name, score in _main_scores(report).items():
         rows: dict[float, dict[str, str]] = {}
         for certificate in score["certificates"]:
             test, cell = certificate["test"], "infeasible"
@@ -248,7 +268,7 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
 def _certificate_notes(report: dict[str, Any]) -> list[str]:
     """Why certificates are infeasible, and how many classes have one of their own."""
     notes = []
-    for name, score in report["scores"].items():
+    for name, score in _main_scores(report).items():
         for certificate in score["certificates"]:
             if not certificate["feasible"]:
                 notes.append(
@@ -286,7 +306,7 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     # A Figure of its own, not pyplot's: no global state, no display needed.
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
-    for color, (name, score) in zip(("C0", "C1", "C2"), record["scores"].items(), strict=False):
+    for color, (name, score) in zip(("C0", "C1"), _main_scores(record).items(), strict=False):
         curve = metrics.risk_coverage_curve(test.confidence(name), test.wrong)
         label = f"{LABELS[name]}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=color, label=label)
@@ -328,6 +348,13 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.incomplete")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
+
+
+def _label(name: str, parameters: dict[str, Any]) -> str:
+    """A score's label with what was chosen for it."""
+    if "p" not in parameters:
+        return LABELS[name]
+    return f"{LABELS[name]} ({'SR' if parameters['p'] is None else 'p ' + str(parameters['p'])})"
 
 
 def _percent(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """The training state and the pure functions that the loop compiles: a step, an evaluation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,8 @@ from jax import Array
 from sync_jax.losses import Terms, masked_mean
 
 Batch = dict[str, Array]
-# (outputs, labels, mask) to (loss, terms); a method's objective with its hyperparameters filled in.
-Objective = Callable[[dict[str, Array], Array, Array], tuple[Array, Terms]]
+# (outputs, batch, memory, step) to (loss, terms, memory); see `methods.training_objective`.
+Objective = Callable[[dict[str, Array], Batch, Any, Array], tuple[Array, Terms, Any]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -24,12 +25,14 @@ class TrainState(struct.PyTreeNode):
         params: the network's parameters.
         batch_stats: BatchNorm's running statistics.
         opt_state: the optimiser's.
+        memory: the method's, `methods.Memory`; an empty dict for most.
     """
 
     step: Array
     params: optax.Params
     batch_stats: optax.Params
     opt_state: optax.OptState
+    memory: Any
 
 
 def create_train_state(
@@ -38,6 +41,7 @@ def create_train_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
+    create_memory: Callable[[], Any] = dict,
 ) -> TrainState:
     """A state before the first step.
 
@@ -46,6 +50,7 @@ def create_train_state(
         network: maps images `[batch, height, width, channels]` to a dict of outputs.
         optimizer: its state is made here.
         image_shape: (height, width, channels).
+        create_memory: makes the method's memory.
 
     Returns:
         The state; a pure function of its arguments, so it can be jitted with output shardings.
@@ -57,6 +62,7 @@ def create_train_state(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
+        memory=create_memory(),
     )
 
 
@@ -72,7 +78,8 @@ def train_step(
 
     Args:
         state: before the step.
-        batch: image `[batch, height, width, channels]`, normalised; label, mask `[batch]`.
+        batch: image `[batch, height, width, channels]`, normalised; label, mask and, for a method
+            with a memory, index `[batch]`.
         network: see `create_train_state`.
         objective: what is minimised.
         optimizer: as given to `create_train_state`.
@@ -83,18 +90,20 @@ def train_step(
         (share with g >= 1/2).
     """
 
-    def loss_fn(params: optax.Params) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params]]:
+    def loss_fn(
+        params: optax.Params,
+    ) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params, Any]]:
         outputs, updates = network.apply(
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
             train=True,
             mutable=["batch_stats"],
         )
-        loss, terms = objective(outputs, batch["label"], batch["mask"])
-        return loss, (terms, outputs, updates.get("batch_stats", {}))
+        loss, terms, memory = objective(outputs, batch, state.memory, state.step)
+        return loss, (terms, outputs, updates.get("batch_stats", {}), memory)
 
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (terms, outputs, batch_stats)), grads = gradient_fn(state.params)
+    (loss, (terms, outputs, batch_stats, memory)), grads = gradient_fn(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     correct = jnp.argmax(outputs["logits"], axis=-1) == batch["label"]
     metrics = {
@@ -113,6 +122,7 @@ def train_step(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
+        memory=memory,
     )
     return state, metrics
 

@@ -23,7 +23,7 @@ from sync_jax.data.resident import ResidentSplit, training_batch
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
 from sync_jax.losses import Terms
-from sync_jax.methods import METHODS
+from sync_jax.methods import METHODS, training_objective
 from sync_jax.models import make_network
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.progress import MetricWriter, Progress, read_metrics
@@ -204,9 +204,11 @@ class Run:
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
         augmentation = Augmentation(config.data.crop_padding, config.data.flip)
-
-        def objective(outputs: dict[str, Array], labels: Array, mask: Array) -> tuple[Array, Terms]:
-            return method.objective(outputs, labels, mask, config)
+        warmup_epochs = config.loss.warmup_epochs
+        if warmup_epochs < 0:
+            warmup_epochs = method.warmup * config.train.epochs
+        warmup_steps = self.steps_of(warmup_epochs) if warmup_epochs else 0
+        objective = training_objective(method, config, warmup_steps=warmup_steps)
 
         def step(state: TrainState, data: ResidentSplit) -> tuple[TrainState, Terms]:
             batch = training_batch(
@@ -241,11 +243,13 @@ class Run:
 
     def create_state(self) -> TrainState:
         """The state before the first step, on every device."""
+        memory = METHODS[self.config.method].memory
         create = functools.partial(
             create_train_state,
             network=self.network,
             optimizer=self.optimizer,
             image_shape=self.info.image_shape,
+            create_memory=(lambda: memory.create(self.train_size)) if memory else dict,
         )
         copied = sharding.replicated(self.mesh)
         return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))
@@ -332,9 +336,8 @@ def check_state(state: TrainState, done: int) -> None:
     Raises:
         NonFiniteError: naming the step and the part of the state.
     """
-    parts = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
-    for name, tree in parts.items():
-        if not bool(_all_finite(tree)):
+    for name in ("params", "batch_stats", "opt_state", "memory"):
+        if not bool(_all_finite(getattr(state, name))):
             raise NonFiniteError(f"step {done}: {name} holds a number that is not finite")
 
 

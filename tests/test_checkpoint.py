@@ -13,7 +13,11 @@ def state(value: float) -> TrainState:
         return {"kernel": jnp.full((3, 2), value), "bias": jnp.arange(2.0) * value}
 
     return TrainState(
-        step=jnp.int32(value), params=tree(), batch_stats={}, opt_state=(tree(), jnp.int32(7))
+        step=jnp.int32(value),
+        params=tree(),
+        batch_stats={},
+        opt_state=(tree(), jnp.int32(7)),
+        memory=jnp.full(5, value),
     )
 
 

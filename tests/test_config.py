@@ -22,7 +22,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 COUNT = (0, -3)
 NAN, INFINITY = math.nan, math.inf
 BAD = {
-    "method": (("selective", ""), "choose from ce, selectivenet, sync"),
+    "method": (
+        ("selective", ""),
+        "choose from ce, deep_gamblers, selectivenet, self_adaptive, sync",
+    ),
     "data.name": (("mnist",), "choose from fashion_mnist"),
     "model.name": (("resnet",), "choose from cnn"),
     "loss.divergence": (("kl",), "choose from bce, mse"),
@@ -53,6 +56,10 @@ BAD = {
     "loss.prior_power": ((-1.0, NAN, INFINITY), "at least 0"),
     "loss.prior_weight": ((-1.0, NAN, INFINITY), "at least 0"),
     "loss.sync_weight": ((-1.0, NAN, INFINITY), "at least 0"),
+    "loss.entropy_weight": ((-0.1, NAN, INFINITY), "at least 0"),
+    "loss.warmup_epochs": ((NAN, INFINITY), "below the run's epochs"),
+    "loss.target_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "loss.payoff": ((1.0, 0.0, 10.1, NAN), "above 1 and at most the 10 classes"),
     "evaluation.coverages": (
         ((), (0,), (101,), (50, NAN), ("half",), (True,)),
         "must be a list of percentages in (0, 100]",
@@ -72,6 +79,7 @@ GOOD = [
     ("loss.coverage_weight", 0.0), ("loss.prior_power", 0.0), ("train.epochs", 1.5),
     ("evaluation.coverages", (100,)), ("evaluation.coverages", (33.3, 50)),
     ("evaluation.target_risks", (0.5,)), ("optimizer.warmup_epochs", 0.0), ("method", "ce"),
+    ("loss.payoff", 10.0), ("loss.target_momentum", 0.0), ("loss.warmup_epochs", 29.0),
     ("train.batch_size", 54_000), ("optimizer.schedule", "step"),
 ]  # fmt: skip
 
@@ -107,7 +115,7 @@ def message(config):
 
 
 def test_the_default_is_valid():
-    validate(default_config())
+    assert validate(default_config()) is None  # raises otherwise
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -138,7 +146,12 @@ def test_a_bad_value_gets_its_field_its_value_and_the_choices(field, value, choi
 
 @pytest.mark.parametrize(("field", "value"), GOOD)
 def test_values_at_the_bounds_are_accepted(field, value):
-    validate(with_field(field, value))
+    assert validate(with_field(field, value)) is None
+
+
+def test_a_warm_up_must_end_before_the_run():
+    for field in ("loss.warmup_epochs", "optimizer.warmup_epochs"):
+        assert f"config.{field}=30 must be less than" in message(with_field(field, 30.0))
 
 
 def test_a_typo_gets_a_suggestion():

@@ -14,9 +14,16 @@ from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
+from sync_jax.evaluate import (
+    Predictions,
+    evaluation_record,
+    fit_parameters,
+    predict,
+    summary,
+)
 from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectiveClassifier
+from sync_jax.scores import REQUIRED_OUTPUTS
 from sync_jax.steps import TrainState, eval_step
 
 # --- predict --------------------------------------------------------------------------------------
@@ -89,7 +96,7 @@ def test_a_real_network_whatever_the_batch_size():
     variables = jax.jit(functools.partial(network.init, train=False))(
         jax.random.key(0), part.images.astype(np.float32)
     )
-    state = TrainState(0, variables["params"], variables["batch_stats"], ())
+    state = TrainState(0, variables["params"], variables["batch_stats"], (), {})
     outputs_of = jax.jit(lambda images: eval_step(state, images / 255.0, network=network))
     expected = predict(part, outputs_of, 1).outputs
     assert expected.keys() == {"logits", "selection_logits", "auxiliary_logits"}
@@ -460,11 +467,41 @@ def test_calibration_plans_are_the_planners():
 
 def test_which_scores(record, config):
     assert record["method_score"] == "selection"
-    assert record["scores"].keys() == {"softmax_response", "selection"}
+    of_logits = {name for name, needed in REQUIRED_OUTPUTS.items() if needed == ("logits",)}
+    assert record["scores"].keys() == of_logits | {"selection"}
+    with_certificates = {
+        name for name, score in record["scores"].items() if "certificates" in score
+    }
+    assert with_certificates == {"softmax_response", "selection"}
     plain = evaluation_record(
         binary([2.0, 1.0], [0, 1]), binary([2.0, 1.0], [0, 1]), config, score="softmax_response"
     )
-    assert plain["scores"].keys() == {"softmax_response"}
+    assert plain["scores"].keys() == of_logits
+
+
+def test_the_order_of_the_norm_is_chosen_on_calibration_data():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    logits = rng.normal(size=(400, 4)) + 1.5 * np.eye(4)[labels]
+    logits *= rng.exponential(size=(400, 1))  # a scale that says nothing, and a norm takes away
+    predictions = Predictions({"logits": logits.astype(np.float32)}, labels, np.arange(400))
+    p = fit_parameters(predictions, score="max_logit_pnorm")["p"]
+    areas = {
+        order: metrics.aurc(predictions.confidence("max_logit_pnorm", p=order), predictions.wrong)
+        for order in (None, *range(1, 11))
+    }
+    assert p is not None
+    assert areas[p] == min(areas.values()) < areas[None]
+    assert fit_parameters(predictions, score="margin") == {}
+
+
+def test_where_no_norm_helps_the_softmax_response_stays():
+    """The scale of the logits, which any norm takes away, tells right from wrong perfectly."""
+    scale = np.array([4.0, 3.0, 2.0, 1.0, 0.5, 0.2])
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    logits = np.stack([scale, 0 * scale], axis=1).astype(np.float32)
+    predictions = Predictions({"logits": logits}, labels, np.arange(6))
+    assert fit_parameters(predictions, score="max_logit_pnorm") == {"p": None}
 
 
 def test_no_errors_at_all(config):

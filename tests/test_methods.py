@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ from ml_collections import ConfigDict
 
 from sync_jax import losses
 from sync_jax.config import default_config
-from sync_jax.methods import METHODS
-from sync_jax.scores import REQUIRED_OUTPUT
+from sync_jax.methods import METHODS, training_objective
+from sync_jax.scores import REQUIRED_OUTPUTS
 
 # What a head adds to the network's outputs.
-OUTPUT_OF_HEAD = {"selection": "selection_logits", "auxiliary": "auxiliary_logits"}
+OUTPUT_OF_HEAD = {
+    "selection": "selection_logits",
+    "auxiliary": "auxiliary_logits",
+    "abstention": "abstention_logits",
+}
 
 
 def make_outputs():
@@ -21,6 +26,8 @@ def make_outputs():
         "logits": jnp.asarray(rng.standard_normal((6, 3)), jnp.float32),
         "selection_logits": jnp.asarray(rng.standard_normal(6), jnp.float32),
         "auxiliary_logits": jnp.asarray(rng.standard_normal((6, 3)), jnp.float32),
+        "abstention_logits": jnp.asarray(rng.standard_normal(6), jnp.float32),
+        "targets": jnp.asarray(rng.random(6), jnp.float32),  # of self_adaptive's memory
     }
     return outputs, jnp.asarray(rng.integers(0, 3, 6)), jnp.array([1.0, 1, 0, 1, 1, 1])
 
@@ -37,6 +44,10 @@ def unusual_config() -> ConfigDict:
             "prior_weight": 0.6,
             "sync_weight": 1.7,
             "divergence": "mse",
+            "payoff": 1.9,
+            "target_momentum": 0.8,
+            "entropy_weight": 0.4,
+            "warmup_epochs": 0.2,
         }
     )
     return config
@@ -45,16 +56,21 @@ def unusual_config() -> ConfigDict:
 def available(method):
     outputs, labels, mask = make_outputs()
     names = {"logits", *(OUTPUT_OF_HEAD[head] for head in method.heads)}
+    names |= {"targets"} if method.memory else set()
     return {name: outputs[name] for name in names}, labels, mask
 
 
 def test_the_methods_are_the_issues():
-    assert METHODS.keys() == {"ce", "selectivenet", "sync"}
+    assert METHODS.keys() == {"ce", "selectivenet", "sync", "deep_gamblers", "self_adaptive"}
     assert METHODS["ce"].heads == ()
     assert METHODS["ce"].score == "softmax_response"
     for name in ("selectivenet", "sync"):
         assert set(METHODS[name].heads) == {"selection", "auxiliary"}
         assert METHODS[name].score == "selection"
+    for name in ("deep_gamblers", "self_adaptive"):
+        assert METHODS[name].heads == ("abstention",)
+        assert METHODS[name].score == "abstention"
+    assert [name for name, method in METHODS.items() if method.memory] == ["self_adaptive"]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -64,7 +80,7 @@ def test_its_heads_suffice(method):
     loss, terms = method.objective(outputs, labels, mask, default_config())
     chex.assert_shape([loss, *terms.values()], ())
     chex.assert_tree_all_finite((loss, terms))
-    assert REQUIRED_OUTPUT[method.score] in outputs
+    assert outputs.keys() >= {*REQUIRED_OUTPUTS[method.score]}
 
 
 def test_objectives_are_the_losses_with_the_configs_values():
@@ -89,6 +105,18 @@ def test_objectives_are_the_losses_with_the_configs_values():
             divergence="mse",
         ),
     }
+    for name, per_example in {
+        "deep_gamblers": losses.deep_gamblers_loss(
+            outputs["logits"], outputs["abstention_logits"], labels, payoff=1.9
+        ),
+        "self_adaptive": losses.self_adaptive_loss(
+            outputs["logits"], outputs["abstention_logits"], labels, outputs["targets"]
+        ),
+    }.items():
+        loss = losses.masked_mean(per_example, mask)
+        term = {"deep_gamblers": "gambler_loss", "self_adaptive": "self_adaptive_loss"}[name]
+        expected[name] = loss, {term: loss}
+    expected["self_adaptive"][1]["mean_target"] = losses.masked_mean(outputs["targets"], mask)
     actual = {
         name: method.objective(outputs, labels, mask, config) for name, method in METHODS.items()
     }
@@ -100,6 +128,8 @@ def test_objectives_are_the_losses_with_the_configs_values():
     ("selectivenet", {"target_coverage", "coverage_weight", "alpha"}),
     ("sync", {"target_coverage", "coverage_weight", "alpha", "prior_power", "prior_weight",
               "sync_weight", "divergence"}),
+    ("deep_gamblers", {"payoff"}),
+    ("self_adaptive", set()),
 ])  # fmt: skip
 def test_which_fields_matter(name, fields):
     """Each changes the loss of the methods that have it, and of no other."""
@@ -128,3 +158,81 @@ def test_mask_is_passed_on(method):
     assert method.objective(changed, labels, mask, default_config())[0] == loss
     changed = {name: array.at[1].set(-array[1]) for name, array in outputs.items()}
     assert method.objective(changed, labels, mask, default_config())[0] != loss
+
+
+# --- The objective that a step minimises ----------------------------------------------------------
+
+
+def step_of(name, *, warmup_steps=0, step=0, memory=None, **changes):
+    """Value and gradient with respect to the outputs, and the memory after the step."""
+    config = default_config()
+    config.loss.update(changes)
+    outputs, labels, mask = make_outputs()
+    outputs = {k: v for k, v in outputs.items() if k != "targets"}
+    batch = {"label": labels, "mask": mask, "index": jnp.array([4, 0, 6, 2, 5, 1])}
+    memory = METHODS[name].memory.create(8) if METHODS[name].memory and memory is None else memory
+    objective = training_objective(METHODS[name], config, warmup_steps=warmup_steps)
+
+    def value(outputs):
+        loss, terms, after = objective(outputs, batch, memory, jnp.int32(step))
+        return loss, (terms, after)
+
+    (loss, (terms, after)), gradient = jax.value_and_grad(value, has_aux=True)(outputs)
+    return loss, terms, after, gradient
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_entropy_minimisation_adds_its_weight_times_the_mean_entropy(name):
+    outputs, _, mask = make_outputs()
+    entropy = losses.masked_mean(losses.entropy(outputs["logits"]), mask)
+    plain, plain_terms, *_ = step_of(name)
+    loss, terms, *_ = step_of(name, entropy_weight=0.3)
+    np.testing.assert_allclose(loss, plain + 0.3 * entropy, rtol=1e-6)
+    chex.assert_trees_all_equal(terms, plain_terms | {"entropy": entropy})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_warm_up_is_plain_cross_entropy_and_ends(name):
+    outputs, labels, mask = make_outputs()
+    expected = jax.grad(lambda x: losses.cross_entropy_loss(x, labels, mask=mask)[0])
+    loss, terms, _, gradient = step_of(name, warmup_steps=3, step=2, entropy_weight=0.3)
+    assert loss == terms["cross_entropy"]
+    np.testing.assert_allclose(gradient.pop("logits"), expected(outputs["logits"]), rtol=1e-6)
+    assert not any(x.any() for x in gradient.values())  # no other head learns
+    after = step_of(name, warmup_steps=3, step=3, entropy_weight=0.3)
+    without = step_of(name, entropy_weight=0.3)
+    chex.assert_trees_all_equal((after[0], *after[2:]), (without[0], *without[2:]))
+
+
+def test_the_memory_waits_for_the_warm_up():
+    assert (step_of("self_adaptive", warmup_steps=3, step=2)[2] == 1).all()
+    assert (step_of("self_adaptive", warmup_steps=3, step=3)[2] < 1).sum() == 5  # one is masked
+
+
+def test_targets_after_n_visits_equal_the_closed_form():
+    """With the same logits at each visit: m^n + (1 - m^n) p_y."""
+    outputs, labels, mask = make_outputs()
+    right = np.exp(-losses.cross_entropy(outputs["logits"], labels))
+    memory = None
+    for visits in range(1, 8):
+        memory = step_of("self_adaptive", memory=memory, target_momentum=0.7)[2]
+        decay = 0.7**visits
+        expected = np.ones(8)
+        expected[[4, 0, 6, 2, 5, 1]] = np.where(mask > 0, decay + (1 - decay) * right, 1.0)
+        np.testing.assert_allclose(memory, expected, rtol=1e-5)
+
+
+def test_the_loss_reads_the_target_after_its_update_and_not_its_gradient():
+    outputs, labels, mask = make_outputs()
+    targets = losses.update_targets(jnp.ones(6), outputs["logits"], labels, momentum=0.9)
+
+    def expected(logits, abstention_logits):
+        per_example = losses.self_adaptive_loss(logits, abstention_logits, labels, targets)
+        return losses.masked_mean(per_example, mask)
+
+    arrays = outputs["logits"], outputs["abstention_logits"]
+    value, gradients = jax.value_and_grad(expected, (0, 1))(*arrays)
+    loss, _, _, gradient = step_of("self_adaptive")
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
+    np.testing.assert_allclose(gradient["logits"], gradients[0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient["abstention_logits"], gradients[1], rtol=1e-5, atol=1e-7)

@@ -12,6 +12,7 @@ from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions, evaluation_record
 from sync_jax.guarantees import Certificate
 from sync_jax.metrics import Interval
+from sync_jax.scores import SCORES
 
 
 def predictions(seed: int, n: int = 300, *, perfect: bool = False) -> Predictions:
@@ -70,6 +71,7 @@ SCORE_FIELDS = {
     "class_certificates": CERTIFICATE_FIELDS | {"predicted_class"},
     "calibration_plans": {"target_risk", "coverage", "expected_risk", "n_calibration", "power"},
 }
+OF_TWO_SCORES = {"bootstrap_95", "certificates", "class_certificates", "calibration_plans"}
 FIELDS = {
     "schema": None,
     "config": set(default_config()),
@@ -78,7 +80,7 @@ FIELDS = {
     "method_score": None,
     "calibration": SPLIT_FIELDS,
     "test": SPLIT_FIELDS,
-    "scores": {"softmax_response", "selection"},
+    "scores": {name for name in SCORES if name != "abstention"},
     "aurc_minus_softmax_response": {field.name for field in dataclasses.fields(Interval)},
 }
 
@@ -91,8 +93,11 @@ def test_fields_are_the_schemas_and_no_others(tmp_path):
 
     content = written(tmp_path)
     assert {name: fields(value) for name, value in content.items()} == FIELDS
-    for score in content["scores"].values():
-        assert {name: fields(value) for name, value in score.items()} == SCORE_FIELDS
+    for name, score in content["scores"].items():
+        expected = SCORE_FIELDS | {"parameters": {"p"} if name == "max_logit_pnorm" else set()}
+        if name not in ("softmax_response", "selection"):
+            expected = {field: expected[field] for field in expected.keys() - OF_TWO_SCORES}
+        assert {field: fields(value) for field, value in score.items()} == expected
     assert report.__doc__ is not None
     words = set(re.findall(r"\w+", report.__doc__))
     documented = (FIELDS, FIELDS["environment"], SPLIT_FIELDS, SCORE_FIELDS, DEPLOYED_FIELDS)

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import chex
@@ -10,10 +11,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sync_jax.methods import METHODS
-from sync_jax.scores import REQUIRED_OUTPUT, SCORES, selection, softmax_response
+from sync_jax.scores import (
+    REQUIRED_OUTPUTS,
+    SCORES,
+    max_logit_pnorm,
+    selection,
+    softmax_response,
+)
 
 LOGITS = {"logits": np.log([[1.0, 1.0, 2.0], [8.0, 1.0, 1.0], [1.0, 1.0, 1.0]])}
 SELECTION = {"selection_logits": np.array([0.0, math.log(3), -math.log(3)])}
+OUTPUTS = LOGITS | SELECTION | {"abstention_logits": np.log([1.0, 10.0, 9.0])}
+
+
+def call(score, outputs):
+    return score(outputs, p=1) if score is max_logit_pnorm else score(outputs)
 
 
 def test_softmax_response_by_hand():
@@ -27,8 +39,8 @@ def test_selection_by_hand():
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_numpy_in_numpy_out_with_its_precision(name, dtype):
-    outputs = {key: array.astype(dtype) for key, array in (LOGITS | SELECTION).items()}
-    score = SCORES[name](outputs)
+    outputs = {key: array.astype(dtype) for key, array in OUTPUTS.items()}
+    score = call(SCORES[name], outputs)
     assert type(score) is np.ndarray
     assert score.dtype == dtype
     assert score.shape == (3,)
@@ -36,13 +48,14 @@ def test_numpy_in_numpy_out_with_its_precision(name, dtype):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_jax_agrees_with_numpy(name):
-    outputs = {key: array.astype(np.float32) for key, array in (LOGITS | SELECTION).items()}
+    outputs = {key: array.astype(np.float32) for key, array in OUTPUTS.items()}
     on_device = {key: jnp.asarray(array) for key, array in outputs.items()}
-    for function in (SCORES[name], jax.jit(SCORES[name])):
+    score_of = functools.partial(call, SCORES[name])
+    for function in (score_of, jax.jit(score_of)):
         score = function(on_device)
         assert isinstance(score, jax.Array)
         chex.assert_type(score, jnp.float32)
-        np.testing.assert_allclose(score, SCORES[name](outputs), rtol=1e-6)
+        np.testing.assert_allclose(score, score_of(outputs), rtol=2e-6)
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -76,8 +89,89 @@ def test_float64_keeps_confident_examples_apart():
 
 
 def test_every_score_says_what_it_needs():
-    assert REQUIRED_OUTPUT.keys() == SCORES.keys()
-    outputs = LOGITS | SELECTION
+    assert REQUIRED_OUTPUTS.keys() == SCORES.keys()
     for name, score in SCORES.items():
-        score({REQUIRED_OUTPUT[name]: outputs[REQUIRED_OUTPUT[name]]})  # needs nothing else
+        needed = {key: OUTPUTS[key] for key in REQUIRED_OUTPUTS[name]}
+        np.testing.assert_array_equal(call(score, needed), call(score, OUTPUTS))
+        for key in needed:  # and nothing less
+            with pytest.raises(KeyError):
+                call(score, {other: array for other, array in needed.items() if other != key})
     assert {method.score for method in METHODS.values()} <= SCORES.keys()
+
+
+LOG = math.log
+BY_HAND = {
+    # Probabilities (1/4, 1/4, 1/2), (8/10, 1/10, 1/10), (1/3, 1/3, 1/3).
+    "margin": [1 / 4, 7 / 10, 0],
+    "negative_entropy": [-1.5 * LOG(2), 0.8 * LOG(0.8) + 0.2 * LOG(0.1), -LOG(3)],
+    "max_logit": [LOG(2), LOG(8), 0],
+    "energy": [LOG(4), LOG(10), LOG(3)],
+    # Centred: log 2 (-1, -1, 2)/3 and log 8 (2, -1, -1)/3; 1-norms of 4/3, no norm for equals.
+    "max_logit_pnorm": [1 / 2, 1 / 2, 0],
+    # The abstention weighs 1, 10 and 9 against 4, 10 and 3.
+    "abstention": [-1 / 5, -1 / 2, -3 / 4],
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_scores_by_hand(name, xp):
+    outputs = {key: xp.asarray(array) for key, array in OUTPUTS.items()}
+    np.testing.assert_allclose(call(SCORES[name], outputs), BY_HAND[name], rtol=1e-6, atol=1e-7)
+
+
+def test_pnorm_of_another_order_by_hand_and_its_fallback():
+    np.testing.assert_allclose(
+        max_logit_pnorm(LOGITS, p=2), [2 / math.sqrt(6)] * 2 + [0], rtol=1e-12
+    )
+    np.testing.assert_array_equal(max_logit_pnorm(LOGITS, p=None), softmax_response(LOGITS))
+    equal = {"logits": np.full((1, 3), 0.1)}  # whose mean is not quite 0.1 in floats
+    assert max_logit_pnorm(equal, p=2) == 0
+    tiny = {"logits": 1e-200 * LOGITS["logits"]}  # its squares underflow
+    np.testing.assert_allclose(max_logit_pnorm(tiny, p=2), max_logit_pnorm(LOGITS, p=2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name, xp):
+    for logits in ([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], [[0.0]], [[-1e4], [1e4]]):
+        for sign in (1e4, -1e4):
+            outputs = {
+                "logits": xp.asarray(logits, dtype=xp.float32),
+                "selection_logits": xp.full(len(logits), sign, dtype=xp.float32),
+                "abstention_logits": xp.full(len(logits), -sign, dtype=xp.float32),
+            }
+            score = call(SCORES[name], outputs)
+            assert score.shape == (len(logits),)
+            assert np.isfinite(score).all()
+
+
+@given(hnp.arrays(np.float64, (5, 4), elements=st.integers(-30, 30)), st.integers(-30, 30))
+def test_which_scores_a_common_shift_of_the_classes_moves(logits, shift):
+    """All outputs of the softmax together; the abstention stays when it is shifted too."""
+    outputs = {"logits": logits, "abstention_logits": logits[:, 0] / 2}
+    shifted = {name: array + shift for name, array in outputs.items()}
+    for name, score in SCORES.items():
+        if name == "selection":
+            continue
+        moves = shift if name in ("max_logit", "energy") else 0.0
+        np.testing.assert_allclose(
+            call(score, shifted), call(score, outputs) + moves, rtol=1e-6, atol=1e-6
+        )
+
+
+@given(hnp.arrays(np.float64, (6, 5), elements=st.integers(-5, 5)), st.permutations(range(5)))
+def test_the_order_of_the_classes_does_not_matter(logits, order):
+    outputs = {"logits": logits, "abstention_logits": logits.sum(axis=1) / 5}
+    permuted = outputs | {"logits": logits[:, order]}
+    for name in SCORES.keys() - {"selection"}:
+        np.testing.assert_allclose(
+            call(SCORES[name], permuted), call(SCORES[name], outputs), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_with_two_classes_margin_and_entropy_rank_as_the_softmax_response():
+    logits = np.random.default_rng(0).normal(size=(50, 2))
+    order = np.argsort(softmax_response({"logits": logits}))
+    for name in ("margin", "negative_entropy"):
+        np.testing.assert_array_equal(np.argsort(SCORES[name]({"logits": logits})), order)

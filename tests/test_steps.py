@@ -13,7 +13,7 @@ import pytest
 from sync_jax import sharding
 from sync_jax.config import default_config
 from sync_jax.losses import cross_entropy_loss
-from sync_jax.methods import METHODS
+from sync_jax.methods import METHODS, training_objective
 from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectiveClassifier
 from sync_jax.optimizer import make_optimizer
@@ -21,6 +21,7 @@ from sync_jax.steps import create_train_state, eval_step, train_step
 
 SHAPE = (8, 8, 1)
 CLASSES = 3
+TRAIN_SIZE = 30  # of the memories; batches hold the examples 5 to 20
 
 
 @functools.cache
@@ -36,19 +37,20 @@ def setting(method):
     )
     return {
         "network": network,
-        "objective": functools.partial(METHODS[method].objective, config=config),
+        "objective": training_objective(METHODS[method], config, warmup_steps=0),
         "optimizer": make_optimizer(config.optimizer, lambda step: 0.05),
     }
 
 
 @functools.cache
 def compiled_create(method):
-    parts = setting(method)
+    parts, memory = setting(method), METHODS[method].memory
     create = functools.partial(
         create_train_state,
         network=parts["network"],
         optimizer=parts["optimizer"],
         image_shape=SHAPE,
+        create_memory=(lambda: memory.create(TRAIN_SIZE)) if memory else dict,
     )
     return jax.jit(create)
 
@@ -100,6 +102,7 @@ def make_batch(batch=16, seed=0, masked=()):
         "image": (image + label[:, None, None, None]).astype(np.float32),
         "label": label,
         "mask": mask,
+        "index": np.arange(5, 5 + batch, dtype=np.int32),
     }
 
 
@@ -120,8 +123,9 @@ class Linear(nn.Module):
         return {"logits": nn.Dense(CLASSES)(images.reshape(images.shape[0], -1))}
 
 
-def plain_objective(outputs, labels, mask):
-    return cross_entropy_loss(outputs["logits"], labels, mask=mask)
+def plain_objective(outputs, batch, memory, step):
+    del step
+    return *cross_entropy_loss(outputs["logits"], batch["label"], mask=batch["mask"]), memory
 
 
 # --- The state ------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ def test_metrics_are_those_of_the_batch_before_the_step():
     head["Dense_1"]["bias"] *= 0
     outputs = compiled_forward("sync")(state, batch["image"])
     real = batch["mask"] > 0
-    loss, terms = parts["objective"](outputs, batch["label"], batch["mask"])
+    loss, terms, _ = parts["objective"](outputs, batch, {}, state.step)
     expected = terms | {
         "loss": loss,
         "accuracy": np.mean((outputs["logits"].argmax(axis=-1) == batch["label"])[real]),
@@ -337,7 +341,7 @@ def test_means_of_shards_would_be_noticed():
     outputs = compiled_forward("sync")(state, batch["image"])
 
     def objective(shard):
-        return parts["objective"](shard["outputs"], shard["label"], shard["mask"])[0]
+        return parts["objective"](shard["outputs"], shard, {}, state.step)[0]
 
     expected = objective(batch | {"outputs": outputs})
     flat = {"label": batch["label"], "mask": batch["mask"]} | outputs
@@ -363,6 +367,34 @@ def test_state_may_be_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
     expected = run("sync", 8, 2)
     chex.assert_trees_all_close(jax.device_get((state, metrics)), expected, rtol=1e-6, atol=1e-7)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_targets_of_the_batchs_examples_are_updated_and_no_others(devices):
+    state, batch = initial_state("self_adaptive"), make_batch(masked=(3,))
+    assert (state.memory == np.ones(TRAIN_SIZE)).all()
+    outputs = compiled_forward("self_adaptive")(state, batch["image"])
+    right = jax.nn.softmax(outputs["logits"])[np.arange(16), batch["label"]]
+    expected = np.ones(TRAIN_SIZE)
+    expected[batch["index"]] = np.where(batch["mask"] > 0, 0.9 + 0.1 * right, 1.0)
+    new, _ = compiled_step("self_adaptive", devices)(state, batch)
+    np.testing.assert_allclose(new.memory, expected, rtol=1e-6)
+    assert (expected < 1).sum() == 15
+
+
+def test_an_example_twice_in_a_batch_has_the_mean_of_both_updates_on_any_devices():
+    """As where a batch straddles two epochs; the copies lie on different devices."""
+    state, batch = initial_state("self_adaptive"), make_batch()
+    batch["index"][13] = batch["index"][2]
+    outputs = compiled_forward("self_adaptive")(state, batch["image"])
+    right = jax.nn.softmax(outputs["logits"])[np.arange(16), batch["label"]]
+    memories = [compiled_step("self_adaptive", n)(state, batch)[0].memory for n in (1, 8)]
+    np.testing.assert_allclose(memories[0], memories[1], rtol=1e-6)
+    expected = 0.9 + 0.1 * (right[2] + right[13]) / 2
+    np.testing.assert_allclose(memories[1][batch["index"][2]], expected, rtol=1e-6)
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

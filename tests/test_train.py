@@ -20,6 +20,7 @@ from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
 from sync_jax.progress import read_metrics
 from sync_jax.report import read_report
+from sync_jax.scores import REQUIRED_OUTPUTS
 from sync_jax.steps import TrainState
 from tests import tiny
 
@@ -60,8 +61,8 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
     assert report["method_score"] == METHODS[method].score
     assert report["training"]["steps"] == round(6.0 * 190 / 16)
-    expected = {"softmax_response"} | ({"selection"} if METHODS[method].heads else set())
-    assert set(report["scores"]) == expected
+    of_logits = {name for name, needed in REQUIRED_OUTPUTS.items() if needed == ("logits",)}
+    assert set(report["scores"]) == of_logits | {METHODS[method].score}
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
@@ -179,9 +180,9 @@ def test_check_and_average_names_the_first_bad_step():
         train.check_and_average(bad)
 
 
-@pytest.mark.parametrize("bad", ["params", "batch_stats", "opt_state"])
+@pytest.mark.parametrize("bad", ["params", "batch_stats", "opt_state", "memory"])
 def test_check_state_sees_every_part(bad):
-    parts = {name: {"w": jnp.ones(3)} for name in ("params", "batch_stats", "opt_state")}
+    parts = {name: {"w": jnp.ones(3)} for name in ("params", "batch_stats", "opt_state", "memory")}
     train.check_state(TrainState(step=jnp.int32(1), **parts), 1)
     parts[bad] = {"w": jnp.array([1.0, np.nan, 1.0])}
     with pytest.raises(train.NonFiniteError, match=f"step 1: {bad}"):
@@ -198,9 +199,10 @@ def test_batch_that_cannot_be_split_is_refused_with_the_arithmetic(data_dir, tmp
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one(data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["sync", "self_adaptive"])
+def test_eight_devices_train_as_one(method, data_dir, tmp_path, monkeypatch):
     """The loss curve and the predictions agree up to the order of float32 sums."""
-    config = tiny.config(data_dir, train__epochs=1.0)
+    config = tiny.config(data_dir, method=method, train__epochs=1.0)
     train.train_and_evaluate(config, tmp_path / "one")
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), (sharding.BATCH_AXIS,))
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
@@ -226,24 +228,35 @@ def run_killed(command: list[str], workdir: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_ends_with_the_same_bits(data_dir, tmp_path):
+@pytest.mark.parametrize("method", ["sync", "self_adaptive"])
+def test_killed_and_resumed_ends_with_the_same_bits(method, data_dir, tmp_path):
+    """self_adaptive's table of targets is part of the state."""
+    option = f"--config.method={method}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(
-        tiny.command(data_dir, whole), cwd=ROOT, check=True, env=environment, capture_output=True
+        tiny.command(data_dir, whole, option),
+        cwd=ROOT,
+        check=True,
+        env=environment,
+        capture_output=True,
     )
     total = max(entry["step"] for entry in read_metrics(whole))
     rng = random.Random(0)
     kills = sorted(rng.sample(range(8, total - 8), 2))
     for step in kills:
-        run_killed(tiny.command(data_dir, broken), broken, step)
+        run_killed(tiny.command(data_dir, broken, option), broken, step)
         assert not (broken / "report.json").exists(), "it finished before it was killed"
     resumed = subprocess.run(
-        tiny.command(data_dir, broken), cwd=ROOT, check=True, env=environment, capture_output=True
+        tiny.command(data_dir, broken, option),
+        cwd=ROOT,
+        check=True,
+        env=environment,
+        capture_output=True,
     )
     assert b"resuming at step" in resumed.stdout
 
-    config = tiny.config(data_dir)
+    config = tiny.config(data_dir, method=method)
     states = [final_state(config, workdir) for workdir in (whole, broken)]
     chex.assert_trees_all_equal(*states)
     for name in ("predictions_calibration.npz", "predictions_test.npz"):

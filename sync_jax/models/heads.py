@@ -13,13 +13,13 @@ SELECTION_SCALE = 10.0
 
 
 class SelectiveClassifier(nn.Module):
-    """A backbone with a class head and, as the method asks, selection and auxiliary heads.
+    """A backbone with a class head and, as the method asks, selection, auxiliary, abstention heads.
 
     Attributes:
         backbone: images `[batch, height, width, channels]` to features `[batch, units]`; called
             with the keyword `train`.
         num_classes: classes of the class and the auxiliary head.
-        heads: any of 'selection' and 'auxiliary'.
+        heads: any of 'selection', 'auxiliary' and 'abstention'.
         target_coverage: where the selection function starts, in `(0, 1)`, or 1 for no head start.
     """
 
@@ -37,8 +37,9 @@ class SelectiveClassifier(nn.Module):
             train: whether BatchNorm uses, and updates by, this batch's statistics.
 
         Returns:
-            logits `[batch, classes]`, and per head selection_logits `[batch]` or auxiliary_logits
-            `[batch, classes]`.
+            logits `[batch, classes]`, and per head selection_logits `[batch]`, auxiliary_logits
+            `[batch, classes]` or abstention_logits `[batch]`: the C+1-th output of those methods
+            that have one, apart, so that no argmax over classes can meet it.
         """
         features = self.backbone(images, train=train).astype(jnp.float32)
         outputs = {"logits": nn.Dense(self.num_classes, name="class_head")(features)}
@@ -49,6 +50,9 @@ class SelectiveClassifier(nn.Module):
             outputs["auxiliary_logits"] = nn.Dense(self.num_classes, name="auxiliary_head")(
                 features
             )
+        if "abstention" in self.heads:
+            abstention = nn.Dense(1, name="abstention_head")
+            outputs["abstention_logits"] = abstention(features)[:, 0]
         return outputs
 
 
