@@ -101,7 +101,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
         InputError: naming the field, the value and the choices.
     """
-    ours, theirs = (dict(_flatten(x.to_dict())) for x in (default_config(), config))
+    ours, theirs = (dict(flatten(x.to_dict())) for x in (default_config(), config))
     for field in theirs.keys() - ours.keys():
         raise InputError(str(unknown_field(f"config.{field}")))
     for field in ours.keys() - theirs.keys():
@@ -197,10 +197,10 @@ def describe_differences(config: ConfigDict, saved: Path) -> list[str]:
         InputError: the file is damaged.
     """
     try:
-        theirs = dict(_flatten(json.loads(saved.read_text())))
+        theirs = dict(flatten(json.loads(saved.read_text())))
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{saved} cannot be read: {error}") from error
-    ours = dict(_flatten(json.loads(to_json(config))))
+    ours = dict(flatten(json.loads(to_json(config))))
     return [
         f"config.{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
         for field in sorted(ours.keys() | theirs.keys())
@@ -233,10 +233,11 @@ def suggestion(word: str, choices: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their path, such as 'train.epochs'."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

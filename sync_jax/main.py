@@ -2,6 +2,7 @@
 
   python -m sync_jax.main --config=configs/fashion_mnist.py
   python -m sync_jax.main --config=configs/fashion_mnist.py --config.method=ce --config.seed=1
+  python -m sync_jax.main --mode=compare --runs='runs/fashion_mnist-*'
 
 A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
 config or input (nothing is written), 130 interrupted.
@@ -27,10 +28,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate"],
+    ["prepare", "train", "evaluate", "compare"],
     "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
     "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
-    "saved predictions, with other --config.evaluation.* values.",
+    "saved predictions, with other --config.evaluation.* values. compare: one table of the "
+    "finished runs that --runs names, written to --workdir; needs no --config.",
+)
+_RUNS = flags.DEFINE_list(
+    "runs", [], "compare: folders of finished runs, or patterns such as 'runs/quickstart-*'."
+)
+_MIXED = flags.DEFINE_bool(
+    "mixed", False, "compare: also runs that differ in data, network or schedule; it says in what."
 )
 
 
@@ -42,6 +50,17 @@ def main(arguments: list[str]) -> None:
     from sync_jax import config as config_lib
     from sync_jax import errors, train
 
+    if _MODE.value == "compare":
+        from sync_jax import compare
+
+        try:
+            out = Path(_WORKDIR.value or "runs/compare")
+            compare.compare(_RUNS.value, out, mixed=_MIXED.value)
+        except errors.InputError as error:
+            _stop(error, 2)
+        return
+    if _RUNS.value or _MIXED.value:
+        _stop("--runs and --mixed belong to --mode=compare", 2)
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)

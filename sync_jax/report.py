@@ -114,9 +114,9 @@ def write_report(
     }
     plot(record, test, workdir / "risk_coverage.png")
     temporary = workdir / "report.json.incomplete"
-    temporary.write_text(json.dumps(_strict(report), indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, workdir / "report.json")
-    return _strict(report)
+    return strict(report)
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
@@ -365,12 +365,12 @@ def _number(value: float | None, factor: float, digits: int) -> str:
     return "-" if value is None else f"{factor * value:.{digits}f}"
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """Plain JSON values: tuples as lists, NaN as null, infinities as strings."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

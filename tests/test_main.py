@@ -89,6 +89,9 @@ BAD = {
         "data.source='nowhere'",
     ),
     "workdir is a file": ([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
+    "nothing to compare": (["--mode=compare"], "--runs is missing"),
+    "no runs": (["--mode=compare", "--runs=runs/x-*"], "--runs=runs/x-. matches no folder"),
+    "runs without comparison": ([QUICKSTART, "--runs=x"], "--runs and --mixed belong to"),
     "nothing to evaluate": (
         [QUICKSTART, "--mode=evaluate"],
         "runs/quickstart-sync-seed0/predictions_calibration.npz is missing",

@@ -146,7 +146,7 @@ def test_tables_show_both_protocols_and_the_certificates(tmp_path, capsys):
 
 def test_undefined_and_infinite_values_become_json():
     values = {"a": [math.nan, math.inf, -math.inf, 1.5], "b": (1, "x", None, True)}
-    assert report._strict(values) == {
+    assert report.strict(values) == {
         "a": [None, "Infinity", "-Infinity", 1.5],
         "b": [1, "x", None, True],
     }

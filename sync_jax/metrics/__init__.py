@@ -28,7 +28,13 @@ from sync_jax.metrics.areas import (
     excess_aurc,
     normalised_aurc,
 )
-from sync_jax.metrics.bootstrap import Interval, bootstrap_interval, paired_bootstrap_interval
+from sync_jax.metrics.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_values,
+    paired_bootstrap_interval,
+    percentile_interval,
+)
 from sync_jax.metrics.curve import (
     RiskCoverageCurve,
     coverage_at_risk,
@@ -62,6 +68,7 @@ __all__ = [
     "augrc",
     "aurc",
     "bootstrap_interval",
+    "bootstrap_values",
     "brier",
     "coverage_at_risk",
     "deployed",
@@ -73,6 +80,7 @@ __all__ = [
     "negative_log_likelihood",
     "normalised_aurc",
     "paired_bootstrap_interval",
+    "percentile_interval",
     "risk_coverage_curve",
     "selective_risk",
     "threshold_for_coverage",

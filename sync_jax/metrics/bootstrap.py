@@ -130,6 +130,44 @@ def paired_bootstrap_interval(
     return _percentiles(estimate, np.concatenate(values), level)
 
 
+def bootstrap_values(
+    metric: Callable[..., float],
+    confidence: ArrayLike,
+    loss: ArrayLike,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    **options: Any,
+) -> FloatArray:
+    """The metric on each of the resamples that `seed` gives for n examples: [resamples].
+
+    For more than two data sets on the same n examples, in the same order: the differences of their
+    values are paired, and `percentile_interval` makes intervals of them. Arguments as in
+    `bootstrap_interval`; unlike its result, this one depends on the order of the examples.
+
+    Raises:
+        ValueError: as `bootstrap_interval`.
+    """
+    metric(confidence, loss, **options)  # checks the arguments
+    confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
+    values = [
+        _resampled(metric, confidence, loss, index, options)
+        for index in _resampling(confidence.size, 0.5, resamples, seed)
+    ]
+    return np.concatenate(values)
+
+
+def percentile_interval(estimate: float, values: ArrayLike, *, level: float = 0.95) -> Interval:
+    """The percentile interval of an estimate from its values on resamples, [resamples].
+
+    Raises:
+        ValueError: level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    return _percentiles(float(estimate), np.asarray(values, dtype=np.float64), level)
+
+
 def _resampling(n: int, level: float, resamples: int, seed: int) -> Iterator[IntArray]:
     """Yields blocks of resamples, each [rows, n] indices into the examples."""
     if not 0 < level < 1:

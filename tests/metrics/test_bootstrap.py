@@ -128,3 +128,20 @@ def test_paired_interval_matches_a_plain_loop():
     fast = metrics.paired_bootstrap_interval(metrics.augrc, *args, resamples=100)
     plain = metrics.paired_bootstrap_interval(lambda *a: metrics.augrc(*a), *args, resamples=100)
     assert (fast.lower, fast.upper) == pytest.approx((plain.lower, plain.upper), abs=1e-12)
+
+
+def test_values_on_the_same_resamples_make_paired_intervals():
+    """By the plain loop, and blockwise or not."""
+    (confidence, error), (other, _) = example(40), example(40, seed=1)
+    values = metrics.bootstrap_values(metrics.aurc, confidence, error, resamples=30, seed=5)
+    index = np.random.default_rng(5).integers(40, size=(30, 40))
+    expected = [metrics.aurc(confidence[i], error[i]) for i in index]
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    values = values - metrics.bootstrap_values(metrics.aurc, other, error, resamples=30, seed=5)
+    interval = metrics.percentile_interval(0.25, values, level=0.8)
+    assert (interval.estimate, interval.level, interval.resamples) == (0.25, 0.8, 30)
+    assert [interval.lower, interval.upper] == pytest.approx(np.quantile(values, [0.1, 0.9]))
+    with pytest.raises(ValueError, match="level must lie"):
+        metrics.percentile_interval(0.25, values, level=1)
+    with pytest.raises(ValueError, match="loss has shape"):
+        metrics.bootstrap_values(metrics.aurc, confidence, error[:3])

@@ -1,0 +1,416 @@
+"""One table of finished runs: methods and scores by coverage, over seeds, on the same examples.
+
+compare.json is strict JSON; fractions, undefined values null. Fields:
+
+    runs[]          workdir, method, seed of every run
+    ignored[]       config fields that differ although the comparison needs them equal; only where
+                    that was allowed
+    coverages[]     the coverages of the table
+    rows[]          a row per method and score, best AURC first: label, method, score, seeds, and
+                    mean, std (sample standard deviation, null for one run) of:
+                    selective_risk (arrays, rank-based), aurc, excess_aurc, augrc (convention mean),
+                    accuracy, seconds (of training)
+    differences[]   per pair of rows a and b, by label: AURC of a minus that of b, each the mean of
+                    its row's runs: a metrics.Interval; all rows see the same resamples of the test
+                    examples
+
+Runs of one method that differ in its own fields (`loss.*`, `target_coverage`) are rows of their
+own, labelled with them.
+"""
+
+import csv
+import dataclasses
+import glob
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from sync_jax import metrics
+from sync_jax.config import flatten
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions
+from sync_jax.report import LABELS, read_report, strict
+
+# What may differ between the rows of a table: the methods with what belongs to them, the seed, and
+# what moves no weight. The test ranking's coverages are this module's own.
+OF_METHOD = ("method", "target_coverage", "loss.")
+FREE = ("seed", "data.data_dir", "data.source", "log.", "checkpoint.", "evaluation.")
+COLUMNS = ("aurc", "excess_aurc", "augrc", "accuracy", "seconds")
+CONSOLE_COLUMNS = (
+    *("method, score", "runs", "100 %", "90 %", "80 %", "70 %"),
+    *("AURC x1000", "AUGRC x1000", "accuracy %", "seconds"),
+)
+GRID = np.linspace(0.01, 1, 100)  # coverages of the plot
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run that has its report.
+
+    Attributes:
+        workdir: where it is.
+        config: its fields by path.
+        report: of `report.write_report`.
+        test: its predictions.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
+    test: Predictions
+
+    def of(self, score: str) -> tuple[np.ndarray, np.ndarray]:
+        """Confidence and error of the test examples, `[n]` each."""
+        parameters = self.report["scores"][score]["parameters"]
+        return self.test.confidence(score, **parameters), self.test.wrong
+
+
+def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[str, Any]:
+    """Compares finished runs; writes compare.json, .md, .csv and .png to `out`, and prints.
+
+    Args:
+        patterns: folders of runs, or patterns such as 'runs/quickstart-*'.
+        out: made when needed.
+        mixed: compare although data, backbone, schedule or the like differ.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: a pattern matches no finished run; the runs cannot be compared; `out` cannot be
+            written.
+    """
+    runs = load_runs(patterns)
+    ignored = differing_fields(runs)
+    if ignored and not mixed:
+        raise InputError(
+            f"these runs differ in more than method and seed: {'; '.join(ignored)}; compare "
+            "others, or add --mixed to compare them all the same"
+        )
+    groups = grouped(runs)
+    record = comparison(groups)
+    record["ignored"] = ignored
+    record = strict(record)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        _write(out / "compare.md", markdown(record))
+        with (out / "compare.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(csv_rows(record))
+        plot(groups, record, out / "compare.png")
+    except OSError as error:
+        raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
+    show(record, out)
+    return record
+
+
+def load_runs(patterns: Sequence[str]) -> list[FinishedRun]:
+    """The finished runs that the patterns name, each once, in the order of their names.
+
+    Raises:
+        InputError: a pattern matches nothing, or a folder that holds no finished run.
+    """
+    folders: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(os.path.expanduser(pattern)))
+        found = [Path(match) for match in matches if Path(match).is_dir()]
+        if not found:
+            raise InputError(f"--runs={pattern} matches no folder")
+        folders |= dict.fromkeys(found)
+    if not folders:
+        raise InputError("--runs is missing; for example --runs='runs/quickstart-*'")
+    runs = []
+    for folder in folders:
+        report = read_report(folder)
+        if report is None:
+            raise InputError(f"{folder} holds no finished run: it has no report.json")
+        test = Predictions.load(folder / "predictions_test.npz")
+        runs.append(FinishedRun(folder, dict(flatten(report["config"])), report, test))
+    first = runs[0]
+    for run in runs[1:]:
+        if not (
+            np.array_equal(run.test.index, first.test.index)
+            and np.array_equal(run.test.labels, first.test.labels)
+        ):
+            raise InputError(f"{run.workdir} has other test examples than {first.workdir}")
+    return runs
+
+
+def differing_fields(runs: Sequence[FinishedRun]) -> list[str]:
+    """Fields that a comparison needs equal and that differ, a phrase each."""
+    phrases = []
+    for field in sorted(set().union(*(run.config for run in runs))):
+        if field.startswith((*OF_METHOD, *FREE)):
+            continue
+        values: dict[str, Path] = {}
+        for run in runs:
+            values.setdefault(repr(run.config.get(field)), run.workdir)
+        if len(values) > 1:
+            where = " and ".join(f"{value} in {folder}" for value, folder in values.items())
+            phrases.append(f"config.{field} is {where}")
+    return phrases
+
+
+def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs that differ in their seed only, by a label: the method, and what sets it apart.
+
+    Raises:
+        InputError: two of them have the same seed.
+    """
+    groups: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        key = tuple((k, repr(v)) for k, v in sorted(run.config.items()) if not k.startswith(FREE))
+        groups.setdefault(key, []).append(run)
+    labelled: dict[str, list[FinishedRun]] = {}
+    for key, members in groups.items():
+        config = dict(key)
+        rivals = [dict(other) for other in groups if dict(other)["method"] == config["method"]]
+        apart = [
+            f"{field}={value.strip(chr(39))}"
+            for field, value in key
+            if any(rival.get(field) != value for rival in rivals)
+        ]
+        method = members[0].config["method"]
+        labelled[f"{method} ({', '.join(apart)})" if apart else method] = members
+        seen: dict[Any, Path] = {}
+        for run in members:
+            seed = run.config["seed"]
+            if seed in seen:
+                raise InputError(f"{run.workdir} and {seen[seed]} are the same run: seed {seed}")
+            seen[seed] = run.workdir
+    return labelled
+
+
+def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
+    """The record, apart from `ignored`; see the top of this file."""
+    runs = [run for members in groups.values() for run in members]
+    coverages = runs[0].report["config"]["evaluation"]["coverages"]
+    rows, resampled = [], {}
+    for label, members in groups.items():
+        for score in dict.fromkeys(("softmax_response", members[0].report["method_score"])):
+            row = _row(label, score, members, [percent / 100 for percent in coverages])
+            rows.append(row)
+            # The same seed: the same resamples of the test examples for every run.
+            values = [metrics.bootstrap_values(metrics.aurc, *run.of(score)) for run in members]
+            resampled[row["label"]] = np.mean(values, axis=0)
+    rows.sort(key=lambda row: row["mean"]["aurc"])
+    differences = []
+    for a, b in itertools.combinations(rows, 2):
+        interval = metrics.percentile_interval(
+            a["mean"]["aurc"] - b["mean"]["aurc"], resampled[a["label"]] - resampled[b["label"]]
+        )
+        differences.append({"a": a["label"], "b": b["label"], **dataclasses.asdict(interval)})
+    return {
+        "runs": [
+            {
+                "workdir": str(run.workdir),
+                "method": run.config["method"],
+                "seed": run.config["seed"],
+            }
+            for run in runs
+        ],
+        "coverages": [percent / 100 for percent in coverages],
+        "rows": rows,
+        "differences": differences,
+    }
+
+
+def _row(
+    label: str, score: str, members: list[FinishedRun], coverages: list[float]
+) -> dict[str, Any]:
+    values: dict[str, list[Any]] = {"selective_risk": []}
+    for run in members:
+        confidence, wrong = run.of(score)
+        risk = metrics.selective_risk(confidence, wrong, coverage=coverages)
+        values["selective_risk"].append(risk)
+        record = run.report["scores"][score]
+        seconds = run.report["training"]["seconds"]
+        numbers = {
+            "aurc": record["aurc"]["mean"],
+            "excess_aurc": record["excess_aurc"]["mean"],
+            "augrc": record["augrc"],
+            "accuracy": run.report["test"]["accuracy"],
+            "seconds": float("nan") if seconds is None else seconds,
+        }
+        for name, number in numbers.items():
+            values.setdefault(name, []).append(number)
+
+    def std(numbers: list[Any]) -> Any:
+        if len(numbers) == 1:
+            return (np.asarray(numbers[0], dtype=np.float64) * np.nan).tolist()
+        return np.std(numbers, axis=0, ddof=1).tolist()
+
+    return {
+        "label": f"{label}, {LABELS[score]}",
+        "method": members[0].config["method"],
+        "score": score,
+        "seeds": [run.config["seed"] for run in members],
+        "mean": {name: np.mean(numbers, axis=0).tolist() for name, numbers in values.items()},
+        "std": {name: std(numbers) for name, numbers in values.items()},
+    }
+
+
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Headings, and rows of (text, whether it is the best of its column)."""
+    headings = ["method, score", "runs", *(f"{100 * c:g} %" for c in record["coverages"])]
+    headings += ["AURC x1000", "E-AURC x1000", "AUGRC x1000", "accuracy %", "seconds"]
+    columns: list[list[tuple[str, bool]]] = [
+        [(row["label"], False) for row in record["rows"]],
+        [(str(len(row["seeds"])), False) for row in record["rows"]],
+    ]
+    for k in range(len(record["coverages"])):
+        pairs = [
+            (row["mean"]["selective_risk"][k], row["std"]["selective_risk"][k])
+            for row in record["rows"]
+        ]
+        columns.append(_column(pairs, 100, 2, best=min))
+    formats: dict[str, tuple[float, int, Any]] = {
+        **dict.fromkeys(("aurc", "excess_aurc", "augrc"), (1000, 2, min)),
+        "accuracy": (100, 2, max),
+        "seconds": (1, 0, min),
+    }
+    for name in COLUMNS:
+        factor, digits, best = formats[name]
+        pairs = [(row["mean"][name], row["std"][name]) for row in record["rows"]]
+        columns.append(_column(pairs, factor, digits, best=best))
+    return headings, [list(cells) for cells in zip(*columns, strict=True)]
+
+
+def _column(
+    pairs: list[tuple[float | None, float | None]], factor: float, digits: int, *, best: Any
+) -> list[tuple[str, bool]]:
+    """'mean ± std' of each row; the best are those that read no worse than the best."""
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{factor * value:.{digits}f}"
+
+    means = [float(text(mean)) for mean, _ in pairs if mean is not None]
+    cells = []
+    for mean, std in pairs:
+        shown = text(mean) if std is None else f"{text(mean)} ± {text(std)}"
+        cells.append((shown, mean is not None and float(text(mean)) == best(means)))
+    return cells
+
+
+def _differences(record: dict[str, Any]) -> list[str]:
+    lines = []
+    for entry in record["differences"]:
+        numbers = (f"{1000 * entry[key]:+.2f}" for key in ("estimate", "lower", "upper"))
+        estimate, lower, upper = numbers
+        verdict = "" if entry["lower"] <= 0 <= entry["upper"] else " (differ)"
+        lines.append(f"{entry['a']} minus {entry['b']}: {estimate} [{lower}, {upper}]{verdict}")
+    return lines
+
+
+NOTES = (
+    "Selective error % on test by coverage (rank-based), mean ± standard deviation over seeds; "
+    "bold: best of the column as printed.",
+    "AURC x1000 of one minus the other, with the 95 % paired bootstrap interval over test "
+    "examples; it does not cover the draw of the training runs.",
+)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    headings, rows = table(record)
+    lines = [NOTES[0], "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for row in rows:
+        cells = [f"**{text}**" if best else text for text, best in row]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", NOTES[1], "", *(f"- {line}" for line in _differences(record))]
+    if record["ignored"]:
+        lines += [
+            "",
+            f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
+    """A row per method and score, numbers as fractions."""
+    names = [f"selective_risk_at_{coverage:g}" for coverage in record["coverages"]]
+    columns = [f"{name}_{part}" for name in (*names, *COLUMNS) for part in ("mean", "std")]
+    lines: list[list[Any]] = [["label", "method", "score", "runs", *columns]]
+    for row in record["rows"]:
+        line = [row["label"], row["method"], row["score"], len(row["seeds"])]
+        for k in range(len(names)):
+            line += [row[part]["selective_risk"][k] for part in ("mean", "std")]
+        line += [row[part][name] for name in COLUMNS for part in ("mean", "std")]
+        lines.append(line)
+    return lines
+
+
+def show(record: dict[str, Any], out: Path) -> None:
+    """Prints the tables; those of all coverages are in compare.md."""
+    console = rich.console.Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = rich.console.Console(highlight=False, markup=False, width=140)
+    headings, rows = table(record)
+    kept = [i for i, name in enumerate(headings) if name in CONSOLE_COLUMNS]
+    printed = rich.table.Table(
+        title="Selective error % on test, by coverage", box=rich.box.SIMPLE_HEAD
+    )
+    for i in kept:
+        printed.add_column(headings[i], justify="left" if i == 0 else "right")
+    for row in rows:
+        printed.add_row(
+            *(rich.text.Text(row[i][0], style="bold" if row[i][1] else "") for i in kept)
+        )
+    console.print(printed)
+    for note in NOTES:
+        console.print(note)
+    best = record["rows"][0]["label"]
+    for entry, line in zip(record["differences"], _differences(record), strict=True):
+        if entry["a"] == best:
+            console.print(f"  {line}")
+    if record["ignored"]:
+        console.print(
+            f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}"
+        )
+    console.print(f"All coverages and pairs: {out / 'compare.md'}, .json, .csv, .png")
+
+
+def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Path) -> None:
+    """Draws each row's mean test risk-coverage curve with a band of one standard deviation."""
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    members = {
+        f"{label}, {LABELS[score]}": (runs, score)
+        for label, runs in groups.items()
+        for score in LABELS
+    }
+    for i, row in enumerate(record["rows"]):
+        runs, score = members[row["label"]]
+        risks = [metrics.selective_risk(*run.of(score), coverage=GRID) for run in runs]
+        mean, std = 100 * np.mean(risks, axis=0), 100 * np.std(risks, axis=0)
+        style = "-" if score == "softmax_response" else "--"
+        axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=row["label"])
+        axes.fill_between(100 * GRID, mean - std, mean + std, color=f"C{i % 10}", alpha=0.15)
+    axes.set(
+        xlabel="coverage on test (%)",
+        ylabel="selective error on test (%)",
+        xlim=(0, 100),
+        title="Mean over seeds; bands: one standard deviation",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left", fontsize=8)
+    axes.grid(alpha=0.3)
+    temporary = path.with_name(f"{path.name}.incomplete")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.incomplete")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,212 @@
+"""Comparisons of runs that are made here: real reports of made-up predictions."""
+
+import csv
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from sync_jax import compare, metrics
+from sync_jax.config import default_config
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions, evaluation_record
+from sync_jax.methods import METHODS
+from sync_jax.report import write_report
+
+N = 150
+
+
+def predictions(seed, strength, n=N):
+    """The same labels for every seed; a stronger network is more often right."""
+    labels = np.random.default_rng(99).integers(0, 4, n).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, 4)) + strength * np.eye(4)[labels]
+    outputs = {
+        "logits": logits,
+        "selection_logits": logits.max(axis=1) + rng.normal(size=n),
+        "abstention_logits": rng.normal(size=n),
+    }
+    outputs = {name: value.astype(np.float32) for name, value in outputs.items()}
+    return Predictions(outputs, labels, np.arange(n))
+
+
+def make_run(folder, method="ce", seed=0, strength=2.0, n=N, seconds=10.0, **changes):
+    config = default_config()
+    config.method, config.seed = method, seed
+    config.evaluation.coverages = (100, 80, 50)
+    config.evaluation.target_risks = (0.1,)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    folder.mkdir(parents=True)
+    test = predictions(seed + 10, strength, n)
+    if method == "ce":
+        test.outputs.pop("selection_logits")
+    score = METHODS[method].score
+    record = evaluation_record(test, test, config, score=score)
+    record["training"] = {"steps": 5, "seconds": seconds}
+    write_report(record, test, config, folder)
+    test.save(folder / "predictions_test.npz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two seeds of ce, one of sync; and runs that must not be mixed with them."""
+    root = tmp_path_factory.mktemp("runs")
+    make_run(root / "ce-0", seconds=10.0)
+    make_run(root / "ce-1", seed=1, seconds=14.0)
+    make_run(root / "sync-0", "sync", strength=3.0)
+    make_run(root / "other-loss", "sync", strength=2.5, loss__prior_power=1.0)
+    make_run(root / "other-width", "selectivenet", model__width=7)
+    make_run(root / "other-test", seed=3, n=N - 1)
+    (root / "unfinished").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def compared(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "a" / "b"
+    return compare.compare([f"{folder}/ce-*", f"{folder}/sync-0"], out), out
+
+
+def test_rows_are_means_and_deviations_of_the_runs(folder, compared):
+    record, _ = compared
+    rows = {row["label"]: row for row in record["rows"]}
+    assert set(rows) == {"ce, SR", "sync, SR", "sync, g"}
+    reports = [json.loads((folder / f"ce-{seed}" / "report.json").read_text()) for seed in (0, 1)]
+    row = rows["ce, SR"]
+    assert row["seeds"] == [0, 1]
+    accuracies = [report["test"]["accuracy"] for report in reports]
+    assert accuracies[0] != accuracies[1]
+    assert row["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    # The sample standard deviation of two numbers is their distance over the root of two.
+    assert row["std"]["accuracy"] == pytest.approx(abs(np.subtract(*accuracies)) / 2**0.5)
+    assert (row["mean"]["seconds"], row["std"]["seconds"]) == pytest.approx((12, 4 / 2**0.5))
+    for k, coverage in enumerate((1.0, 0.8, 0.5)):
+        risks = [
+            report["scores"]["softmax_response"]["rank_based"][k]["selective_risk"]
+            for report in reports
+        ]
+        assert record["coverages"][k] == coverage
+        assert row["mean"]["selective_risk"][k] == pytest.approx(sum(risks) / 2)
+    assert rows["sync, g"]["std"]["aurc"] is None  # of a single run
+    areas = [row["mean"]["aurc"] for row in record["rows"]]
+    assert areas == sorted(areas)
+
+
+def test_differences_are_the_paired_bootstraps(folder, compared):
+    """By the plain loop: test examples resampled, each row the mean over its runs."""
+    record, _ = compared
+    difference = next(
+        entry
+        for entry in record["differences"]
+        if {entry["a"], entry["b"]} == {"ce, SR", "sync, SR"}
+    )
+    assert len(record["differences"]) == 3
+    runs = {
+        name: [
+            Predictions.load(path / "predictions_test.npz") for path in sorted(folder.glob(pattern))
+        ]
+        for name, pattern in {"ce, SR": "ce-?", "sync, SR": "sync-0"}.items()
+    }
+
+    def area(name, index):
+        return np.mean(
+            [
+                metrics.aurc(p.confidence("softmax_response")[index], p.wrong[index])
+                for p in runs[name]
+            ]
+        )
+
+    rng = np.random.default_rng(0)
+    samples = rng.integers(N, size=(1000, N))
+    values = [area(difference["a"], i) - area(difference["b"], i) for i in samples]
+    expected = np.quantile(values, [0.025, 0.975])
+    assert [difference["lower"], difference["upper"]] == pytest.approx(expected, abs=1e-12)
+    whole = np.arange(N)
+    estimate = area(difference["a"], whole) - area(difference["b"], whole)
+    assert difference["estimate"] == pytest.approx(estimate)
+
+
+def test_files_say_the_same(compared):
+    record, out = compared
+    assert json.loads((out / "compare.json").read_text()) == record
+    with (out / "compare.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["label"] for line in lines] == [row["label"] for row in record["rows"]]
+    for line, row in zip(lines, record["rows"], strict=True):
+        assert float(line["aurc_mean"]) == row["mean"]["aurc"]
+        assert float(line["selective_risk_at_0.8_mean"]) == row["mean"]["selective_risk"][1]
+        assert (line["aurc_std"] == "") == (row["std"]["aurc"] is None)
+    text = (out / "compare.md").read_text()
+    best = f"{1000 * record['rows'][0]['mean']['aurc']:.2f}"
+    assert f"**{best}" in text  # the first row has the best AURC
+    worst = f"{1000 * record['rows'][-1]['mean']['aurc']:.2f}"
+    assert f"**{worst}" not in text
+    for entry in record["differences"]:
+        assert f"{entry['a']} minus {entry['b']}" in text
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.incomplete"))
+
+
+def test_bold_is_what_reads_best():
+    column = functools.partial(compare._column, factor=100, digits=1)
+    assert column([(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)], best=min) == [
+        ("10.0 ± 1.0", True), ("10.0", True), ("-", False), ("20.0 ± 0.0", False),
+    ]  # fmt: skip
+    assert [best for _, best in column([(0.1, None), (0.2, None)], best=max)] == [False, True]
+
+
+def test_a_methods_own_fields_make_rows_of_their_own(folder, tmp_path):
+    record = compare.compare([f"{folder}/sync-0", f"{folder}/other-loss"], tmp_path)
+    assert {row["label"] for row in record["rows"]} == {
+        f"sync (loss.prior_power={power}), {score}"
+        for power in ("3.0", "1.0")
+        for score in ("SR", "g")
+    }
+    assert record["ignored"] == []
+
+
+def test_other_data_network_or_schedule_is_refused_unless_told_to(folder, tmp_path, capsys):
+    patterns = [f"{folder}/ce-0", f"{folder}/other-width"]
+    with pytest.raises(
+        InputError, match=r"config.model.width is 32 in .*ce-0 and 7 in .*other-width"
+    ):
+        compare.compare(patterns, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    record = compare.compare(patterns, tmp_path / "out", mixed=True)
+    assert len(record["ignored"]) == 1
+    assert "config.model.width" in capsys.readouterr().out
+    assert "config.model.width" in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "--runs is missing"),
+        (["nothing-*"], "matches no folder"),
+        (["ce-0", "unfinished"], "unfinished holds no finished run"),
+        (["ce-0", "other-test"], "other-test has other test examples than .*ce-0"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(names, message, folder, tmp_path):
+    with pytest.raises(InputError, match=message):
+        compare.compare([f"{folder}/{name}" for name in names], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_run_twice(folder, tmp_path):
+    shutil.copytree(folder / "ce-0", tmp_path / "copy")
+    patterns = [f"{folder}/ce-0", f"{tmp_path}/copy"]
+    with pytest.raises(InputError, match="are the same run: seed 0"):
+        compare.compare(patterns, tmp_path / "out")
+    # But one folder named twice is one run.
+    record = compare.compare([f"{folder}/ce-0", f"{folder}/ce-?"], tmp_path / "out")
+    assert record["rows"][0]["seeds"] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file cannot be written"):
+        compare.compare([f"{folder}/ce-0"], tmp_path / "file")
