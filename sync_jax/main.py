@@ -23,19 +23,25 @@ _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Folder of the run: config, checkpoints, metrics, report. Default: "
-    "runs/<config>-<method>-seed<seed>.",
+    "runs/<config>-<method>-seed<seed>; of a sweep, which makes such folders in it: runs.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "compare"],
+    ["prepare", "train", "evaluate", "sweep", "compare"],
     "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
     "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
-    "saved predictions, with other --config.evaluation.* values. compare: one table of the "
+    "saved predictions, with other --config.evaluation.* values. sweep: train every combination of "
+    "the values that --vary names, and compare them. compare: one table of the "
     "finished runs that --runs names, written to --workdir; needs no --config.",
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare: folders of finished runs, or patterns such as 'runs/quickstart-*'."
+)
+_VARY = flags.DEFINE_multi_string(
+    "vary",
+    [],
+    "sweep: a field and its values, such as method=ce,sync or seed=0,1,2; may be given repeatedly.",
 )
 _MIXED = flags.DEFINE_bool(
     "mixed", False, "compare: also runs that differ in data, network or schedule; it says in what."
@@ -69,6 +75,15 @@ def main(arguments: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         config_lib.validate(config)
+        if _MODE.value == "sweep":
+            from sync_jax import sweep
+
+            out = Path(_WORKDIR.value or "runs")
+            if not sweep.sweep(config, _VARY.value, out, name=name):
+                _stop("some runs diverged", 1)
+            return
+        if _VARY.value:
+            _stop("--vary belongs to --mode=sweep", 2)
         default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
         workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
         if _MODE.value == "prepare":

@@ -50,7 +50,10 @@ BAD = {
     "a folder": (["--config=configs"], "--config=configs is no file"),
     "stray argument": ([QUICKSTART, "train"], "unexpected argument 'train'"),
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
-    "unknown mode": ([QUICKSTART, "--mode=tset"], "--mode=tset: .*prepare.train.evaluate"),
+    "unknown mode": (
+        [QUICKSTART, "--mode=tset"],
+        "--mode=tset: .*prepare.train.evaluate.sweep.compare",
+    ),
     "unknown field": (
         [QUICKSTART, "--config.train.epocs=3"],
         "config.train has no field 'epocs' .did you mean 'epochs'..; choose from batch_size",
@@ -91,6 +94,23 @@ BAD = {
     "workdir is a file": ([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
     "nothing to compare": (["--mode=compare"], "--runs is missing"),
     "no runs": (["--mode=compare", "--runs=runs/x-*"], "--runs=runs/x-. matches no folder"),
+    "nothing to vary": ([QUICKSTART, "--mode=sweep"], "--vary is missing"),
+    "vary what": (
+        [QUICKSTART, "--mode=sweep", "--vary=metod=ce"],
+        "no field 'metod' .did you mean 'method'",
+    ),
+    "vary to what": ([QUICKSTART, "--mode=sweep", "--vary=seed="], "needs values"),
+    "vary to another type": (
+        [QUICKSTART, "--mode=sweep", "--vary=seed=0,x"],
+        "'x' must be of type",
+    ),
+    "vary twice": ([QUICKSTART, "--mode=sweep", "--vary=seed=0", "--vary=seed=1"], "varied twice"),
+    "vary to the same": ([QUICKSTART, "--mode=sweep", "--vary=seed=1,1"], "names a value twice"),
+    "vary to what is refused": (
+        [QUICKSTART, "--mode=sweep", "--vary=method=ce,sinc"],
+        "config.method='sinc' is unknown",
+    ),
+    "vary without sweep": ([QUICKSTART, "--vary=seed=0,1"], "--vary belongs to --mode=sweep"),
     "runs without comparison": ([QUICKSTART, "--runs=x"], "--runs and --mixed belong to"),
     "nothing to evaluate": (
         [QUICKSTART, "--mode=evaluate"],

@@ -1,0 +1,121 @@
+"""Several runs in one command: every combination of some fields' values, one after the other."""
+
+import ast
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sync_jax.compare import compare
+from sync_jax.config import default_config, flatten, suggestion, validate
+from sync_jax.errors import InputError
+from sync_jax.report import read_report
+from sync_jax.train import NonFiniteError, train_and_evaluate
+
+
+def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
+    """Trains every combination, skips what is finished, and compares all of it.
+
+    The same command goes on where it was stopped: a run that was begun is resumed. A run that
+    diverges is named at the end, and the others go on.
+
+    Args:
+        config: of every run, but for the varied fields.
+        vary: such as 'method=ce,sync' or 'seed=0,1,2'; each a field and its values.
+        out: holds a folder per run, and in compare/ their table.
+        name: of the config, with which the folders' names begin.
+
+    Returns:
+        Whether every run was trained to its end.
+
+    Raises:
+        InputError: in `vary`, or a combination is no valid config; nothing is trained then.
+    """
+    runs = combinations(config, vary, name=name)
+    for _, run in runs:
+        validate(run)
+    done = [folder for folder, _ in runs if read_report(out / folder) is not None]
+    print(f"{len(runs)} runs in {out}: {len(done)} finished, {len(runs) - len(done)} to do")
+    began, trained, failed = time.monotonic(), 0, []
+    for i, (folder, run) in enumerate(runs, start=1):
+        if folder in done:
+            continue
+        left = "" if not trained else _left(began, trained, len(runs) - len(done) - trained)
+        print(f"=== run {i} of {len(runs)}: {folder}{left}", flush=True)
+        try:
+            train_and_evaluate(run, out / folder)
+        except NonFiniteError as error:
+            failed.append(folder)
+            print(f"{folder} stopped at {error}", flush=True)
+        trained += 1
+        jax.clear_caches()  # every run compiles functions of its own
+    finished = [out / folder for folder, _ in runs if folder not in failed]
+    if finished:
+        # A field that was varied on purpose may differ.
+        compare([str(folder) for folder in finished], out / "compare", mixed=True)
+    for folder in failed:
+        print(f"{folder} diverged and is not in the table")
+    return not failed
+
+
+def combinations(
+    config: ConfigDict, vary: Sequence[str], *, name: str
+) -> list[tuple[str, ConfigDict]]:
+    """Every combination of the values, with the name of its folder.
+
+    The last field varies slowest, so that with the seeds last each seed's table is complete early.
+
+    Raises:
+        InputError: no field, an unknown one, one named twice, or a value of another type.
+    """
+    if not vary:
+        raise InputError("--vary is missing; for example --vary=method=ce,sync --vary=seed=0,1,2")
+    fields: dict[str, list[Any]] = {}
+    known = dict(flatten(default_config().to_dict()))
+    for entry in vary:
+        field, equals, values = entry.partition("=")
+        field = field.removeprefix("config.")
+        if field not in known:
+            raise InputError(f"--vary={entry}: no field {field!r}{suggestion(field, known)}")
+        if field in fields:
+            raise InputError(f"--vary={entry}: {field} is varied twice")
+        if not equals or not values:
+            raise InputError(f"--vary={entry} needs values: --vary={field}=VALUE,VALUE")
+        fields[field] = [_parsed(entry, text, known[field]) for text in values.split(",")]
+        if len(set(fields[field])) < len(fields[field]):
+            raise InputError(f"--vary={entry} names a value twice")
+    runs = []
+    for slowest_first in itertools.product(*reversed(fields.values())):
+        values_by_field = dict(zip(reversed(fields), slowest_first, strict=True))
+        run = config.copy_and_resolve_references()
+        run.update_from_flattened_dict(values_by_field)
+        folder = f"{name}-{run.method}-seed{run.seed}"
+        for field in fields:
+            if field not in ("method", "seed"):
+                folder += f"-{field}={values_by_field[field]}"
+        runs.append((folder, run))
+    return runs
+
+
+def _parsed(entry: str, text: str, like: Any) -> Any:
+    """A value as the type that the field has."""
+    kind = type(like)
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is kind and kind in (int, float, bool):
+            return value
+    except (ValueError, SyntaxError):
+        pass
+    raise InputError(f"--vary={entry}: {text!r} must be of type {kind.__name__}")
+
+
+def _left(began: float, trained: int, remaining: int) -> str:
+    minutes = (time.monotonic() - began) / trained * remaining / 60
+    return f" (about {minutes:.0f} min left)"
