@@ -43,6 +43,8 @@ def default_config() -> ConfigDict:
     config.model.name = "cnn"  # a name in models.BACKBONES
     config.model.width = 32  # channels of the first convolution
     config.model.features = 256  # size of the feature vector
+    config.model.dropout = 0.5  # mc_dropout: rate, on the feature vector
+    config.model.dropout_samples = 100  # mc_dropout: that evaluation averages over
 
     # losses.selectivenet_loss and losses.sync_loss read the first six. The SYNC values are
     # provisional: the paper's are not public, and which are best is an open question.
@@ -123,6 +125,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.calibration_size", low=1)
     _integer(config, "model.width", low=1)
     _integer(config, "model.features", low=1)
+    _integer(config, "model.dropout_samples", low=1, high=10_000)
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
     _integer(config, "checkpoint.keep", low=1)
@@ -147,7 +150,8 @@ def validate(config: ConfigDict) -> None:
         non_negative(config, f"loss.{field}")
     non_negative(config, "loss.entropy_weight")
     _range("below the run's epochs, or negative", lambda x: True)(config, "loss.warmup_epochs")
-    _range("in [0, 1)", lambda x: 0 <= x < 1)(config, "loss.target_momentum")
+    for field in ("loss.target_momentum", "model.dropout"):
+        _range("in [0, 1)", lambda x: 0 <= x < 1)(config, field)
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
     _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
 

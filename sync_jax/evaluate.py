@@ -30,7 +30,8 @@ class Predictions:
 
     Attributes:
         outputs: by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
-            auxiliary_logits `[n, classes]`, abstention_logits `[n]`; float32.
+            auxiliary_logits `[n, classes]`, abstention_logits `[n]`, or with
+            dropout samples expected_entropy `[n]`; float32.
         labels: `[n]` int32.
         index: `[n]` int64, positions in the official split.
     """

@@ -37,7 +37,8 @@ class Method:
     """How one method trains and selects.
 
     Attributes:
-        heads: what the network has beside its class head: 'selection', 'auxiliary', 'abstention'.
+        heads: what the network has beside its class head: 'selection', 'auxiliary', 'abstention',
+            'dropout' (before the class head).
         objective: (outputs, labels, mask, config) to (loss, terms), all scalars.
         score: the name in `scores.SCORES` that the method is meant to be used with.
         memory: None for a method that keeps nothing between steps.
@@ -177,6 +178,10 @@ def _update_target_table(
 METHODS: dict[str, Method] = {
     # Cross-entropy and softmax response (Hendrycks & Gimpel, 2017).
     "ce": Method(heads=(), objective=_ce, score="softmax_response"),
+    # MC-dropout (Gal & Ghahramani, 2016), on the features before the class head, as SelectiveNet's
+    # authors compare with. Their score is minus the mean variance of the probabilities; here it is
+    # the softmax response of their mean, beside predictive entropy and mutual information.
+    "mc_dropout": Method(heads=("dropout",), objective=_ce, score="softmax_response"),
     # SelectiveNet (Geifman & El-Yaniv, 2019).
     "selectivenet": Method(
         heads=("selection", "auxiliary"), objective=_selectivenet, score="selection"

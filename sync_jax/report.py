@@ -76,6 +76,7 @@ LABELS = {
     "energy": "energy",
     "selection": "g",
     "abstention": "-abstention",
+    "mutual_information": "-mutual information",
 }
 CERTIFICATE_LABELS = {
     "sgr": "SGR",

@@ -107,6 +107,15 @@ def abstention(outputs: Outputs) -> Any:
     return -selection({"selection_logits": relative})
 
 
+def mutual_information(outputs: Outputs) -> Any:
+    """Minus the mutual information of class and sampled network: `[n]`, at most 0, in nats.
+
+    The entropy of the mean probabilities, `logits` `[n, classes]`, less the mean entropy of the
+    samples, `expected_entropy` `[n]` (Depeweg et al., 2018): what the samples disagree about.
+    """
+    return outputs["expected_entropy"] + negative_entropy(outputs)
+
+
 SCORES: dict[str, Callable[..., Any]] = {
     "softmax_response": softmax_response,
     "margin": margin,
@@ -116,10 +125,12 @@ SCORES: dict[str, Callable[..., Any]] = {
     "energy": energy,
     "selection": selection,
     "abstention": abstention,
+    "mutual_information": mutual_information,
 }
 # The outputs that a score needs; of all but `selection` the class logits.
 REQUIRED_OUTPUTS = {
     **dict.fromkeys(SCORES, ("logits",)),
     "selection": ("selection_logits",),
     "abstention": ("logits", "abstention_logits"),
+    "mutual_information": ("logits", "expected_entropy"),
 }

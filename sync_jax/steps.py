@@ -73,6 +73,7 @@ def train_step(
     network: nn.Module,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    dropout_key: Array | None = None,
 ) -> tuple[TrainState, Terms]:
     """One step of gradient descent.
 
@@ -83,6 +84,7 @@ def train_step(
         network: see `create_train_state`.
         objective: what is minimised.
         optimizer: as given to `create_train_state`.
+        dropout_key: of this step; for a network with dropout.
 
     Returns:
         The state after the step, and scalars of the batch before it: loss, its terms,
@@ -98,6 +100,7 @@ def train_step(
             batch["image"],
             train=True,
             mutable=["batch_stats"],
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
         loss, terms, memory = objective(outputs, batch, state.memory, state.step)
         return loss, (terms, outputs, updates.get("batch_stats", {}), memory)

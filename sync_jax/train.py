@@ -225,6 +225,10 @@ class Run:
                 network=self.network,
                 objective=objective,
                 optimizer=self.optimizer,
+                # Of a seed's three streams of randomness this is the third; see training_batch.
+                dropout_key=jax.random.fold_in(
+                    jax.random.split(jax.random.key(jnp.uint32(config.seed)), 3)[2], state.step
+                ),
             )
 
         def outputs(state: TrainState, images: Array) -> dict[str, Array]:

@@ -24,7 +24,7 @@ NAN, INFINITY = math.nan, math.inf
 BAD = {
     "method": (
         ("selective", ""),
-        "choose from ce, deep_gamblers, selectivenet, self_adaptive, sync",
+        "choose from ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
     ),
     "data.name": (("mnist",), "choose from fashion_mnist"),
     "model.name": (("resnet",), "choose from cnn"),
@@ -56,6 +56,8 @@ BAD = {
     "loss.prior_power": ((-1.0, NAN, INFINITY), "at least 0"),
     "loss.prior_weight": ((-1.0, NAN, INFINITY), "at least 0"),
     "loss.sync_weight": ((-1.0, NAN, INFINITY), "at least 0"),
+    "model.dropout": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "model.dropout_samples": ((0, -3, 10_001), "between 1 and 10000"),
     "loss.entropy_weight": ((-0.1, NAN, INFINITY), "at least 0"),
     "loss.warmup_epochs": ((NAN, INFINITY), "below the run's epochs"),
     "loss.target_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),

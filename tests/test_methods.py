@@ -17,6 +17,7 @@ OUTPUT_OF_HEAD = {
     "selection": "selection_logits",
     "auxiliary": "auxiliary_logits",
     "abstention": "abstention_logits",
+    "dropout": "logits",  # adds nothing
 }
 
 
@@ -61,7 +62,9 @@ def available(method):
 
 
 def test_the_methods_are_the_issues():
-    assert METHODS.keys() == {"ce", "selectivenet", "sync", "deep_gamblers", "self_adaptive"}
+    assert METHODS.keys() == {
+        *("ce", "mc_dropout", "selectivenet", "sync", "deep_gamblers", "self_adaptive")
+    }
     assert METHODS["ce"].heads == ()
     assert METHODS["ce"].score == "softmax_response"
     for name in ("selectivenet", "sync"):
@@ -105,6 +108,7 @@ def test_objectives_are_the_losses_with_the_configs_values():
             divergence="mse",
         ),
     }
+    expected["mc_dropout"] = expected["ce"]
     for name, per_example in {
         "deep_gamblers": losses.deep_gamblers_loss(
             outputs["logits"], outputs["abstention_logits"], labels, payoff=1.9

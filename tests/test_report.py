@@ -80,7 +80,7 @@ FIELDS = {
     "method_score": None,
     "calibration": SPLIT_FIELDS,
     "test": SPLIT_FIELDS,
-    "scores": {name for name in SCORES if name != "abstention"},
+    "scores": {name for name in SCORES if name not in ("abstention", "mutual_information")},
     "aurc_minus_softmax_response": {field.name for field in dataclasses.fields(Interval)},
 }
 

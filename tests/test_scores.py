@@ -21,7 +21,12 @@ from sync_jax.scores import (
 
 LOGITS = {"logits": np.log([[1.0, 1.0, 2.0], [8.0, 1.0, 1.0], [1.0, 1.0, 1.0]])}
 SELECTION = {"selection_logits": np.array([0.0, math.log(3), -math.log(3)])}
-OUTPUTS = LOGITS | SELECTION | {"abstention_logits": np.log([1.0, 10.0, 9.0])}
+OUTPUTS = {
+    **LOGITS,
+    **SELECTION,
+    "abstention_logits": np.log([1.0, 10.0, 9.0]),
+    "expected_entropy": np.array([math.log(2) / 2, 0.0, math.log(3) / 2]),
+}
 
 
 def call(score, outputs):
@@ -108,6 +113,8 @@ BY_HAND = {
     "energy": [LOG(4), LOG(10), LOG(3)],
     # Centred: log 2 (-1, -1, 2)/3 and log 8 (2, -1, -1)/3; 1-norms of 4/3, no norm for equals.
     "max_logit_pnorm": [1 / 2, 1 / 2, 0],
+    # Of samples of which half are sure, the mean entropy.
+    "mutual_information": [LOG(2) / 2 - 1.5 * LOG(2), 0.8 * LOG(0.8) + 0.2 * LOG(0.1), -LOG(3) / 2],
     # The abstention weighs 1, 10 and 9 against 4, 10 and 3.
     "abstention": [-1 / 5, -1 / 2, -3 / 4],
 }
@@ -140,6 +147,7 @@ def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name
                 "logits": xp.asarray(logits, dtype=xp.float32),
                 "selection_logits": xp.full(len(logits), sign, dtype=xp.float32),
                 "abstention_logits": xp.full(len(logits), -sign, dtype=xp.float32),
+                "expected_entropy": xp.zeros(len(logits), dtype=xp.float32),
             }
             score = call(SCORES[name], outputs)
             assert score.shape == (len(logits),)
@@ -152,7 +160,7 @@ def test_which_scores_a_common_shift_of_the_classes_moves(logits, shift):
     outputs = {"logits": logits, "abstention_logits": logits[:, 0] / 2}
     shifted = {name: array + shift for name, array in outputs.items()}
     for name, score in SCORES.items():
-        if name == "selection":
+        if name in ("selection", "mutual_information"):
             continue
         moves = shift if name in ("max_logit", "energy") else 0.0
         np.testing.assert_allclose(
@@ -164,7 +172,7 @@ def test_which_scores_a_common_shift_of_the_classes_moves(logits, shift):
 def test_the_order_of_the_classes_does_not_matter(logits, order):
     outputs = {"logits": logits, "abstention_logits": logits.sum(axis=1) / 5}
     permuted = outputs | {"logits": logits[:, order]}
-    for name in SCORES.keys() - {"selection"}:
+    for name in SCORES.keys() - {"selection", "mutual_information"}:
         np.testing.assert_allclose(
             call(SCORES[name], permuted), call(SCORES[name], outputs), rtol=1e-12, atol=1e-12
         )

@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,12 +22,16 @@ class SelectiveClassifier(nn.Module):
         num_classes: classes of the class and the auxiliary head.
         heads: any of 'selection', 'auxiliary' and 'abstention'.
         target_coverage: where the selection function starts, in `(0, 1)`, or 1 for no head start.
+        dropout: rate of dropout on the features of the class head; for MC-dropout.
+        dropout_samples: of the class probabilities, averaged over in evaluation; 0: none.
     """
 
     backbone: nn.Module
     num_classes: int
     heads: tuple[str, ...] = ()
     target_coverage: float = 1.0
+    dropout: float = 0.0
+    dropout_samples: int = 0
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
@@ -39,10 +44,17 @@ class SelectiveClassifier(nn.Module):
         Returns:
             logits `[batch, classes]`, and per head selection_logits `[batch]`, auxiliary_logits
             `[batch, classes]` or abstention_logits `[batch]`: the C+1-th output of those methods
-            that have one, apart, so that no argmax over classes can meet it.
+            that have one, apart, so that no argmax over classes can meet it. With dropout samples,
+            in evaluation, logits are the logarithms of the mean probabilities, and expected_entropy
+            `[batch]` is the mean of the samples' entropies (nats).
         """
         features = self.backbone(images, train=train).astype(jnp.float32)
-        outputs = {"logits": nn.Dense(self.num_classes, name="class_head")(features)}
+        class_head = nn.Dense(self.num_classes, name="class_head")
+        if self.dropout_samples and not train:
+            outputs = self._sampled(class_head, features)
+        else:
+            kept = nn.Dropout(self.dropout, deterministic=not train)(features)
+            outputs = {"logits": class_head(kept)}
         if "selection" in self.heads:
             selection = SelectionHead(self.target_coverage, name="selection_head")
             outputs["selection_logits"] = selection(features, train=train)
@@ -54,6 +66,22 @@ class SelectiveClassifier(nn.Module):
             abstention = nn.Dense(1, name="abstention_head")
             outputs["abstention_logits"] = abstention(features)[:, 0]
         return outputs
+
+    def _sampled(self, class_head: nn.Dense, features: Array) -> dict[str, Array]:
+        """Mean probabilities and mean entropy over dropout samples.
+
+        A sample drops the same features of every example: one subnetwork of the many. So the
+        result depends neither on the batch size nor on the devices, and the backbone runs once.
+        """
+        keep = 1.0 - self.dropout
+        shape = (self.dropout_samples, features.shape[-1])
+        masks = jax.random.bernoulli(jax.random.key(0), keep, shape) / keep
+        log_p = jax.nn.log_softmax(class_head(features * masks[:, None, :]))
+        entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return {
+            "logits": jax.nn.logsumexp(log_p, axis=0) - math.log(self.dropout_samples),
+            "expected_entropy": jnp.mean(entropies, axis=0),
+        }
 
 
 class SelectionHead(nn.Module):

@@ -12,6 +12,7 @@ from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES, make_network
 from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectionHead, SelectiveClassifier
+from sync_jax.scores import mutual_information
 
 BOTH = ("selection", "auxiliary")
 
@@ -172,15 +173,73 @@ def test_make_network_follows_the_config(method, backbone):
     config = default_config().model
     config.name = backbone
     config.width, config.features = 3, 7
+    config.dropout, config.dropout_samples = 0.4, 6
     network = make_network(config, heads=method.heads, num_classes=4, target_coverage=0.9)
     assert network == SelectiveClassifier(
         backbone=BACKBONES[backbone](width=3, features=7),
         num_classes=4,
         heads=method.heads,
         target_coverage=0.9,
+        dropout=0.4 if "dropout" in method.heads else 0.0,
+        dropout_samples=6 if "dropout" in method.heads else 0,
     )
     outputs = jax.eval_shape(
         lambda x: network.init_with_output(jax.random.key(0), x, train=False)[0], make_images(2)
     )
     assert outputs["logits"].shape == (2, 4)
     assert len(outputs) == 1 + len(method.heads)
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+def dropout_network(dropout=0.5, samples=400):
+    return SelectiveClassifier(
+        Flatten(), 3, heads=("dropout",), dropout=dropout, dropout_samples=samples
+    )
+
+
+def test_samples_are_averaged_as_probabilities():
+    """Against the mean over masks in NumPy; every example sees the same masks."""
+    network = dropout_network(samples=7)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 2, 1)), jnp.float32)
+    variables = network.init(jax.random.key(1), images, train=False)
+    outputs = network.apply(variables, images, train=False)
+    masks = jax.random.bernoulli(jax.random.key(0), 0.5, (7, 4)) / 0.5
+    head = variables["params"]["class_head"]
+    logits = (images.reshape(5, 4) * masks[:, None]) @ head["kernel"] + head["bias"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(np.exp(outputs["logits"]), p.mean(axis=0), rtol=1e-5)
+    entropy = -(p * np.log(p)).sum(axis=-1).mean(axis=0)
+    np.testing.assert_allclose(outputs["expected_entropy"], entropy, rtol=1e-5)
+    assert np.unique(np.asarray(masks), axis=0).shape[0] > 1
+    # So an example's outputs do not depend on the batch.
+    alone = network.apply(variables, images[2:3], train=False)
+    np.testing.assert_allclose(alone["logits"], outputs["logits"][2:3], rtol=1e-6)
+
+
+def test_without_dropout_the_samples_agree():
+    network = dropout_network(dropout=0.0, samples=3)
+    images = jnp.ones((2, 2, 2, 1))
+    variables = network.init(jax.random.key(1), images, train=False)
+    outputs = network.apply(variables, images, train=False)
+    plain = SelectiveClassifier(Flatten(), 3).apply(variables, images, train=False)
+    np.testing.assert_allclose(outputs["logits"], jax.nn.log_softmax(plain["logits"]), atol=1e-6)
+    information = -np.asarray(mutual_information(outputs))
+    np.testing.assert_allclose(information, 0, atol=1e-6)
+
+
+def test_training_drops_by_its_key():
+    network, images = dropout_network(), jnp.ones((64, 4, 4, 1))
+    variables = network.init(jax.random.key(1), images, train=False)
+
+    def logits(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return network.apply(variables, images, train=True, rngs=rngs)["logits"]
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert not np.array_equal(logits(0), logits(1))
+    assert np.ptp(logits(0), axis=0).min() > 0  # each example on its own
+    expected = SelectiveClassifier(Flatten(), 3).apply(variables, images, train=True)["logits"][0]
+    mean = np.mean([logits(seed).mean(axis=0) for seed in range(50)], axis=0)
+    np.testing.assert_allclose(mean, expected, atol=0.1)
