@@ -28,15 +28,18 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare"],
+    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble"],
     "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
     "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
     "saved predictions, with other --config.evaluation.* values. sweep: train every combination of "
     "the values that --vary names, and compare them. compare: one table of the "
-    "finished runs that --runs names, written to --workdir; needs no --config.",
+    "finished runs that --runs names, written to --workdir. ensemble: evaluate the mean of their "
+    "probabilities, as a run in --workdir. These two need no --config.",
 )
 _RUNS = flags.DEFINE_list(
-    "runs", [], "compare: folders of finished runs, or patterns such as 'runs/quickstart-*'."
+    "runs",
+    [],
+    "compare, ensemble: folders of finished runs, or patterns such as 'runs/quickstart-*'.",
 )
 _VARY = flags.DEFINE_multi_string(
     "vary",
@@ -44,7 +47,9 @@ _VARY = flags.DEFINE_multi_string(
     "sweep: a field and its values, such as method=ce,sync or seed=0,1,2; may be given repeatedly.",
 )
 _MIXED = flags.DEFINE_bool(
-    "mixed", False, "compare: also runs that differ in data, network or schedule; it says in what."
+    "mixed",
+    False,
+    "compare, ensemble: also runs that differ in data, network or schedule; it says in what.",
 )
 
 
@@ -56,17 +61,17 @@ def main(arguments: list[str]) -> None:
     from sync_jax import config as config_lib
     from sync_jax import errors, train
 
-    if _MODE.value == "compare":
-        from sync_jax import compare
+    if _MODE.value in ("compare", "ensemble"):
+        from sync_jax import compare, ensemble
 
+        do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
         try:
-            out = Path(_WORKDIR.value or "runs/compare")
-            compare.compare(_RUNS.value, out, mixed=_MIXED.value)
+            do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
         except errors.InputError as error:
             _stop(error, 2)
         return
     if _RUNS.value or _MIXED.value:
-        _stop("--runs and --mixed belong to --mode=compare", 2)
+        _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)

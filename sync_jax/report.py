@@ -7,6 +7,7 @@ and risks are fractions. Fields:
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
     training                   steps, seconds (of the loop, earlier processes included)
+    members                    of an ensemble alone: the runs that it combines
     method_score               the confidence score that the method is meant to be used with
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
                                ece_15_bins_of_equal_width, ece_15_bins_of_equal_mass,

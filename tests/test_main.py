@@ -52,7 +52,7 @@ BAD = {
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "unknown mode": (
         [QUICKSTART, "--mode=tset"],
-        "--mode=tset: .*prepare.train.evaluate.sweep.compare",
+        "--mode=tset: .*prepare.train.evaluate.sweep.compare.ensemble",
     ),
     "unknown field": (
         [QUICKSTART, "--config.train.epocs=3"],
@@ -93,6 +93,7 @@ BAD = {
     ),
     "workdir is a file": ([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
     "nothing to compare": (["--mode=compare"], "--runs is missing"),
+    "an ensemble of nothing": (["--mode=ensemble"], "--runs is missing"),
     "no runs": (["--mode=compare", "--runs=runs/x-*"], "--runs=runs/x-. matches no folder"),
     "nothing to vary": ([QUICKSTART, "--mode=sweep"], "--vary is missing"),
     "vary what": (
