@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sync_jax import guarantees, metrics
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.scores import REQUIRED_OUTPUTS, SCORES
+from sync_jax.scores import SCORES, available
 
 # A class has few calibration examples and a share of delta: fifty candidates would divide it so far
 # that no class can be certified.
@@ -175,7 +175,7 @@ def evaluation_record(
     Returns:
         Plain dicts, lists and numbers; undefined values are NaN.
     """
-    names = [name for name, needed in REQUIRED_OUTPUTS.items() if test.outputs.keys() >= {*needed}]
+    names = available(test.outputs)
     record: dict[str, Any] = {
         "calibration": summary(calibration),
         "test": summary(test),

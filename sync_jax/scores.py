@@ -134,3 +134,16 @@ REQUIRED_OUTPUTS = {
     "abstention": ("logits", "abstention_logits"),
     "mutual_information": ("logits", "expected_entropy"),
 }
+# These read the scale or the shift of raw logits, which the logarithms of averaged probabilities,
+# where there is an expected_entropy, don't have: their energy is 0 for every example.
+OF_RAW_LOGITS = ("max_logit", "max_logit_pnorm", "energy")
+
+
+def available(outputs: Outputs) -> list[str]:
+    """The names of the scores that mean something for these outputs."""
+    averaged = "expected_entropy" in outputs
+    return [
+        name
+        for name, needed in REQUIRED_OUTPUTS.items()
+        if outputs.keys() >= {*needed} and not (averaged and name in OF_RAW_LOGITS)
+    ]

@@ -14,6 +14,7 @@ from sync_jax.methods import METHODS
 from sync_jax.scores import (
     REQUIRED_OUTPUTS,
     SCORES,
+    available,
     max_logit_pnorm,
     selection,
     softmax_response,
@@ -183,3 +184,14 @@ def test_with_two_classes_margin_and_entropy_rank_as_the_softmax_response():
     order = np.argsort(softmax_response({"logits": logits}))
     for name in ("margin", "negative_entropy"):
         np.testing.assert_array_equal(np.argsort(SCORES[name]({"logits": logits})), order)
+
+
+def test_which_scores_mean_something():
+    of_classes = ["softmax_response", "margin", "negative_entropy"]
+    of_logits = [*of_classes, "max_logit", "max_logit_pnorm", "energy"]
+    assert available(LOGITS) == of_logits
+    assert available(LOGITS | SELECTION) == [*of_logits, "selection"]
+    assert available(LOGITS | {"abstention_logits": np.zeros(3)}) == [*of_logits, "abstention"]
+    # Averaged probabilities: their logarithms are no raw logits.
+    averaged = LOGITS | {"expected_entropy": np.zeros(3)}
+    assert available(averaged) == [*of_classes, "mutual_information"]

@@ -20,7 +20,6 @@ from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
 from sync_jax.progress import read_metrics
 from sync_jax.report import read_report
-from sync_jax.scores import REQUIRED_OUTPUTS
 from sync_jax.steps import TrainState
 from tests import tiny
 
@@ -61,9 +60,12 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
     assert report["method_score"] == METHODS[method].score
     assert report["training"]["steps"] == round(6.0 * 190 / 16)
-    of_logits = {name for name, needed in REQUIRED_OUTPUTS.items() if needed == ("logits",)}
-    of_samples = {"mutual_information"} if method == "mc_dropout" else set()
-    assert set(report["scores"]) == of_logits | {METHODS[method].score} | of_samples
+    expected = {"softmax_response", "margin", "negative_entropy", METHODS[method].score}
+    if method == "mc_dropout":
+        expected |= {"mutual_information"}
+    else:
+        expected |= {"max_logit", "max_logit_pnorm", "energy"}
+    assert set(report["scores"]) == expected
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
