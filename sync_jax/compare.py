@@ -6,10 +6,13 @@ compare.json is strict JSON; fractions, undefined values null. Fields:
     ignored[]       config fields that differ although the comparison needs them equal; only where
                     that was allowed
     coverages[]     the coverages of the table
-    rows[]          a row per method and score, best AURC first: label, method, score, seeds, and
+    rows[]          a row per method and score, best AURC first: label, method, score, seeds,
+                    target_coverage, and
                     mean, std (sample standard deviation, null for one run) of:
                     selective_risk (arrays, rank-based), aurc, excess_aurc, augrc (convention mean),
-                    accuracy, seconds (of training)
+                    accuracy, seconds (of training); and at the row's own target_coverage: own_risk
+                    (rank-based), deployed_risk and deployed_coverage (threshold from the
+                    calibration split; the mean risk is null where a run accepted nothing)
     differences[]   per pair of rows a and b, by label: AURC of a minus that of b, each the mean of
                     its row's runs: a metrics.Interval; all rows see the same resamples of the test
                     examples
@@ -45,9 +48,10 @@ from sync_jax.report import LABELS, read_report, strict
 # what moves no weight. The test ranking's coverages are this module's own.
 OF_METHOD = ("method", "target_coverage", "loss.")
 FREE = ("seed", "data.data_dir", "data.source", "log.", "checkpoint.", "evaluation.")
-COLUMNS = ("aurc", "excess_aurc", "augrc", "accuracy", "seconds")
+OWN = ("own_risk", "deployed_risk", "deployed_coverage")
+COLUMNS = (*OWN, "aurc", "excess_aurc", "augrc", "accuracy", "seconds")
 CONSOLE_COLUMNS = (
-    *("method, score", "runs", "100 %", "90 %", "80 %", "70 %"),
+    *("method, score", "runs", "100 %", "90 %", "80 %", "70 %", "target %", "error % at target"),
     *("AURC x1000", "AUGRC x1000", "accuracy %", "seconds"),
 )
 GRID = np.linspace(0.01, 1, 100)  # coverages of the plot
@@ -235,7 +239,13 @@ def _row(
         values["selective_risk"].append(risk)
         record = run.report["scores"][score]
         seconds = run.report["training"]["seconds"]
+        point = record["operating_point"]
+        own = float(metrics.selective_risk(confidence, wrong, coverage=point["target_coverage"]))
+        deployed = point["selective_risk"]
         numbers = {
+            "own_risk": own,
+            "deployed_risk": float("nan") if deployed is None else deployed,
+            "deployed_coverage": point["coverage"],
             "aurc": record["aurc"]["mean"],
             "excess_aurc": record["excess_aurc"]["mean"],
             "augrc": record["augrc"],
@@ -255,6 +265,7 @@ def _row(
         "method": members[0].config["method"],
         "score": score,
         "seeds": [run.config["seed"] for run in members],
+        "target_coverage": members[0].config["target_coverage"],
         "mean": {name: np.mean(numbers, axis=0).tolist() for name, numbers in values.items()},
         "std": {name: std(numbers) for name, numbers in values.items()},
     }
@@ -263,6 +274,7 @@ def _row(
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Headings, and rows of (text, whether it is the best of its column)."""
     headings = ["method, score", "runs", *(f"{100 * c:g} %" for c in record["coverages"])]
+    headings += ["target %", "error % at target", "deployed error %", "deployed coverage %"]
     headings += ["AURC x1000", "E-AURC x1000", "AUGRC x1000", "accuracy %", "seconds"]
     columns: list[list[tuple[str, bool]]] = [
         [(row["label"], False) for row in record["rows"]],
@@ -274,7 +286,13 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]
             for row in record["rows"]
         ]
         columns.append(_column(pairs, 100, 2, best=min))
+    # Rows of different targets do not compete for the best of these.
+    targets = {row["target_coverage"] for row in record["rows"]}
+    same_target = min if len(targets) == 1 else None
+    columns.append([(f"{100 * row['target_coverage']:g}", False) for row in record["rows"]])
     formats: dict[str, tuple[float, int, Any]] = {
+        **dict.fromkeys(("own_risk", "deployed_risk"), (100, 2, same_target)),
+        "deployed_coverage": (100, 2, None),
         **dict.fromkeys(("aurc", "excess_aurc", "augrc"), (1000, 2, min)),
         "accuracy": (100, 2, max),
         "seconds": (1, 0, min),
@@ -289,7 +307,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]
 def _column(
     pairs: list[tuple[float | None, float | None]], factor: float, digits: int, *, best: Any
 ) -> list[tuple[str, bool]]:
-    """'mean ± std' of each row; the best are those that read no worse than the best."""
+    """'mean ± std' of each row; the best are those that read no worse than the best, if any is."""
 
     def text(value: float | None) -> str:
         return "-" if value is None else f"{factor * value:.{digits}f}"
@@ -298,7 +316,8 @@ def _column(
     cells = []
     for mean, std in pairs:
         shown = text(mean) if std is None else f"{text(mean)} ± {text(std)}"
-        cells.append((shown, mean is not None and float(text(mean)) == best(means)))
+        is_best = best is not None and mean is not None and float(text(mean)) == best(means)
+        cells.append((shown, is_best))
     return cells
 
 

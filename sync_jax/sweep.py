@@ -39,7 +39,10 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     for _, run in runs:
         validate(run)
     done = [folder for folder, _ in runs if read_report(out / folder) is not None]
-    print(f"{len(runs)} runs in {out}: {len(done)} finished, {len(runs) - len(done)} to do")
+    print(
+        f"{len(runs)} runs in {out}, each a training of its own: "
+        f"{len(done)} finished, {len(runs) - len(done)} to do"
+    )
     began, trained, failed = time.monotonic(), 0, []
     for i, (folder, run) in enumerate(runs, start=1):
         if folder in done:

@@ -158,6 +158,27 @@ def test_bold_is_what_reads_best():
     assert [best for _, best in column([(0.1, None), (0.2, None)], best=max)] == [False, True]
 
 
+def test_runs_of_several_target_coverages_are_judged_at_their_own(folder, tmp_path):
+    for target in (0.5, 0.8):
+        make_run(tmp_path / f"sync-{target}", "sync", strength=3.0, target_coverage=target)
+    record = compare.compare([f"{tmp_path}/sync-*"], tmp_path / "out")
+    rows = {row["label"]: row for row in record["rows"]}
+    assert len(rows) == 4
+    for target in (0.5, 0.8):
+        row = rows[f"sync (target_coverage={target}), g"]
+        assert row["target_coverage"] == target
+        k = record["coverages"].index(target)
+        assert row["mean"]["own_risk"] == row["mean"]["selective_risk"][k]
+        report = json.loads((tmp_path / f"sync-{target}" / "report.json").read_text())
+        point = report["scores"]["selection"]["operating_point"]
+        assert row["mean"]["deployed_risk"] == point["selective_risk"]
+        assert row["mean"]["deployed_coverage"] == point["coverage"]
+    headings, cells = compare.table(record)
+    own = headings.index("error % at target")
+    assert not any(line[own][1] for line in cells)  # they do not compete for the best
+    assert {line[own - 1][0] for line in cells} == {"50", "80"}
+
+
 def test_a_methods_own_fields_make_rows_of_their_own(folder, tmp_path):
     record = compare.compare([f"{folder}/sync-0", f"{folder}/other-loss"], tmp_path)
     assert {row["label"] for row in record["rows"]} == {
