@@ -57,10 +57,16 @@ def default_config() -> ConfigDict:
     config.loss.divergence = "bce"  # or "mse"
     config.loss.payoff = 2.2  # deep_gamblers: of a right answer; above 1, at most the classes
     config.loss.target_momentum = 0.9  # self_adaptive: of the targets; the field's 0.99 on ImageNet
+    # ccl_sc: weight and temperature of the contrastive term, keys kept of right and of wrong
+    # predictions each, momentum of the encoder that makes them.
+    config.loss.contrast_weight = 1.0
+    config.loss.contrast_temperature = 0.1
+    config.loss.queue_size = 3000
+    config.loss.encoder_momentum = 0.999
     # Of any method: weight of the entropy of the class probabilities ("+EM"; the field's is 0.01).
     config.loss.entropy_weight = 0.0
     # How many first epochs minimise the plain cross-entropy instead; negative: the method's own
-    # choice, a third of the run for deep_gamblers and none for the others.
+    # choice: a third of the run for deep_gamblers, half for ccl_sc, none for the others.
     config.loss.warmup_epochs = -1.0
 
     config.optimizer = ConfigDict()
@@ -126,6 +132,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "model.width", low=1)
     _integer(config, "model.features", low=1)
     _integer(config, "model.dropout_samples", low=1, high=10_000)
+    _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
     _integer(config, "checkpoint.keep", low=1)
@@ -142,15 +149,17 @@ def validate(config: ConfigDict) -> None:
     open_unit(config, "evaluation.delta")
     for field in ("optimizer.learning_rate", "optimizer.decay_epochs", "optimizer.decay_factor"):
         positive(config, field)
+    positive(config, "loss.contrast_temperature")
     for field in ("train.epochs", "checkpoint.every_epochs", "log.calibration_every_epochs"):
         _range("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)(config, field)
     for field in ("optimizer.weight_decay", "optimizer.warmup_epochs"):
         non_negative(config, field)
     for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
         non_negative(config, f"loss.{field}")
+    non_negative(config, "loss.contrast_weight")
     non_negative(config, "loss.entropy_weight")
     _range("below the run's epochs, or negative", lambda x: True)(config, "loss.warmup_epochs")
-    for field in ("loss.target_momentum", "model.dropout"):
+    for field in ("loss.target_momentum", "loss.encoder_momentum", "model.dropout"):
         _range("in [0, 1)", lambda x: 0 <= x < 1)(config, field)
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
     _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)

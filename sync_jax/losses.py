@@ -258,6 +258,61 @@ def update_targets(targets: Array, logits: Array, labels: Array, *, momentum: fl
     return momentum * targets + (1.0 - momentum) * right
 
 
+def contrastive_loss(
+    features: Array,
+    logits: Array,
+    labels: Array,
+    *,
+    correct_keys: Array,
+    correct_classes: Array,
+    error_keys: Array,
+    error_classes: Array,
+    temperature: float,
+) -> Array:
+    """The confidence-aware contrastive term of CCL-SC (Wu et al., 2024).
+
+    With q the features at unit length, SR the softmax response as a constant, y the label, P the
+    keys of right predictions of y, N the keys of examples wrongly predicted as y, t the
+    temperature:
+
+        SR * mean over p in P of -log(exp(q.p/t) / (exp(q.p/t) + sum over n in N of exp(q.n/t)))
+
+    It is 0 where P is empty, and its gradient is where N is. The authors' code leaves the
+    temperature out of the last q.p, and subtracts the largest exponent once too often, which adds
+    an attraction to P that the equation does not have.
+
+    Args:
+        features: `[batch, units]`, any length.
+        logits: `[batch, classes]`.
+        labels: `[batch]`.
+        correct_keys: `[correct, units]`, unit length: of examples predicted rightly.
+        correct_classes: `[correct]`: their class; -1 for a place that holds no key.
+        error_keys: `[errors, units]`, unit length: of examples predicted wrongly.
+        error_classes: `[errors]`: what they were predicted as; -1 likewise.
+        temperature: above 0.
+
+    Returns:
+        `[batch]` float32.
+    """
+    confidence = softmax_response_prior(logits, power=1.0)
+    queries = unit_length(features) / temperature
+    positive = labels[:, None] == correct_classes
+    negative = labels[:, None] == error_classes
+    # Far below every similarity, yet finite: without any negative the gradient is 0, not NaN.
+    repulsion = jax.nn.logsumexp(jnp.where(negative, queries @ error_keys.T, -1e9), axis=-1)
+    each = jax.nn.softplus(repulsion[:, None] - queries @ correct_keys.T)
+    count = jnp.sum(positive, axis=-1)
+    mean = jnp.sum(jnp.where(positive, each, 0.0), axis=-1) / jnp.maximum(count, 1)
+    return confidence * mean
+
+
+def unit_length(features: Array) -> Array:
+    """Vectors `[..., units]` over their Euclidean length, float32; a zero vector stays zero."""
+    features = features.astype(jnp.float32)
+    squared = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))
+
+
 def entropy(logits: Array) -> Array:
     """Entropy of the class probabilities, -sum(p log p): its minimisation is "+EM".
 

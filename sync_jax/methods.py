@@ -13,6 +13,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax import losses
+from sync_jax.steps import Trained
 
 Outputs = Mapping[str, Array]
 Batch = Mapping[str, Array]
@@ -23,13 +24,14 @@ class Memory:
     """What a method remembers between steps; it lives in the train state and its checkpoints.
 
     Attributes:
-        create: number of training examples to the memory before the first step, a tree of arrays.
-        update: (memory, outputs, batch, config) to the memory after a step and what the objective
-            reads of it, arrays that join the outputs. Nothing of either has a gradient.
+        create: (parameters, number of training examples, config) to the memory before the first
+            step, a tree of arrays.
+        update: (memory, outputs, batch, config, trained) to the memory after a step and what the
+            objective reads of it, arrays that join the outputs. Nothing of either has a gradient.
     """
 
-    create: Callable[[int], Any]
-    update: Callable[[Any, Outputs, Batch, ConfigDict], tuple[Any, Outputs]]
+    create: Callable[[Any, int, ConfigDict], Any]
+    update: Callable[[Any, Outputs, Batch, ConfigDict, Trained], tuple[Any, Outputs]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Method:
 
     Attributes:
         heads: what the network has beside its class head: 'selection', 'auxiliary', 'abstention',
-            'dropout' (before the class head).
+            'dropout' (before the class head), 'features' (as an output of training).
         objective: (outputs, labels, mask, config) to (loss, terms), all scalars.
         score: the name in `scores.SCORES` that the method is meant to be used with.
         memory: None for a method that keeps nothing between steps.
@@ -54,28 +56,29 @@ class Method:
 
 
 def training_objective(
-    method: Method, config: ConfigDict, *, warmup_steps: int
-) -> Callable[[Outputs, Batch, Any, Array], tuple[Array, losses.Terms, Any]]:
+    method: Method, config: ConfigDict, *, train_size: int, warmup_steps: int
+) -> Callable[[Outputs, Batch, Any, Array, Trained], tuple[Array, losses.Terms, Any]]:
     """What a step minimises: the method's objective, entropy minimisation added, after a warm-up.
 
     Args:
         method: of METHODS.
         config: `loss.entropy_weight`, and what the method's objective reads.
+        train_size: number of training examples.
         warmup_steps: so many first steps minimise the cross-entropy of the class logits instead,
-            without entropy minimisation, and leave the memory as it is.
+            without entropy minimisation; each leaves the memory as created from its parameters.
 
     Returns:
-        (outputs, batch, memory, step) to (loss, terms, memory).
+        (outputs, batch, memory, step, trained) to (loss, terms, memory).
     """
 
     def objective(
-        outputs: Outputs, batch: Batch, memory: Any, step: Array
+        outputs: Outputs, batch: Batch, memory: Any, step: Array, trained: Trained
     ) -> tuple[Array, losses.Terms, Any]:
         labels, mask = batch["label"], batch["mask"]
         after = memory
         if method.memory is not None:
             constant = jax.lax.stop_gradient(outputs)
-            after, remembered = method.memory.update(memory, constant, batch, config)
+            after, remembered = method.memory.update(memory, constant, batch, config, trained)
             outputs = {**outputs, **remembered}
         loss, terms = method.objective(outputs, labels, mask, config)
         if config.loss.entropy_weight:
@@ -85,7 +88,9 @@ def training_objective(
             warming = step < warmup_steps
             plain, plain_terms = losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
             loss, terms = jnp.where(warming, plain, loss), {**plain_terms, **terms}
-            after = jax.tree.map(lambda old, new: jnp.where(warming, old, new), memory, after)
+            if method.memory is not None:
+                fresh = method.memory.create(trained.params, train_size, config)
+                after = jax.tree.map(lambda new, old: jnp.where(warming, new, old), fresh, after)
         return loss, terms, after
 
     return objective
@@ -157,7 +162,7 @@ def _self_adaptive(
 
 
 def _update_target_table(
-    table: Array, outputs: Outputs, batch: Batch, config: ConfigDict
+    table: Array, outputs: Outputs, batch: Batch, config: ConfigDict, trained: Trained
 ) -> tuple[Array, Outputs]:
     """The table `[training examples]` after a step, and the batch's new targets.
 
@@ -165,6 +170,7 @@ def _update_target_table(
     two updates, which depends on no order. The loss reads the target after the update, as the
     authors' code does.
     """
+    del trained
     index, mask = batch["index"], batch["mask"]
     targets = losses.update_targets(
         table[index], outputs["logits"], batch["label"], momentum=config.loss.target_momentum
@@ -173,6 +179,88 @@ def _update_target_table(
     sums = jnp.zeros_like(table).at[index].add(jnp.where(mask > 0, targets, 0.0))
     table = jnp.where(visits > 0, sums / jnp.maximum(visits, 1.0), table)
     return table, {"targets": targets}
+
+
+def _ccl_sc(
+    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
+) -> tuple[Array, losses.Terms]:
+    plain, terms = losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
+    per_example = losses.contrastive_loss(
+        outputs["features"],
+        outputs["logits"],
+        labels,
+        correct_keys=outputs["correct_keys"],
+        correct_classes=outputs["correct_classes"],
+        error_keys=outputs["error_keys"],
+        error_classes=outputs["error_classes"],
+        temperature=config.loss.contrast_temperature,
+    )
+    contrastive = losses.masked_mean(per_example, mask)
+    terms = terms | {"contrastive_loss": contrastive}
+    return plain + config.loss.contrast_weight * contrastive, terms
+
+
+def _create_queues(params: Any, train_size: int, config: ConfigDict) -> Any:
+    """The momentum encoder, the network itself until the warm-up is over, and two empty queues."""
+    del train_size
+    units, size = params["class_head"]["kernel"].shape[0], config.loss.queue_size
+    empty = {
+        "keys": jnp.zeros((size, units), jnp.float32),
+        "classes": jnp.full(size, -1, jnp.int32),
+        "next": jnp.zeros((), jnp.int32),  # the place of the next key
+    }
+    return {"encoder": params, "correct": empty, "error": empty}
+
+
+def _update_queues(
+    memory: Any, outputs: Outputs, batch: Batch, config: ConfigDict, trained: Trained
+) -> tuple[Any, Outputs]:
+    """The momentum encoder moves, then its keys of this batch replace the oldest.
+
+    The loss reads the queues as they were, so that no example meets its own key.
+    """
+    del outputs
+    momentum = config.loss.encoder_momentum
+    encoder = jax.tree.map(
+        lambda slow, fast: momentum * slow + (1.0 - momentum) * fast,
+        memory["encoder"],
+        trained.params,
+    )
+    encoded = trained.forward(encoder)
+    keys = losses.unit_length(encoded["features"])
+    predicted = jnp.argmax(encoded["logits"], axis=-1).astype(jnp.int32)
+    right, real = predicted == batch["label"], batch["mask"] > 0
+    after = {
+        "encoder": encoder,
+        "correct": enqueue(memory["correct"], keys, predicted, right & real),
+        "error": enqueue(memory["error"], keys, predicted, ~right & real),
+    }
+    remembered = {
+        f"{name}_{part}": memory[name][part]
+        for name in ("correct", "error")
+        for part in ("keys", "classes")
+    }
+    return jax.lax.stop_gradient((after, remembered))
+
+
+def enqueue(queue: Any, keys: Array, classes: Array, chosen: Array) -> Any:
+    """A ring of keys after the chosen ones of a batch have replaced its oldest.
+
+    Args:
+        queue: keys `[size, units]`, classes `[size]`, next `[]`.
+        keys: `[batch, units]`.
+        classes: `[batch]`.
+        chosen: `[batch]` bool; of more than `size`, the last stay.
+    """
+    size = queue["classes"].shape[0]
+    rank, count = jnp.cumsum(chosen) - 1, jnp.sum(chosen)
+    kept = chosen & (rank >= count - size)
+    place = jnp.where(kept, (queue["next"] + rank) % size, size)  # `size` is dropped
+    return {
+        "keys": queue["keys"].at[place].set(keys, mode="drop"),
+        "classes": queue["classes"].at[place].set(classes, mode="drop"),
+        "next": ((queue["next"] + count) % size).astype(jnp.int32),
+    }
 
 
 METHODS: dict[str, Method] = {
@@ -200,8 +288,20 @@ METHODS: dict[str, Method] = {
         objective=_self_adaptive,
         score="abstention",
         memory=Memory(
-            create=lambda train_size: jnp.ones(train_size, jnp.float32),
+            create=lambda params, train_size, config: jnp.ones(train_size, jnp.float32),
             update=_update_target_table,
         ),
+    ),
+    # Confidence-aware contrastive learning (Wu et al., 2024): cross-entropy plus
+    # contrast_weight * `losses.contrastive_loss`; the warm-up is the authors', 150 of 300 epochs.
+    # Their code, once its queues are full, returns before it enqueues, so that they stand still,
+    # and moves the momentum encoder once an epoch; ours move at every step, as in MoCo, whose
+    # encoder and queue they are. It waits for full queues; we use the places that are filled.
+    "ccl_sc": Method(
+        heads=("features",),
+        objective=_ccl_sc,
+        score="softmax_response",
+        memory=Memory(create=_create_queues, update=_update_queues),
+        warmup=1 / 2,
     ),
 }

@@ -1,7 +1,7 @@
 """The training state and the pure functions that the loop compiles: a step, an evaluation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,20 @@ from jax import Array
 from sync_jax.losses import Terms, masked_mean
 
 Batch = dict[str, Array]
-# (outputs, batch, memory, step) to (loss, terms, memory); see `methods.training_objective`.
-Objective = Callable[[dict[str, Array], Batch, Any, Array], tuple[Array, Terms, Any]]
+# (outputs, batch, memory, step, trained) to (loss, terms, memory); `methods.training_objective`.
+Objective = Callable[[dict[str, Array], Batch, Any, Array, "Trained"], tuple[Array, Terms, Any]]
+
+
+class Trained(NamedTuple):
+    """The network in training, for a method that runs it with other parameters too.
+
+    Attributes:
+        params: as they were before the step, as constants.
+        forward: parameters to the outputs for the step's batch, with the batch's statistics.
+    """
+
+    params: optax.Params
+    forward: Callable[[optax.Params], dict[str, Array]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -41,7 +53,7 @@ def create_train_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
-    create_memory: Callable[[], Any] = dict,
+    create_memory: Callable[[optax.Params], Any] = lambda params: {},
 ) -> TrainState:
     """A state before the first step.
 
@@ -50,7 +62,7 @@ def create_train_state(
         network: maps images `[batch, height, width, channels]` to a dict of outputs.
         optimizer: its state is made here.
         image_shape: (height, width, channels).
-        create_memory: makes the method's memory.
+        create_memory: makes the method's memory, given the parameters.
 
     Returns:
         The state; a pure function of its arguments, so it can be jitted with output shardings.
@@ -62,7 +74,7 @@ def create_train_state(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
-        memory=create_memory(),
+        memory=create_memory(variables["params"]),
     )
 
 
@@ -92,9 +104,7 @@ def train_step(
         (share with g >= 1/2).
     """
 
-    def loss_fn(
-        params: optax.Params,
-    ) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params, Any]]:
+    def forward(params: optax.Params) -> tuple[dict[str, Array], optax.Params]:
         outputs, updates = network.apply(
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
@@ -102,8 +112,16 @@ def train_step(
             mutable=["batch_stats"],
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
-        loss, terms, memory = objective(outputs, batch, state.memory, state.step)
-        return loss, (terms, outputs, updates.get("batch_stats", {}), memory)
+        return outputs, updates.get("batch_stats", {})
+
+    trained = Trained(state.params, lambda params: forward(params)[0])
+
+    def loss_fn(
+        params: optax.Params,
+    ) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params, Any]]:
+        outputs, batch_stats = forward(params)
+        loss, terms, memory = objective(outputs, batch, state.memory, state.step, trained)
+        return loss, (terms, outputs, batch_stats, memory)
 
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (terms, outputs, batch_stats, memory)), grads = gradient_fn(state.params)

@@ -208,7 +208,9 @@ class Run:
         if warmup_epochs < 0:
             warmup_epochs = method.warmup * config.train.epochs
         warmup_steps = self.steps_of(warmup_epochs) if warmup_epochs else 0
-        objective = training_objective(method, config, warmup_steps=warmup_steps)
+        objective = training_objective(
+            method, config, train_size=train_size, warmup_steps=warmup_steps
+        )
 
         def step(state: TrainState, data: ResidentSplit) -> tuple[TrainState, Terms]:
             batch = training_batch(
@@ -253,7 +255,9 @@ class Run:
             network=self.network,
             optimizer=self.optimizer,
             image_shape=self.info.image_shape,
-            create_memory=(lambda: memory.create(self.train_size)) if memory else dict,
+            create_memory=lambda params: (
+                memory.create(params, self.train_size, self.config) if memory else {}
+            ),
         )
         copied = sharding.replicated(self.mesh)
         return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))

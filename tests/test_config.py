@@ -24,7 +24,7 @@ NAN, INFINITY = math.nan, math.inf
 BAD = {
     "method": (
         ("selective", ""),
-        "choose from ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
+        "choose from ccl_sc, ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
     ),
     "data.name": (("mnist",), "choose from fashion_mnist"),
     "model.name": (("resnet",), "choose from cnn"),
@@ -61,6 +61,10 @@ BAD = {
     "loss.entropy_weight": ((-0.1, NAN, INFINITY), "at least 0"),
     "loss.warmup_epochs": ((NAN, INFINITY), "below the run's epochs"),
     "loss.target_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "loss.encoder_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "loss.contrast_weight": ((-0.1, NAN, INFINITY), "at least 0"),
+    "loss.contrast_temperature": ((0.0, -0.1, NAN, INFINITY), "above 0"),
+    "loss.queue_size": ((0, -3, 1_000_001), "between 1 and 1000000"),
     "loss.payoff": ((1.0, 0.0, 10.1, NAN), "above 1 and at most the 10 classes"),
     "evaluation.coverages": (
         ((), (0,), (101,), (50, NAN), ("half",), (True,)),

@@ -627,3 +627,33 @@ def test_prior_lies_between_chance_and_one(logits, power):
     prior = losses.softmax_response_prior(jnp.asarray(logits), power=power)
     assert np.all(prior <= 1)
     assert np.all(prior >= (1 / 5) ** power * (1 - 1e-6))
+
+
+@pytest.mark.parametrize("divergence", ["bce", "mse"])
+def test_the_gradient_is_that_of_a_frozen_prior_by_finite_differences(divergence, monkeypatch):
+    """Where stop_gradient enters, finite differences of the whole loss would see the prior move."""
+    logits, selection_logits, auxiliary_logits, labels = (
+        jnp.asarray(np.random.default_rng(3).standard_normal(shape), jnp.float32)
+        for shape in ((6, 3), (6,), (6, 3), (6,))
+    )
+    labels = jnp.arange(6) % 3
+    arrays = logits, selection_logits, auxiliary_logits
+
+    def loss(*arrays):
+        return losses.sync_loss(
+            *arrays, labels, target_coverage=0.9, prior_weight=0.7, divergence=divergence
+        )[0]
+
+    gradients = jax.grad(loss, (0, 1, 2))(*arrays)
+    moving = (
+        jax.vmap(lambda e: loss(logits + e, *arrays[1:]) - loss(logits - e, *arrays[1:]))(
+            1e-2 * jnp.eye(18).reshape(18, 6, 3)
+        ).reshape(6, 3)
+        / 2e-2
+    )
+    prior = losses.softmax_response_prior(logits, power=3.0)
+    monkeypatch.setattr(losses, "softmax_response_prior", lambda logits, *, power: prior)
+    jax.test_util.check_grads(loss, arrays, order=1, eps=1e-2)
+    chex.assert_trees_all_close(jax.grad(loss, (0, 1, 2))(*arrays), gradients, rtol=1e-5)
+    # Negative control: the prior does move, and the difference would be seen.
+    assert jnp.abs(moving - gradients[0]).max() > 0.01

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from sync_jax import losses
 from sync_jax.config import default_config
-from sync_jax.methods import METHODS, training_objective
+from sync_jax.methods import METHODS, enqueue, training_objective
 from sync_jax.scores import REQUIRED_OUTPUTS
+from sync_jax.steps import Trained
 
 # What a head adds to the network's outputs.
 OUTPUT_OF_HEAD = {
@@ -18,6 +19,12 @@ OUTPUT_OF_HEAD = {
     "auxiliary": "auxiliary_logits",
     "abstention": "abstention_logits",
     "dropout": "logits",  # adds nothing
+    "features": "features",
+}
+# What a memory adds.
+REMEMBERED = {
+    "self_adaptive": ("targets",),
+    "ccl_sc": ("correct_keys", "correct_classes", "error_keys", "error_classes"),
 }
 
 
@@ -28,8 +35,13 @@ def make_outputs():
         "selection_logits": jnp.asarray(rng.standard_normal(6), jnp.float32),
         "auxiliary_logits": jnp.asarray(rng.standard_normal((6, 3)), jnp.float32),
         "abstention_logits": jnp.asarray(rng.standard_normal(6), jnp.float32),
-        "targets": jnp.asarray(rng.random(6), jnp.float32),  # of self_adaptive's memory
+        "targets": jnp.asarray(rng.random(6), jnp.float32),
+        "features": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32),
     }
+    for name in ("correct", "error"):
+        keys = losses.unit_length(jnp.asarray(rng.standard_normal((7, 4))))
+        outputs[f"{name}_keys"] = keys
+        outputs[f"{name}_classes"] = jnp.array([0, 1, 2, 0, 1, 2, -1])
     return outputs, jnp.asarray(rng.integers(0, 3, 6)), jnp.array([1.0, 1, 0, 1, 1, 1])
 
 
@@ -47,6 +59,10 @@ def unusual_config() -> ConfigDict:
             "divergence": "mse",
             "payoff": 1.9,
             "target_momentum": 0.8,
+            "contrast_weight": 0.7,
+            "contrast_temperature": 0.5,
+            "queue_size": 5,
+            "encoder_momentum": 0.6,
             "entropy_weight": 0.4,
             "warmup_epochs": 0.2,
         }
@@ -54,16 +70,17 @@ def unusual_config() -> ConfigDict:
     return config
 
 
-def available(method):
+def available(name):
     outputs, labels, mask = make_outputs()
-    names = {"logits", *(OUTPUT_OF_HEAD[head] for head in method.heads)}
-    names |= {"targets"} if method.memory else set()
+    names = {"logits", *(OUTPUT_OF_HEAD[head] for head in METHODS[name].heads)}
+    names |= {*REMEMBERED.get(name, ())}
     return {name: outputs[name] for name in names}, labels, mask
 
 
 def test_the_methods_are_the_issues():
     assert METHODS.keys() == {
-        *("ce", "mc_dropout", "selectivenet", "sync", "deep_gamblers", "self_adaptive")
+        *("ce", "mc_dropout", "selectivenet", "sync", "deep_gamblers", "self_adaptive"),
+        "ccl_sc",
     }
     assert METHODS["ce"].heads == ()
     assert METHODS["ce"].score == "softmax_response"
@@ -73,13 +90,15 @@ def test_the_methods_are_the_issues():
     for name in ("deep_gamblers", "self_adaptive"):
         assert METHODS[name].heads == ("abstention",)
         assert METHODS[name].score == "abstention"
-    assert [name for name, method in METHODS.items() if method.memory] == ["self_adaptive"]
+    assert METHODS["ccl_sc"].score == "softmax_response"
+    assert {name for name, method in METHODS.items() if method.memory} == REMEMBERED.keys()
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_its_heads_suffice(method):
+@pytest.mark.parametrize("name", METHODS)
+def test_its_heads_suffice(name):
     """For the objective and for the score."""
-    outputs, labels, mask = available(method)
+    method = METHODS[name]
+    outputs, labels, mask = available(name)
     loss, terms = method.objective(outputs, labels, mask, default_config())
     chex.assert_shape([loss, *terms.values()], ())
     chex.assert_tree_all_finite((loss, terms))
@@ -120,6 +139,20 @@ def test_objectives_are_the_losses_with_the_configs_values():
         loss = losses.masked_mean(per_example, mask)
         term = {"deep_gamblers": "gambler_loss", "self_adaptive": "self_adaptive_loss"}[name]
         expected[name] = loss, {term: loss}
+    contrastive = losses.masked_mean(
+        losses.contrastive_loss(
+            outputs["features"],
+            outputs["logits"],
+            labels,
+            **{name: outputs[name] for name in REMEMBERED["ccl_sc"]},
+            temperature=0.5,
+        ),
+        mask,
+    )
+    expected["ccl_sc"] = (
+        expected["ce"][0] + 0.7 * contrastive,
+        expected["ce"][1] | {"contrastive_loss": contrastive},
+    )
     expected["self_adaptive"][1]["mean_target"] = losses.masked_mean(outputs["targets"], mask)
     actual = {
         name: method.objective(outputs, labels, mask, config) for name, method in METHODS.items()
@@ -134,6 +167,7 @@ def test_objectives_are_the_losses_with_the_configs_values():
               "sync_weight", "divergence"}),
     ("deep_gamblers", {"payoff"}),
     ("self_adaptive", set()),
+    ("ccl_sc", {"contrast_weight", "contrast_temperature"}),
 ])  # fmt: skip
 def test_which_fields_matter(name, fields):
     """Each changes the loss of the methods that have it, and of no other."""
@@ -144,6 +178,7 @@ def test_which_fields_matter(name, fields):
         "target_coverage": 0.95,
         **dict.fromkeys(unusual_config().loss, 0.1),
         "divergence": "bce",
+        "queue_size": 1,
     }
     changed = set()
     for field, value in changes.items():
@@ -154,14 +189,17 @@ def test_which_fields_matter(name, fields):
     assert changed == fields
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_mask_is_passed_on(method):
-    outputs, labels, mask = available(method)
-    loss, _ = method.objective(outputs, labels, mask, default_config())
-    changed = {name: array.at[2].add(1.0) for name, array in outputs.items()}  # the masked one
-    assert method.objective(changed, labels, mask, default_config())[0] == loss
-    changed = {name: array.at[1].set(-array[1]) for name, array in outputs.items()}
-    assert method.objective(changed, labels, mask, default_config())[0] != loss
+@pytest.mark.parametrize("name", METHODS)
+def test_mask_is_passed_on(name):
+    method = METHODS[name]
+    outputs, labels, mask = available(name)
+    of_batch = [k for k in outputs if k not in REMEMBERED["ccl_sc"]]  # whose rows are examples
+
+    def loss(**changed):
+        return method.objective(outputs | changed, labels, mask, default_config())[0]
+
+    assert loss(**{k: outputs[k].at[2].add(1.0) for k in of_batch}) == loss()  # the masked one
+    assert loss(**{k: outputs[k].at[1].set(-outputs[k][1]) for k in of_batch}) != loss()
 
 
 # --- The objective that a step minimises ----------------------------------------------------------
@@ -172,13 +210,15 @@ def step_of(name, *, warmup_steps=0, step=0, memory=None, **changes):
     config = default_config()
     config.loss.update(changes)
     outputs, labels, mask = make_outputs()
-    outputs = {k: v for k, v in outputs.items() if k != "targets"}
+    outputs = {k: v for k, v in outputs.items() if k not in sum(REMEMBERED.values(), ())}
     batch = {"label": labels, "mask": mask, "index": jnp.array([4, 0, 6, 2, 5, 1])}
-    memory = METHODS[name].memory.create(8) if METHODS[name].memory and memory is None else memory
-    objective = training_objective(METHODS[name], config, warmup_steps=warmup_steps)
+    trained = Trained({"class_head": {"kernel": jnp.ones((4, 3))}}, lambda params: outputs)
+    if METHODS[name].memory and memory is None:
+        memory = METHODS[name].memory.create(trained.params, 8, config)
+    objective = training_objective(METHODS[name], config, train_size=8, warmup_steps=warmup_steps)
 
     def value(outputs):
-        loss, terms, after = objective(outputs, batch, memory, jnp.int32(step))
+        loss, terms, after = objective(outputs, batch, memory, jnp.int32(step), trained)
         return loss, (terms, after)
 
     (loss, (terms, after)), gradient = jax.value_and_grad(value, has_aux=True)(outputs)
@@ -211,6 +251,42 @@ def test_a_warm_up_is_plain_cross_entropy_and_ends(name):
 def test_the_memory_waits_for_the_warm_up():
     assert (step_of("self_adaptive", warmup_steps=3, step=2)[2] == 1).all()
     assert (step_of("self_adaptive", warmup_steps=3, step=3)[2] < 1).sum() == 5  # one is masked
+
+
+def test_the_encoder_is_the_network_until_the_warm_up_is_over():
+    params = {"class_head": {"kernel": jnp.ones((4, 3))}}
+    old = METHODS["ccl_sc"].memory.create(jax.tree.map(jnp.zeros_like, params), 8, default_config())
+    warming = step_of("ccl_sc", warmup_steps=3, step=2, memory=old)[2]
+    chex.assert_trees_all_equal(warming["encoder"], params)
+    assert (warming["correct"]["classes"] == -1).all()
+    later = step_of("ccl_sc", warmup_steps=3, step=3, memory=old, encoder_momentum=0.75)[2]
+    chex.assert_trees_all_close(
+        later["encoder"], {"class_head": {"kernel": jnp.full((4, 3), 0.25)}}
+    )
+    queued = [int((later[name]["classes"] >= 0).sum()) for name in ("correct", "error")]
+    assert sum(queued) == 5  # of six examples one is masked
+    assert [int(later[name]["next"]) for name in ("correct", "error")] == queued
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_queue_keeps_the_newest_in_a_ring(size):
+    rng = np.random.default_rng(size)
+    queue = {
+        "keys": jnp.zeros((size, 2)),
+        "classes": jnp.full(size, -1),
+        "next": jnp.zeros((), jnp.int32),
+    }
+    rows = []
+    for _ in range(6):
+        keys, classes = rng.standard_normal((5, 2)).astype(np.float32), rng.integers(0, 9, 5)
+        chosen = rng.random(5) < 0.7
+        queue = enqueue(queue, jnp.asarray(keys), jnp.asarray(classes), jnp.asarray(chosen))
+        rows += [(k, c) for k, c, is_chosen in zip(keys, classes, chosen, strict=True) if is_chosen]
+        assert queue["next"] == len(rows) % size
+        for i in range(max(len(rows) - size, 0), len(rows)):
+            np.testing.assert_array_equal(queue["keys"][i % size], rows[i][0])
+            assert queue["classes"][i % size] == rows[i][1]
+        assert (queue["classes"] >= 0).sum() == min(len(rows), size)
 
 
 def test_targets_after_n_visits_equal_the_closed_form():

@@ -24,10 +24,16 @@ CLASSES = 3
 TRAIN_SIZE = 30  # of the memories; batches hold the examples 5 to 20
 
 
+def memory_config():
+    config = default_config()
+    config.loss.queue_size = 10
+    return config
+
+
 @functools.cache
 def setting(method):
     """Network, objective and optimiser; cached so that compilations are shared."""
-    config = default_config()
+    config = memory_config()
     config.optimizer.weight_decay = 1e-3
     network = SelectiveClassifier(
         CNN(width=2, features=8),
@@ -37,7 +43,9 @@ def setting(method):
     )
     return {
         "network": network,
-        "objective": training_objective(METHODS[method], config, warmup_steps=0),
+        "objective": training_objective(
+            METHODS[method], config, train_size=TRAIN_SIZE, warmup_steps=0
+        ),
         "optimizer": make_optimizer(config.optimizer, lambda step: 0.05),
     }
 
@@ -50,7 +58,9 @@ def compiled_create(method):
         network=parts["network"],
         optimizer=parts["optimizer"],
         image_shape=SHAPE,
-        create_memory=(lambda: memory.create(TRAIN_SIZE)) if memory else dict,
+        create_memory=lambda params: (
+            memory.create(params, TRAIN_SIZE, memory_config()) if memory else {}
+        ),
     )
     return jax.jit(create)
 
@@ -123,8 +133,8 @@ class Linear(nn.Module):
         return {"logits": nn.Dense(CLASSES)(images.reshape(images.shape[0], -1))}
 
 
-def plain_objective(outputs, batch, memory, step):
-    del step
+def plain_objective(outputs, batch, memory, step, trained):
+    del step, trained
     return *cross_entropy_loss(outputs["logits"], batch["label"], mask=batch["mask"]), memory
 
 
@@ -175,7 +185,7 @@ def test_metrics_are_those_of_the_batch_before_the_step():
     head["Dense_1"]["bias"] *= 0
     outputs = compiled_forward("sync")(state, batch["image"])
     real = batch["mask"] > 0
-    loss, terms, _ = parts["objective"](outputs, batch, {}, state.step)
+    loss, terms, _ = parts["objective"](outputs, batch, {}, state.step, None)
     expected = terms | {
         "loss": loss,
         "accuracy": np.mean((outputs["logits"].argmax(axis=-1) == batch["label"])[real]),
@@ -341,7 +351,7 @@ def test_means_of_shards_would_be_noticed():
     outputs = compiled_forward("sync")(state, batch["image"])
 
     def objective(shard):
-        return parts["objective"](shard["outputs"], shard, {}, state.step)[0]
+        return parts["objective"](shard["outputs"], shard, {}, state.step, None)[0]
 
     expected = objective(batch | {"outputs": outputs})
     flat = {"label": batch["label"], "mask": batch["mask"]} | outputs
@@ -395,6 +405,36 @@ def test_an_example_twice_in_a_batch_has_the_mean_of_both_updates_on_any_devices
     np.testing.assert_allclose(memories[0], memories[1], rtol=1e-6)
     expected = 0.9 + 0.1 * (right[2] + right[13]) / 2
     np.testing.assert_allclose(memories[1][batch["index"][2]], expected, rtol=1e-6)
+
+
+def test_the_queues_hold_the_momentum_encoders_keys_in_order_on_any_devices():
+    """Three batches of 16 through queues of 10; an independent ring; a masked example."""
+    state, queues = initial_state("ccl_sc"), {True: [], False: []}
+    states = {1: state, 8: state}
+    for step in range(3):
+        batch, before = make_batch(seed=step, masked=(3,)), states[1]
+        encoder = jax.tree.map(
+            lambda slow, fast: 0.999 * slow + 0.001 * fast, before.memory["encoder"], before.params
+        )
+        outputs = compiled_forward("ccl_sc")(before.replace(params=encoder), batch["image"])
+        keys = outputs["features"] / np.linalg.norm(outputs["features"], axis=1, keepdims=True)
+        predicted = np.argmax(outputs["logits"], axis=1)
+        for i in range(16):
+            if batch["mask"][i]:
+                queues[bool(predicted[i] == batch["label"][i])].append((keys[i], predicted[i]))
+        states = {
+            n: jax.device_get(compiled_step("ccl_sc", n)(states[n], batch)[0]) for n in (1, 8)
+        }
+        chex.assert_trees_all_close(states[1].memory, states[8].memory, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(states[1].memory["encoder"], encoder, rtol=1e-5, atol=1e-7)
+    assert all(len(queue) > 10 for queue in queues.values()), "both have wrapped"
+    for right, name in ((True, "correct"), (False, "error")):
+        memory = states[1].memory[name]
+        assert memory["next"] == len(queues[right]) % 10
+        for k in range(len(queues[right]) - 10, len(queues[right])):
+            key, predicted = queues[right][k]
+            np.testing.assert_allclose(memory["keys"][k % 10], key, rtol=1e-4, atol=1e-5)
+            assert memory["classes"][k % 10] == predicted
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

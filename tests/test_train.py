@@ -202,7 +202,7 @@ def test_batch_that_cannot_be_split_is_refused_with_the_arithmetic(data_dir, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sync", "self_adaptive"])
+@pytest.mark.parametrize("method", ["sync", "self_adaptive", "ccl_sc"])
 def test_eight_devices_train_as_one(method, data_dir, tmp_path, monkeypatch):
     """The loss curve and the predictions agree up to the order of float32 sums."""
     config = tiny.config(data_dir, method=method, train__epochs=1.0)
@@ -231,9 +231,9 @@ def run_killed(command: list[str], workdir: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sync", "self_adaptive"])
+@pytest.mark.parametrize("method", ["sync", "self_adaptive", "ccl_sc"])
 def test_killed_and_resumed_ends_with_the_same_bits(method, data_dir, tmp_path):
-    """self_adaptive's table of targets is part of the state."""
+    """self_adaptive's table and ccl_sc's queues and encoder are part of the state."""
     option = f"--config.method={method}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

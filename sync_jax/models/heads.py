@@ -20,7 +20,8 @@ class SelectiveClassifier(nn.Module):
         backbone: images `[batch, height, width, channels]` to features `[batch, units]`; called
             with the keyword `train`.
         num_classes: classes of the class and the auxiliary head.
-        heads: any of 'selection', 'auxiliary' and 'abstention'.
+        heads: any of 'selection', 'auxiliary', 'abstention', and 'features': no head, but the
+            features themselves among the outputs of training.
         target_coverage: where the selection function starts, in `(0, 1)`, or 1 for no head start.
         dropout: rate of dropout on the features of the class head; for MC-dropout.
         dropout_samples: of the class probabilities, averaged over in evaluation; 0: none.
@@ -44,7 +45,8 @@ class SelectiveClassifier(nn.Module):
         Returns:
             logits `[batch, classes]`, and per head selection_logits `[batch]`, auxiliary_logits
             `[batch, classes]` or abstention_logits `[batch]`: the C+1-th output of those methods
-            that have one, apart, so that no argmax over classes can meet it. With dropout samples,
+            that have one, apart, so that no argmax over classes can meet it. With 'features', in
+            training, features `[batch, units]`, those that the heads see. With dropout samples,
             in evaluation, logits are the logarithms of the mean probabilities, and expected_entropy
             `[batch]` is the mean of the samples' entropies (nats).
         """
@@ -65,6 +67,8 @@ class SelectiveClassifier(nn.Module):
         if "abstention" in self.heads:
             abstention = nn.Dense(1, name="abstention_head")
             outputs["abstention_logits"] = abstention(features)[:, 0]
+        if "features" in self.heads and train:
+            outputs["features"] = features
         return outputs
 
     def _sampled(self, class_head: nn.Dense, features: Array) -> dict[str, Array]:
