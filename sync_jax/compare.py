@@ -39,7 +39,7 @@ import rich.table
 import rich.text
 
 from sync_jax import metrics
-from sync_jax.config import flatten
+from sync_jax.config import default_config, flatten
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
 from sync_jax.report import LABELS, read_report, strict
@@ -134,12 +134,15 @@ def load_runs(patterns: Sequence[str]) -> list[FinishedRun]:
     if not folders:
         raise InputError("--runs is missing; for example --runs='runs/quickstart-*'")
     runs = []
+    defaults = dict(flatten(default_config().to_dict()))
     for folder in folders:
         report = read_report(folder)
         if report is None:
             raise InputError(f"{folder} holds no finished run: it has no report.json")
         test = Predictions.load(folder / "predictions_test.npz")
-        runs.append(FinishedRun(folder, dict(flatten(report["config"])), report, test))
+        # A field younger than the run counts with its default.
+        config = defaults | dict(flatten(report["config"]))
+        runs.append(FinishedRun(folder, config, report, test))
     first = runs[0]
     for run in runs[1:]:
         if not (
@@ -411,7 +414,9 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
     for i, row in enumerate(record["rows"]):
         runs, score = members[row["label"]]
         risks = [metrics.selective_risk(*run.of(score), coverage=GRID) for run in runs]
-        mean, std = 100 * np.mean(risks, axis=0), 100 * np.std(risks, axis=0)
+        # The sample standard deviation, as in the table; of one run none.
+        std = 100 * np.std(risks, axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(GRID))
+        mean = 100 * np.mean(risks, axis=0)
         style = "-" if score == "softmax_response" else "--"
         axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=row["label"])
         axes.fill_between(100 * GRID, mean - std, mean + std, color=f"C{i % 10}", alpha=0.15)

@@ -99,13 +99,35 @@ def training_objective(
 def _ce(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """Cross-entropy: mean(-log p_y). Softmax response selects (Hendrycks & Gimpel, 2017)."""
     del config
     return losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
+
+
+def _mc_dropout(
+    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
+) -> tuple[Array, losses.Terms]:
+    """MC-dropout (Gal & Ghahramani, 2016): cross-entropy with dropout on the class head's features.
+
+    That is where SelectiveNet's authors, who compare with it, have it. Evaluation averages the
+    probabilities of `model.dropout_samples` samples. Their score is minus the samples' mean
+    variance; ours is the softmax response of the mean, beside its entropy and the mutual
+    information, as the literature since then has it. A sample drops the same features of every
+    example, so that results do not depend on the batch size.
+    """
+    return _ce(outputs, labels, mask, config)
 
 
 def _selectivenet(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """SelectiveNet (Geifman & El-Yaniv, 2019): `losses.selectivenet_loss`.
+
+    alpha * (sum(g l) / sum(g) + coverage_weight * max(0, c - mean(g))^2) + (1 - alpha) * mean(h)
+
+    The paper's risk; its code divides by the batch size instead of by the coverage. The selection
+    head is its code's, but for a bias that starts at the target (`models.heads.SelectionHead`).
+    """
     return losses.selectivenet_loss(
         outputs["logits"],
         outputs["selection_logits"],
@@ -121,6 +143,12 @@ def _selectivenet(
 def _sync(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """SelectiveNet with the softmax response as a selective prior: `losses.sync_loss`.
+
+    SelectiveNet's objective with g * p^prior_weight for g, plus sync_weight * mean(D(g, p)), where
+    p = stop_gradient(SR)^prior_power and D is bce or mse. A family of readings of the abstract of
+    arXiv 2602.11316, whose equation and code are not public.
+    """
     return losses.sync_loss(
         outputs["logits"],
         outputs["selection_logits"],
@@ -140,6 +168,14 @@ def _sync(
 def _deep_gamblers(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """Deep Gamblers (Liu et al., 2019): `losses.deep_gamblers_loss`.
+
+    mean(-log(p_y + p_abstain / payoff)), after a warm-up with the cross-entropy of the class logits
+
+    In log space, where their code takes the logarithm of a sum of probabilities. The warm-up is
+    theirs for a payoff such as 2.2, 100 of 300 epochs; without one the network abstains before it
+    has learnt all classes (seen: half of Fashion-MNIST's stay unknown).
+    """
     per_example = losses.deep_gamblers_loss(
         outputs["logits"], outputs["abstention_logits"], labels, payoff=config.loss.payoff
     )
@@ -150,6 +186,14 @@ def _deep_gamblers(
 def _self_adaptive(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """Self-adaptive training (Huang et al., 2020): `losses.self_adaptive_loss`.
+
+    mean(-t log p_y - (1 - t) log p_abstain), where at every visit of an example its target t, at
+    first 1, becomes target_momentum * t + (1 - target_momentum) * softmax(class logits)_y
+
+    Their code keeps a target per class; the loss reads the label's only, and ours keeps that one.
+    Theirs warms up for 0 to 150 epochs, by repository; ours for none unless told to.
+    """
     del config
     per_example = losses.self_adaptive_loss(
         outputs["logits"], outputs["abstention_logits"], labels, outputs["targets"]
@@ -184,6 +228,17 @@ def _update_target_table(
 def _ccl_sc(
     outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 ) -> tuple[Array, losses.Terms]:
+    """CCL-SC (Wu et al., 2024): cross-entropy and `losses.contrastive_loss`.
+
+    mean(l) + contrast_weight * mean(SR * InfoNCE), where features meet the keys that a momentum
+    encoder made of earlier batches: attracted by right predictions of their label, repelled by
+    examples wrongly predicted as it
+
+    Their code, once its queues are full, returns before it enqueues, so that they stand still,
+    and moves the encoder once an epoch; ours move at every step, as in MoCo (He et al., 2020),
+    where they come from. It waits for full queues; we use the places that are filled, for a short
+    run never makes thousands of errors. The warm-up is theirs, 150 of 300 epochs.
+    """
     plain, terms = losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
     per_example = losses.contrastive_loss(
         outputs["features"],
@@ -263,26 +318,17 @@ def enqueue(queue: Any, keys: Array, classes: Array, chosen: Array) -> Any:
     }
 
 
+# Each objective's docstring gives its equation, its source and where ours differs, and why.
 METHODS: dict[str, Method] = {
-    # Cross-entropy and softmax response (Hendrycks & Gimpel, 2017).
     "ce": Method(heads=(), objective=_ce, score="softmax_response"),
-    # MC-dropout (Gal & Ghahramani, 2016), on the features before the class head, as SelectiveNet's
-    # authors compare with. Their score is minus the mean variance of the probabilities; here it is
-    # the softmax response of their mean, beside predictive entropy and mutual information.
-    "mc_dropout": Method(heads=("dropout",), objective=_ce, score="softmax_response"),
-    # SelectiveNet (Geifman & El-Yaniv, 2019).
+    "mc_dropout": Method(heads=("dropout",), objective=_mc_dropout, score="softmax_response"),
     "selectivenet": Method(
         heads=("selection", "auxiliary"), objective=_selectivenet, score="selection"
     ),
-    # SelectiveNet with the softmax response as a selective prior (arXiv 2602.11316).
     "sync": Method(heads=("selection", "auxiliary"), objective=_sync, score="selection"),
-    # Deep Gamblers (Liu et al., 2019). The warm-up is the authors' for a payoff such as 2.2, 100 of
-    # 300 epochs; without one the network abstains before it has learnt all classes (seen: half of
-    # Fashion-MNIST's stay unknown).
     "deep_gamblers": Method(
         heads=("abstention",), objective=_deep_gamblers, score="abstention", warmup=1 / 3
     ),
-    # Self-adaptive training (Huang et al., 2020): the labels believed as far as the network does.
     "self_adaptive": Method(
         heads=("abstention",),
         objective=_self_adaptive,
@@ -292,11 +338,6 @@ METHODS: dict[str, Method] = {
             update=_update_target_table,
         ),
     ),
-    # Confidence-aware contrastive learning (Wu et al., 2024): cross-entropy plus
-    # contrast_weight * `losses.contrastive_loss`; the warm-up is the authors', 150 of 300 epochs.
-    # Their code, once its queues are full, returns before it enqueues, so that they stand still,
-    # and moves the momentum encoder once an epoch; ours move at every step, as in MoCo, whose
-    # encoder and queue they are. It waits for full queues; we use the places that are filled.
     "ccl_sc": Method(
         heads=("features",),
         objective=_ccl_sc,

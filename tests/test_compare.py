@@ -179,6 +179,20 @@ def test_runs_of_several_target_coverages_are_judged_at_their_own(folder, tmp_pa
     assert {line[own - 1][0] for line in cells} == {"50", "80"}
 
 
+def test_a_field_younger_than_a_run_counts_with_its_default(folder, tmp_path):
+    old = tmp_path / "old"
+    make_run(old, "sync", strength=3.0, seed=5)
+    report = json.loads((old / "report.json").read_text())
+    for field in ("contrast_weight", "queue_size"):
+        del report["config"]["loss"][field]
+    (old / "report.json").write_text(json.dumps(report))
+    record = compare.compare([f"{folder}/sync-0", str(old)], tmp_path / "out")
+    assert {row["label"]: row["seeds"] for row in record["rows"]} == {
+        "sync, SR": [0, 5],
+        "sync, g": [0, 5],
+    }
+
+
 def test_a_methods_own_fields_make_rows_of_their_own(folder, tmp_path):
     record = compare.compare([f"{folder}/sync-0", f"{folder}/other-loss"], tmp_path)
     assert {row["label"] for row in record["rows"]} == {
