@@ -66,7 +66,7 @@ BAD = {
     "no boolean": ([QUICKSTART, "--config.data.flip=maybe"], "config.data.flip=maybe"),
     "unknown method": (
         [QUICKSTART, "--config.method=snyc"],
-        "config.method='snyc' .*did you mean 'sync'.*choose from ce, deep_gamblers, mc_dropout, ",
+        "config.method='snyc' .*did you mean 'sync'.*choose from ccl_sc, ce, deep_gamblers, ",
     ),
     "unknown dataset": (
         [QUICKSTART, "--config.data.name=mnist"],
