@@ -14,6 +14,8 @@ from sync_jax.data.catalogue import DATASETS
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
+from sync_jax.models.pretrained import check_weights_file
+from sync_jax.models.resnet import RESNETS
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
@@ -41,8 +43,14 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "cnn"  # a name in models.BACKBONES
-    config.model.width = 32  # channels of the first convolution
-    config.model.features = 256  # size of the feature vector
+    config.model.width = 0  # channels of the first convolution; 0: 32 of the cnn, 64 of others
+    config.model.features = 0  # size of the feature vector; 0: 256 of the cnn, 512 of vgg16_bn
+    config.model.dtype = "float32"  # of the arithmetic; or "bfloat16", for GPUs and TPUs
+    config.model.stem = "cifar"  # resnets: 3 x 3 at full resolution; or "imagenet", at a quarter
+    config.model.channel_dropout = True  # vgg16_bn: drops whole channels rather than elements
+    config.model.norm_first = False  # vgg16_bn: BatchNorm before ReLU, as torchvision's weights
+    # A .safetensors or .pth file with torchvision's names, to begin with; empty: random weights.
+    config.model.pretrained = ""
     config.model.dropout = 0.5  # mc_dropout: rate, on the feature vector
     config.model.dropout_samples = 100  # mc_dropout: that evaluation averages over
 
@@ -122,6 +130,8 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "method", METHODS)
     _choice(config, "data.name", DATASETS)
     _choice(config, "model.name", BACKBONES)
+    _choice(config, "model.dtype", ("float32", "bfloat16"))
+    _choice(config, "model.stem", ("cifar", "imagenet"))
     _choice(config, "loss.divergence", ("bce", "mse"))
     _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
 
@@ -129,8 +139,14 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.split_seed", low=0, high=2**31 - 1)
     _integer(config, "data.crop_padding", low=0, high=64)
     _integer(config, "data.calibration_size", low=1)
-    _integer(config, "model.width", low=1)
-    _integer(config, "model.features", low=1)
+    _integer(config, "model.width", low=0)
+    _integer(config, "model.features", low=0)
+    if config.model.name in RESNETS and config.model.features:
+        raise InputError(
+            f"config.model.features={config.model.features}: the size of {config.model.name}'s "
+            "feature vector follows from config.model.width; leave it at 0"
+        )
+    check_weights_file(config.model.pretrained, config.model.name)
     _integer(config, "model.dropout_samples", low=1, high=10_000)
     _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
 from sync_jax.losses import Terms
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models import make_network
+from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.progress import MetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
@@ -69,6 +71,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     print(run.describe(state, len(calibration_part.labels)))
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start = checkpoints.latest_step() or 0
+        if not start and config.model.pretrained:
+            state, message = run.load_pretrained(state)
+            print(message)
         if start:
             state = checkpoints.restore(state)
             print(f"resuming at step {start} of {run.total_steps}")
@@ -249,18 +254,32 @@ class Run:
 
     def create_state(self) -> TrainState:
         """The state before the first step, on every device."""
-        memory = METHODS[self.config.method].memory
         create = functools.partial(
             create_train_state,
             network=self.network,
             optimizer=self.optimizer,
             image_shape=self.info.image_shape,
-            create_memory=lambda params: (
-                memory.create(params, self.train_size, self.config) if memory else {}
-            ),
+            create_memory=self._create_memory,
         )
         copied = sharding.replicated(self.mesh)
         return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))
+
+    def load_pretrained(self, state: TrainState) -> tuple[TrainState, str]:
+        """The state with the weights of `config.model.pretrained`, and a line on what matched.
+
+        Raises:
+            InputError: the file cannot be read, or nothing in it fits.
+        """
+        path = Path(self.config.model.pretrained).expanduser()
+        params, batch_stats, message = load_pretrained(path, state.params, state.batch_stats)
+        copied = sharding.replicated(self.mesh)
+        params, batch_stats = jax.device_put((params, batch_stats), copied)
+        memory = jax.jit(self._create_memory, out_shardings=copied)(params)
+        return state.replace(params=params, batch_stats=batch_stats, memory=memory), message
+
+    def _create_memory(self, params: optax.Params) -> Any:
+        memory = METHODS[self.config.method].memory
+        return memory.create(params, self.train_size, self.config) if memory else {}
 
     def predict(self, state: TrainState, part: Part) -> Predictions:
         """The network's outputs for every example of a part."""

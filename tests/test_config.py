@@ -27,15 +27,18 @@ BAD = {
         "choose from ccl_sc, ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
     ),
     "data.name": (("mnist",), "choose from fashion_mnist"),
-    "model.name": (("resnet",), "choose from cnn"),
+    "model.name": (("resnet",), "choose from cnn, resnet18, resnet34, resnet50, vgg16_bn"),
     "loss.divergence": (("kl",), "choose from bce, mse"),
     "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
     "seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.split_seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.crop_padding": ((-1, 65), "between 0 and 64"),
     "data.calibration_size": (COUNT, "at least 1"),
-    "model.width": (COUNT, "at least 1"),
-    "model.features": (COUNT, "at least 1"),
+    "model.width": ((-1, -64), "at least 0"),
+    "model.features": ((-1, -3), "at least 0"),
+    "model.dtype": (("float16", "bf16"), "choose from bfloat16, float32"),
+    "model.stem": (("image",), "choose from cifar, imagenet"),
+    "model.pretrained": (("weights.pth",), "torchvision has no weights for cnn"),
     "train.batch_size": (COUNT, "at least 1"),
     "log.every_steps": (COUNT, "at least 1"),
     "checkpoint.keep": (COUNT, "at least 1"),
@@ -76,7 +79,14 @@ BAD = {
     ),
 }
 # Any value of their type will do.
-FREE = {"data.data_dir", "data.source", "data.flip", "optimizer.nesterov"}
+FREE = {
+    "data.data_dir",
+    "data.source",
+    "data.flip",
+    "optimizer.nesterov",
+    "model.channel_dropout",
+    "model.norm_first",
+}
 
 GOOD = [
     ("seed", 2**31 - 1), ("target_coverage", 1.0), ("target_coverage", 1e-3), ("loss.alpha", 0.0),

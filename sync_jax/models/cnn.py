@@ -1,8 +1,11 @@
 """A small convolutional backbone for small images, fast on a CPU."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
 class CNN(nn.Module):
@@ -16,10 +19,12 @@ class CNN(nn.Module):
     Attributes:
         width: channels of the first convolution; the next two have twice and four times as many.
         features: size of the feature vector.
+        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
     """
 
     width: int = 32
     features: int = 256
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -32,15 +37,17 @@ class CNN(nn.Module):
 
         def norm_relu(x: Array) -> Array:
             # 0.9 rather than 0.99: short runs end before a slower average has caught up.
-            return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)
+            return nn.relu(norm(x))
 
-        x = norm_relu(nn.Conv(self.width, (5, 5), strides=(2, 2), use_bias=False)(images))
-        x = norm_relu(nn.Conv(2 * self.width, (3, 3), use_bias=False)(x))
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        x = norm_relu(conv(self.width, (5, 5), strides=(2, 2))(images))
+        x = norm_relu(conv(2 * self.width, (3, 3))(x))
         x = max_pool_2x2(x)
-        x = norm_relu(nn.Conv(4 * self.width, (3, 3), use_bias=False)(x))
+        x = norm_relu(conv(4 * self.width, (3, 3))(x))
         x = max_pool_2x2(x)
         x = x.reshape(x.shape[0], -1)
-        return norm_relu(nn.Dense(self.features, use_bias=False)(x))
+        return norm_relu(nn.Dense(self.features, use_bias=False, dtype=self.dtype)(x))
 
 
 def max_pool_2x2(x: Array) -> Array:

@@ -172,16 +172,21 @@ def test_statistics_change_only_in_training():
 def test_make_network_follows_the_config(method, backbone):
     config = default_config().model
     config.name = backbone
-    config.width, config.features = 3, 7
+    config.width, config.features = 3, 0
     config.dropout, config.dropout_samples = 0.4, 6
     network = make_network(config, heads=method.heads, num_classes=4, target_coverage=0.9)
+    drops = "dropout" in method.heads
+    own = BACKBONES[backbone](config)
+    if backbone == "vgg16_bn":
+        assert (own.last_dropout, network.backbone.last_dropout) == (0.5, 0.0 if drops else 0.5)
+        own = own.clone(last_dropout=network.backbone.last_dropout)
     assert network == SelectiveClassifier(
-        backbone=BACKBONES[backbone](width=3, features=7),
+        backbone=own,
         num_classes=4,
         heads=method.heads,
         target_coverage=0.9,
-        dropout=0.4 if "dropout" in method.heads else 0.0,
-        dropout_samples=6 if "dropout" in method.heads else 0,
+        dropout=0.4 if drops else 0.0,
+        dropout_samples=6 if drops else 0,
     )
     outputs = jax.eval_shape(
         lambda x: network.init_with_output(jax.random.key(0), x, train=False)[0], make_images(2)

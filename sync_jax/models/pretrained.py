@@ -1,0 +1,238 @@
+"""Weights of torchvision's ResNets and VGG16-BN from .safetensors and .pth files.
+
+Nothing in such a file is executed. A .pth file holds a pickle, which could name any function; the
+reader here knows those that rebuild a tensor, and refuses every other name.
+"""
+
+import collections
+import io
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from sync_jax.errors import InputError
+from sync_jax.models.resnet import RESNETS
+from sync_jax.models.vgg import LAYERS
+
+_STORAGES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ByteStorage": "<u1",
+    "BoolStorage": "?",
+}
+
+
+def check_weights_file(path: str, backbone: str) -> None:
+    """Refuses `config.model.pretrained` where it cannot be meant.
+
+    Raises:
+        InputError: there is no such file, its name has another ending, or the backbone has no
+            published weights.
+    """
+    if not path:
+        return
+    if backbone not in RESNETS and backbone != "vgg16_bn":
+        raise InputError(
+            f"config.model.pretrained={path!r}: torchvision has no weights for {backbone}; "
+            f"choose config.model.name from {', '.join((*RESNETS, 'vgg16_bn'))}"
+        )
+    if Path(path).suffix not in (".safetensors", ".pth", ".pt"):
+        raise InputError(f"config.model.pretrained={path!r} must end in .safetensors, .pth or .pt")
+    if not Path(path).expanduser().is_file():
+        raise InputError(f"config.model.pretrained={path!r} is no file")
+
+
+def load_pretrained(
+    path: Path, params: optax.Params, batch_stats: optax.Params
+) -> tuple[optax.Params, optax.Params, str]:
+    """Replaces what a file has weights for.
+
+    Args:
+        path: the file.
+        params: of a `SelectiveClassifier` with a ResNet or VGG16 as its backbone.
+        batch_stats: likewise.
+
+    Returns:
+        params and batch_stats, as NumPy arrays, and one line that says what did not match.
+
+    Raises:
+        InputError: the file cannot be read, or nothing in it fits.
+    """
+    weights = read_weights(path)
+    used: set[str] = set()
+    missing: list[str] = []
+    mismatched: list[str] = []
+
+    def replace(tree_path: Any, ours: Any) -> np.ndarray:
+        names = [key.key for key in tree_path]
+        theirs = torch_name(names)
+        ours = np.asarray(ours)
+        if theirs is None or theirs not in weights:
+            missing.append("/".join(names))
+            return ours
+        used.add(theirs)
+        value = from_torch(weights[theirs])
+        if value.shape != ours.shape:
+            mismatched.append(
+                f"{theirs} {weights[theirs].shape} for {'/'.join(names)} {ours.shape}"
+            )
+            return ours
+        if not np.all(np.isfinite(value)):
+            raise InputError(f"{path}: {theirs} holds a number that is not finite")
+        return value.astype(ours.dtype)
+
+    new_params = jax.tree_util.tree_map_with_path(replace, params)
+    new_stats = jax.tree_util.tree_map_with_path(replace, batch_stats)
+    loaded = len(used) - len(mismatched)
+    if not loaded:
+        found = ", ".join(sorted(weights)[:3])
+        raise InputError(f"{path}: no name and shape fits this network; it holds {found}, ...")
+    unused = sorted(
+        name for name in weights.keys() - used if not name.endswith("num_batches_tracked")
+    )
+    parts = [f"{loaded} arrays from {path.name}"]
+    for what, names in (
+        ("not in the file", missing),
+        ("of another shape", mismatched),
+        ("not in this network", unused),
+    ):
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            parts.append(f"{what}: {', '.join(names[:6])}{more}")
+    return new_params, new_stats, "pretrained: " + "; ".join(parts)
+
+
+def torch_name(names: list[str]) -> str | None:
+    """What torchvision calls an array of ours; None where it has no such thing.
+
+    Args:
+        names: the path in params or batch_stats, such as ["backbone", "bn1", "scale"].
+    """
+    leaf = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }.get(names[-1])
+    if names[0] == "class_head":
+        return f"fc.{leaf}"
+    module = ".".join(names[1:-1])
+    if match := re.fullmatch(r"features_(conv|norm)(\d+)", module):
+        kind, number = match[1], int(match[2])
+        return f"features.{_vgg_index(number) + (kind == 'norm')}.{leaf}"
+    module = re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", module)
+    module = module.replace("downsample_conv", "downsample.0").replace(
+        "downsample_bn", "downsample.1"
+    )
+    return f"{module}.{leaf}"
+
+
+def _vgg_index(number: int) -> int:
+    """Where torchvision's `features` has a convolution; BatchNorm comes next, then ReLU."""
+    index = 0
+    for layer in LAYERS:
+        if isinstance(layer, str):
+            index += 1
+        elif number:
+            number, index = number - 1, index + 3
+        else:
+            break
+    return index
+
+
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """Kernels `[out, in, h, w]` to `[h, w, in, out]` and `[out, in]` to `[in, out]`."""
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    return array.T if array.ndim == 2 else array
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors file or of a state dict that `torch.save` wrote.
+
+    Raises:
+        InputError: it cannot be read, is damaged, or holds something else than arrays.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with zipfile.ZipFile(path) as archive:
+            return _read_state_dict(archive)
+    except zipfile.BadZipFile:
+        raise InputError(
+            f"{path} is no file of torch.save in its format since 2020; load it with PyTorch and "
+            "save it again, as .safetensors for the best"
+        ) from None
+    except (OSError, SafetensorError, KeyError, EOFError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except (pickle.UnpicklingError, AttributeError, IndexError) as error:
+        raise InputError(f"{path} holds something else than weights: {error}") from error
+
+
+def _read_state_dict(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise pickle.UnpicklingError("there is no data.pkl in it")
+    reader = _Reader(archive, pickles[0].removesuffix("data.pkl"))
+    contents = reader.load()
+    if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
+        contents = contents["state_dict"]
+    if not isinstance(contents, dict):
+        raise pickle.UnpicklingError(f"a {type(contents).__name__}, not a state dict")
+    return {str(name): value for name, value in contents.items() if isinstance(value, np.ndarray)}
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles tensors as NumPy arrays and nothing that could run code."""
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str):
+        self._archive, self._prefix = archive, prefix
+        super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, requires_grad, hooks: data
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"it refers to a {kind}, not to a storage")
+        # The size that is read is the size that is stored: nothing expands beyond the file's claim.
+        information = self._archive.getinfo(f"{self._prefix}data/{key}")
+        if information.file_size != size * dtype.itemsize:
+            raise pickle.UnpicklingError(f"storage {key} has {information.file_size} bytes")
+        return np.frombuffer(self._archive.read(information), dtype)
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    if len(shape) != len(strides) or min((*shape, *strides, offset), default=0) < 0:
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} with strides {strides}")
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if math.prod(shape) and last >= storage.size:
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} beyond its storage")
+    view = np.lib.stride_tricks.as_strided(
+        storage[offset:], shape, [s * storage.itemsize for s in strides], writeable=False
+    )
+    return np.array(view)

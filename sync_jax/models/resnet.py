@@ -1,0 +1,121 @@
+"""ResNet-18, -34 and -50 (He et al., 2016), as torchvision builds them."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+# Name: blocks of each stage, and whether they are bottlenecks.
+RESNETS = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+}
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, and the mean over places.
+
+    Attributes:
+        stages: blocks of each stage.
+        bottleneck: blocks of 1 x 1, 3 x 3 (which has the stride) and 1 x 1 convolutions, with four
+            times the channels after them; otherwise of two 3 x 3 ones.
+        width: channels of the first stage.
+        stem: 'imagenet', a 7 x 7 convolution and a pooling, which leave a quarter of the
+            resolution, or 'cifar', a 3 x 3 convolution, which leaves it as it is.
+        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
+    """
+
+    stages: tuple[int, ...]
+    bottleneck: bool = False
+    width: int = 64
+    stem: str = "cifar"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Maps images `[batch, height, width, channels]` to features `[batch, units]`.
+
+        Args:
+            images: normalised.
+            train: whether BatchNorm uses, and updates by, this batch's statistics.
+
+        Returns:
+            The features; units are 8 x width, of bottlenecks 32 x width.
+        """
+        conv = functools.partial(
+            nn.Conv,
+            use_bias=False,
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            dtype=self.dtype,
+        )
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
+        )
+        if self.stem == "imagenet":
+            x = conv(self.width, (7, 7), strides=(2, 2), padding=3, name="conv1")(images)
+            x = nn.relu(norm(name="bn1")(x))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        else:
+            x = conv(self.width, (3, 3), padding=1, name="conv1")(images)
+            x = nn.relu(norm(name="bn1")(x))
+        for stage, blocks in enumerate(self.stages):
+            for block in range(blocks):
+                x = Block(
+                    channels=self.width * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    conv=conv,
+                    norm=norm,
+                    name=f"layer{stage + 1}_{block}",
+                )(x)
+        return jnp.mean(x, axis=(1, 2))
+
+
+class Block(nn.Module):
+    """A residual block; the shortcut has a 1 x 1 convolution where the shape changes.
+
+    Attributes:
+        channels: of its 3 x 3 convolutions.
+        stride: of the block.
+        bottleneck: see `ResNet`.
+        conv: makes a convolution.
+        norm: makes a BatchNorm.
+    """
+
+    channels: int
+    stride: int
+    bottleneck: bool
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps `[batch, height, width, channels]` to the block's own number of channels."""
+        strides = (self.stride, self.stride)
+        # Explicit paddings: 'SAME' pads unevenly where there is a stride.
+        if self.bottleneck:
+            layers = [(1, 1, (1, 1), 0), (1, 3, strides, 1), (4, 1, (1, 1), 0)]
+        else:
+            layers = [(1, 3, strides, 1), (1, 3, (1, 1), 1)]
+        y = x
+        for i, (factor, size, stride, padding) in enumerate(layers, 1):
+            y = self.conv(
+                factor * self.channels,
+                (size, size),
+                strides=stride,
+                padding=padding,
+                name=f"conv{i}",
+            )(y)
+            y = self.norm(name=f"bn{i}")(y)
+            if i < len(layers):
+                y = nn.relu(y)
+        if x.shape != y.shape:
+            x = self.conv(y.shape[-1], (1, 1), strides=strides, padding=0, name="downsample_conv")(
+                x
+            )
+            x = self.norm(name="downsample_bn")(x)
+        return nn.relu(x + y)

@@ -1,0 +1,89 @@
+"""VGG16 with BatchNorm for small images, as selective classification uses it."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from sync_jax.models.cnn import max_pool_2x2
+
+# Channels in units of the first convolution's, dropout after it; "pool" halves the resolution.
+LAYERS = (
+    *((1, 0.3), (1, 0.0), "pool"),
+    *((2, 0.4), (2, 0.0), "pool"),
+    *((4, 0.4), (4, 0.4), (4, 0.0), "pool"),
+    *((8, 0.4), (8, 0.4), (8, 0.0), "pool"),
+    *((8, 0.4), (8, 0.4), (8, 0.0), "pool"),
+)
+
+
+class VGG16(nn.Module):
+    """Thirteen 3 x 3 convolutions, five poolings, a dense layer; then dropout before the heads.
+
+    After Simonyan & Zisserman (2015) in the form of Liu & Deng (2015), which Deep Gamblers,
+    SelectiveNet and self-adaptive training are published with: each convolution is followed by
+    ReLU, BatchNorm and dropout, in this order, and the dense layer likewise. At 32 x 32 pixels one
+    place is left at the end; of larger images the mean is taken over places.
+
+    Attributes:
+        width: channels of the first convolution.
+        features: size of the feature vector.
+        channel_dropout: dropout in the convolutional part drops whole channels, as in the PyTorch
+            codes; otherwise single elements, as in the Keras original.
+        norm_first: BatchNorm before ReLU, as in torchvision; for its weights.
+        conv_dropout: whether there is any in the convolutional part.
+        last_dropout: rate after the dense layer.
+        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
+    """
+
+    width: int = 64
+    features: int = 512
+    channel_dropout: bool = True
+    norm_first: bool = False
+    conv_dropout: bool = True
+    last_dropout: float = 0.5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Maps images `[batch, height, width, channels]` to features `[batch, features]`.
+
+        Args:
+            images: normalised. A map of one pixel in a direction is not halved again.
+            train: whether BatchNorm uses, and updates by, this batch's statistics, and units drop.
+        """
+
+        def norm_relu(x: Array, name: str) -> Array:
+            norm = nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, dtype=self.dtype, name=name
+            )
+            return nn.relu(norm(x)) if self.norm_first else norm(nn.relu(x))
+
+        x = images
+        convolutions = 0
+        for layer in LAYERS:
+            if isinstance(layer, str):
+                x = max_pool_2x2(x) if min(x.shape[1:3]) > 1 else x
+                continue
+            channels, rate = layer
+            x = nn.Conv(
+                channels * self.width,
+                (3, 3),
+                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                dtype=self.dtype,
+                name=f"features_conv{convolutions}",
+            )(x)
+            x = norm_relu(x, f"features_norm{convolutions}")
+            if rate and self.conv_dropout:
+                shared = (1, 2) if self.channel_dropout else ()
+                x = nn.Dropout(rate, broadcast_dims=shared, deterministic=not train)(x)
+            convolutions += 1
+        x = jnp.mean(x, axis=(1, 2))
+        dense = nn.Dense(
+            self.features,
+            kernel_init=nn.initializers.normal(0.01),
+            dtype=self.dtype,
+            name="dense",
+        )
+        x = norm_relu(dense(x), "dense_norm")
+        return nn.Dropout(self.last_dropout, deterministic=not train)(x)
