@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
     config.data.split_seed = 0  # of that hold-out; apart from `seed`, so that seeds share it
     config.data.crop_padding = 2  # pixels; 0: no random crop
     config.data.flip = True  # left to right
+    config.data.rotation = 0.0  # degrees; 0: none
 
     config.model = ConfigDict()
     config.model.name = "cnn"  # a name in models.BACKBONES
@@ -160,6 +161,7 @@ def validate(config: ConfigDict) -> None:
     positive = _range("above 0", lambda x: x > 0)
     non_negative = _range("at least 0", lambda x: x >= 0)
     unit(config, "target_coverage")
+    _range("in [0, 180]", lambda x: 0 <= x <= 180)(config, "data.rotation")
     fraction(config, "loss.alpha")
     fraction(config, "optimizer.momentum")
     open_unit(config, "evaluation.delta")

@@ -208,7 +208,9 @@ class Run:
         self.optimizer = make_optimizer(config.optimizer, schedule)
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
-        augmentation = Augmentation(config.data.crop_padding, config.data.flip)
+        augmentation = Augmentation(
+            config.data.crop_padding, config.data.flip, float(config.data.rotation)
+        )
         warmup_epochs = config.loss.warmup_epochs
         if warmup_epochs < 0:
             warmup_epochs = method.warmup * config.train.epochs

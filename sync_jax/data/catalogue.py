@@ -22,7 +22,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from sync_jax.data import fashion_mnist, sources
+from sync_jax.data import cifar, fashion_mnist, sources, svhn
+from sync_jax.data.archives import Archives
+from sync_jax.data.arrays import ArrayBuilder
 from sync_jax.data.sources import DataError, Upstream
 
 _READ_BATCH = 4096  # records read at once
@@ -64,8 +66,44 @@ DATASETS = {
         num_train=60_000,
         num_test=10_000,
     ),
+    # Means and deviations of the three are those of the field's codes, for the same numbers.
+    "cifar10": DatasetInfo(
+        name="cifar10",
+        num_classes=10,
+        image_shape=cifar.IMAGE_SHAPE,
+        class_names=cifar.CIFAR10_CLASS_NAMES,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        num_train=50_000,
+        num_test=10_000,
+    ),
+    "cifar100": DatasetInfo(
+        name="cifar100",
+        num_classes=100,
+        image_shape=cifar.IMAGE_SHAPE,
+        class_names=cifar.CIFAR100_CLASS_NAMES,
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        num_train=50_000,
+        num_test=10_000,
+    ),
+    "svhn": DatasetInfo(
+        name="svhn",
+        num_classes=10,
+        image_shape=svhn.IMAGE_SHAPE,
+        class_names=svhn.CLASS_NAMES,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        num_train=73_257,
+        num_test=26_032,
+    ),
 }
-_BUILDERS = {"fashion_mnist": (fashion_mnist.FashionMnist, fashion_mnist.UPSTREAM)}
+_BUILDERS: dict[str, tuple[type[ArrayBuilder], Upstream | Archives]] = {
+    "fashion_mnist": (fashion_mnist.FashionMnist, fashion_mnist.UPSTREAM),
+    "cifar10": (cifar.Cifar10, cifar.CIFAR10_UPSTREAM),
+    "cifar100": (cifar.Cifar100, cifar.CIFAR100_UPSTREAM),
+    "svhn": (svhn.Svhn, svhn.UPSTREAM),
+}
 
 
 def is_prepared(name: str, *, data_dir: str | os.PathLike) -> bool:
@@ -104,7 +142,7 @@ def prepare(
     data_dir: str | os.PathLike,
     source: str | os.PathLike | None = None,
     log: Callable[[str], None] = print,
-    upstream: Upstream | None = None,
+    upstream: Upstream | Archives | None = None,
 ) -> Path:
     """Obtains a dataset's files, verifies them and writes them as ArrayRecord; once is enough.
 
@@ -152,23 +190,24 @@ def _expand(path: str | os.PathLike) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def _named_folder(source: str | os.PathLike, upstream: Upstream) -> Path:
+def _named_folder(source: str | os.PathLike, upstream: Upstream | Archives) -> Path:
     folder = _expand(source)
     try:
-        sources.verify(folder, upstream.files)
+        upstream.verify(folder)
     except DataError as error:
-        names = ", ".join(file.name for file in upstream.files)
         raise DataError(
-            f"data.source={os.fspath(source)!r}: {error}; it must hold {names}, with or without "
-            ".gz; without data.source other sources are tried"
+            f"data.source={os.fspath(source)!r}: {error}; it must hold {upstream.required}; "
+            "without data.source other sources are tried"
         ) from None
     return folder
 
 
-def _obtain(name: str, upstream: Upstream, root: Path, log: Callable[[str], None]) -> Path:
+def _obtain(
+    name: str, upstream: Upstream | Archives, root: Path, log: Callable[[str], None]
+) -> Path:
     try:
-        return sources.obtain(
-            upstream, cache=root / "downloads" / name, log=lambda line: log(f"{name}: {line}")
+        return upstream.obtain(
+            cache=root / "downloads" / name, log=lambda line: log(f"{name}: {line}")
         )
     except DataError as error:
         raise DataError(
@@ -177,9 +216,11 @@ def _obtain(name: str, upstream: Upstream, root: Path, log: Callable[[str], None
         ) from None
 
 
-def _build(name: str, folder: Path, target: Path, upstream: Upstream, root: Path) -> None:
+def _build(
+    name: str, folder: Path, target: Path, upstream: Upstream | Archives, root: Path
+) -> None:
     """Builds beside the target, makes sure of the result, and moves it there in one step."""
-    needed = 5 * sum(file.num_bytes for file in upstream.files) // 4  # records have an overhead
+    needed = upstream.prepared_bytes
     free = shutil.disk_usage(root).free
     if free < needed:
         raise DataError(
@@ -233,8 +274,8 @@ def load_split(
         raise DataError(
             f"{name} is not prepared: there is no {folder}; prepare it with "
             f"`{_command(name, data_dir)}`, which finds or fetches "
-            f"{', '.join(f'{file.name}.gz' for file in upstream.files)}, or takes them from a "
-            "folder of yours with --config.data.source=FOLDER"
+            f"{upstream.fetched}, or takes them from a folder of yours with "
+            "--config.data.source=FOLDER"
         )
     try:
         return _read(builder_class(data_dir=_expand(data_dir)), split)

@@ -4,14 +4,12 @@
 size (Xiao, Rasul and Vollgraf, 2017), published as four files in IDX format.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 
-from sync_jax.data.sources import DataError, IdxFile, Upstream, read_idx
+from sync_jax.data.arrays import ArrayBuilder, Arrays
+from sync_jax.data.sources import IdxFile, Upstream, read_idx
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -58,57 +56,18 @@ UPSTREAM = Upstream(
 )
 
 
-# Unregistered, for TFDS has a builder of this name: which one a name means would depend on imports.
-class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Builds ArrayRecord files from the published ones, found in TFDS's manual folder.
-
-    Images are stored as raw bytes, for decoding PNGs would take longer than reading the rest, and a
-    training run reads them all at its start. Examples keep the published order.
-    """
+class FashionMnist(ArrayBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Fashion-MNIST."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The four published files, compressed or not."
+    IMAGE_SHAPE = IMAGE_SHAPE
+    CLASS_NAMES = CLASS_NAMES
+    HOMEPAGE = "https://github.com/zalandoresearch/fashion-mnist"
 
-    def __init__(self, *, upstream: Upstream = UPSTREAM, **kwargs: Any):
-        self._upstream = upstream
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Tensor(
-            shape=IMAGE_SHAPE, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-        )
-        label = tfds.features.ClassLabel(names=CLASS_NAMES)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            supervised_keys=("image", "label"),
-            homepage="https://github.com/zalandoresearch/fashion-mnist",
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        folder = Path(dl_manager.manual_dir)
+    def _arrays(self, folder: Path) -> Arrays:
         arrays = {file.name: read_idx(folder, file) for file in self._upstream.files}
-        generators = {}
-        for split, prefix in {"train": "train", "test": "t10k"}.items():
-            images = arrays[f"{prefix}-images-idx3-ubyte"]
-            labels = arrays[f"{prefix}-labels-idx1-ubyte"]
-            _check_labels(f"{folder}/{prefix}-labels-idx1-ubyte", labels, len(images))
-            generators[split] = self._generate_examples(images, labels)
-        return generators
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield index, {"image": image.reshape(IMAGE_SHAPE), "label": int(label)}
-
-
-def _check_labels(name: str, labels: np.ndarray, num_images: int) -> None:
-    if len(labels) != num_images:
-        raise DataError(f"{name} holds {len(labels)} labels for {num_images} images")
-    if labels.max() >= len(CLASS_NAMES):
-        raise DataError(
-            f"{name} holds a label {labels.max()}, expected 0 to {len(CLASS_NAMES) - 1}"
-        )
+        return {
+            split: (arrays[f"{prefix}-images-idx3-ubyte"], arrays[f"{prefix}-labels-idx1-ubyte"])
+            for split, prefix in {"train": "train", "test": "t10k"}.items()
+        }

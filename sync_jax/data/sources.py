@@ -92,6 +92,29 @@ class Upstream:
     url: str
     debian_package: str
 
+    @property
+    def required(self) -> str:
+        """What a folder must hold, in words."""
+        return ", ".join(file.name for file in self.files) + ", with or without .gz"
+
+    @property
+    def fetched(self) -> str:
+        """What is fetched, in words."""
+        return ", ".join(f"{file.name}.gz" for file in self.files)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Disk that the prepared dataset takes; records have an overhead."""
+        return 5 * sum(file.num_bytes for file in self.files) // 4
+
+    def verify(self, folder: Path) -> None:
+        """See `verify`."""
+        verify(folder, self.files)
+
+    def obtain(self, *, cache: Path, log: Callable[[str], None]) -> Path:
+        """See `obtain`."""
+        return obtain(self, cache=cache, log=log)
+
 
 def read_idx(folder: Path, file: IdxFile) -> np.ndarray:
     """Reads a file that a folder holds, compressed or not, and verifies it.
@@ -250,11 +273,11 @@ def _download(upstream: Upstream, folder: Path) -> None:
         name = f"{file.name}.gz"
         with (folder / name).open("wb") as out:
             # Compression may add a little; a server that sends much more has something else.
-            for chunk in _read_url(upstream.url + name, limit=2 * file.num_bytes + _CHUNK):
+            for chunk in read_url(upstream.url + name, limit=2 * file.num_bytes + _CHUNK):
                 out.write(chunk)
 
 
-def _read_url(url: str, *, limit: int) -> Iterator[bytes]:
+def read_url(url: str, *, limit: int) -> Iterator[bytes]:
     """Yields the content of an address up to a limit; failures of the network are DataErrors."""
     try:
         with urllib.request.urlopen(url, timeout=_NETWORK_TIMEOUT) as response:

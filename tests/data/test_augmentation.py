@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
 
-from sync_jax.data.augmentation import Augmentation, augment, normalise
+from sync_jax.data.augmentation import Augmentation, augment, normalise, rotate
 
 
 def make_images(batch, height=5, width=6, channels=2, seed=0):
@@ -154,3 +155,44 @@ def test_normalise_gives_zero_mean_and_unit_variance():
     result = np.asarray(normalise(jnp.asarray(images), tuple(mean), tuple(std)))
     np.testing.assert_allclose(result.mean(axis=(0, 1, 2)), np.zeros(3), atol=1e-5)
     np.testing.assert_allclose(result.std(axis=(0, 1, 2)), np.ones(3), rtol=1e-5)
+
+
+# --- Rotation -------------------------------------------------------------------------------------
+
+
+def test_quarter_turns_are_exact():
+    images = jax.random.randint(jax.random.key(0), (4, 7, 7, 2), 0, 256).astype(jnp.uint8)
+    turned = rotate(images, jnp.pi / 2 * jnp.arange(4.0))
+    for turns in range(4):
+        np.testing.assert_array_equal(turned[turns], np.rot90(images[turns], turns))
+
+
+@pytest.mark.parametrize("degrees", [-15.0, 4.0, 11.0])
+def test_rotation_is_scipys(degrees):
+    images = np.random.default_rng(0).integers(1, 256, (1, 32, 32, 1)).astype(np.uint8)
+    # At an edge SciPy counts half a pixel less as inside: here there are zeros.
+    images = np.pad(images, ((0, 0), (10, 10), (10, 10), (0, 0)))
+    ours = np.asarray(rotate(jnp.asarray(images), jnp.deg2rad(jnp.asarray([degrees]))))[0, :, :, 0]
+    theirs = scipy.ndimage.rotate(
+        images[0, :, :, 0], degrees, reshape=False, order=0, mode="constant"
+    )
+    assert np.mean(ours == theirs) > 0.99  # ties of rounding may differ
+    assert np.mean(ours == images[0, :, :, 0]) < 0.9
+
+
+def test_angles_are_uniform_and_a_zero_limit_changes_nothing():
+    """A dot right of the centre: its height tells the angle."""
+    size, count = 65, 2000
+    images = jnp.zeros((count, size, size, 1), jnp.uint8).at[:, 32, 60:, :].set(255)
+    key = jax.random.key(3)
+    turned = np.asarray(augment(key, images, Augmentation(0, False, 20.0)))[..., 0]
+    rows = np.arange(size)[:, None] - 32.0
+    columns = np.arange(size)[None, :] - 32.0
+    weight = turned.sum(axis=(1, 2))
+    angles = np.degrees(
+        np.arctan2(-(turned * rows).sum(axis=(1, 2)), (turned * columns).sum(axis=(1, 2)))
+    )
+    assert np.all(weight > 0)
+    assert scipy.stats.kstest(angles, "uniform", args=(-20, 40)).pvalue > 0.01
+    same = augment(key, images[:3], Augmentation(2, True, 0.0))
+    np.testing.assert_array_equal(same, augment(key, images[:3], Augmentation(2, True)))

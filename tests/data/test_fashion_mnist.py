@@ -205,7 +205,7 @@ def test_labels_out_of_range(tmp_path):
     contents[TRAIN_LABELS][3] = 10
     upstream = idx_files.publish(tmp_path / "published", contents)
     message = failure(tmp_path / "data", upstream, tmp_path / "published")
-    assert f"{TRAIN_LABELS} holds a label 10, expected 0 to 9" in message
+    assert "train has labels 0 to 10, expected 0 to 9" in message
 
 
 def test_fewer_labels_than_images(tmp_path):
@@ -213,7 +213,7 @@ def test_fewer_labels_than_images(tmp_path):
     contents[TRAIN_LABELS] = contents[TRAIN_LABELS][:-1]
     upstream = idx_files.publish(tmp_path / "published", contents)
     message = failure(tmp_path / "data", upstream, tmp_path / "published")
-    assert f"{TRAIN_LABELS} holds 39 labels for 40 images" in message
+    assert "train has 39 labels for 40 images" in message
 
 
 # A named folder whose files are not the published ones

@@ -1,0 +1,72 @@
+"""A TFDS builder for datasets that fit in memory as one array of images; needs no TensorFlow."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sync_jax.data.sources import DataError
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+# Unregistered, for TFDS has builders of these names: which one is meant would depend on imports.
+class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Builds ArrayRecord files from the published ones, found in TFDS's manual folder.
+
+    Images are stored as raw bytes, for decoding PNGs would take longer than reading the rest, and a
+    training run reads them all at its start. Examples keep the published order.
+
+    A dataset says what its images and classes are, and in `_arrays` how its files are read.
+    """
+
+    IMAGE_SHAPE: ClassVar[tuple[int, int, int]]
+    CLASS_NAMES: ClassVar[tuple[str, ...]]
+    HOMEPAGE: ClassVar[str]
+
+    def __init__(self, *, upstream: Any = None, **kwargs: Any):
+        """Args: upstream: the published files; needed for preparing only."""
+        self._upstream = upstream
+        super().__init__(**kwargs)
+
+    def _arrays(self, folder: Path) -> Arrays:
+        """Images `[n, height, width, channels]` uint8 and labels `[n]`, by split."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Tensor(
+            shape=self.IMAGE_SHAPE, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+        )
+        label = tfds.features.ClassLabel(names=self.CLASS_NAMES)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
+            supervised_keys=("image", "label"),
+            homepage=self.HOMEPAGE,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        folder = Path(dl_manager.manual_dir)
+        generators = {}
+        for split, (images, labels) in self._arrays(folder).items():
+            if len(labels) != len(images):
+                raise DataError(
+                    f"{folder}: {split} has {len(labels)} labels for {len(images)} images"
+                )
+            if not len(labels) or labels.min() < 0 or labels.max() >= len(self.CLASS_NAMES):
+                found = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no label"
+                raise DataError(
+                    f"{folder}: {split} has {found}, expected 0 to {len(self.CLASS_NAMES) - 1}"
+                )
+            generators[split] = self._generate_examples(images, labels)
+        return generators
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield index, {"image": image.reshape(self.IMAGE_SHAPE), "label": int(label)}

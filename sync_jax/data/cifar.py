@@ -1,0 +1,181 @@
+"""CIFAR-10 and CIFAR-100 from either archive that their authors publish.
+
+60,000 photographs of 32 x 32 pixels in 10 or 100 classes of equal size (Krizhevsky, 2009), 10,000
+of them for test.
+"""
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sync_jax.data.archives import Archives, PublishedFile
+from sync_jax.data.arrays import ArrayBuilder, Arrays
+from sync_jax.data.sources import DataError
+
+CIFAR10_CLASS_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+# The fine labels, in the published order: the alphabet's.
+CIFAR100_CLASS_NAMES = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+    cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905
+)
+IMAGE_SHAPE = (32, 32, 3)
+_PIXELS = 3 * 32 * 32
+_LARGEST_MEMBER = 200_000_000  # bytes; the largest there is has 155 million
+_FOLDER = "https://www.cs.toronto.edu/~kriz/"
+
+
+def _archives(name: str, binary_md5: str, python_md5: str) -> Archives:
+    return Archives(
+        forms=tuple(
+            (PublishedFile(f"{name}-{form}.tar.gz", md5, f"{_FOLDER}{name}-{form}.tar.gz"),)
+            for form, md5 in (("binary", binary_md5), ("python", python_md5))
+        ),
+        prepared_bytes=60_000 * 3_200,
+    )
+
+
+CIFAR10_UPSTREAM = _archives(
+    "cifar-10", "c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"
+)
+CIFAR100_UPSTREAM = _archives(
+    "cifar-100", "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"
+)
+
+
+class Cifar10(ArrayBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """CIFAR-10."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = CIFAR10_UPSTREAM.required
+    IMAGE_SHAPE = IMAGE_SHAPE
+    CLASS_NAMES = CIFAR10_CLASS_NAMES
+    HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+    def _arrays(self, folder: Path) -> Arrays:
+        (path,) = self._upstream.find(folder)
+        batches = [f"data_batch_{i}" for i in range(1, 6)]
+        return _read(path, {"train": batches, "test": ["test_batch"]}, label_bytes=1, key=b"labels")
+
+
+class Cifar100(ArrayBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """CIFAR-100 with its fine labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = CIFAR100_UPSTREAM.required
+    IMAGE_SHAPE = IMAGE_SHAPE
+    CLASS_NAMES = CIFAR100_CLASS_NAMES
+    HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+    def _arrays(self, folder: Path) -> Arrays:
+        (path,) = self._upstream.find(folder)
+        # A coarse label comes before the fine one.
+        splits = {"train": ["train"], "test": ["test"]}
+        return _read(path, splits, label_bytes=2, key=b"fine_labels")
+
+
+def _read(path: Path, splits: dict[str, list[str]], *, label_bytes: int, key: bytes) -> Arrays:
+    """Reads an archive of either form; nothing is unpacked to the disk.
+
+    Args:
+        path: the archive; its name says which form it has.
+        splits: the names of a split's files, without `.bin`.
+        label_bytes: in front of an image in the binary form; the last one is the label.
+        key: of the labels in the Python form.
+    """
+    binary = "binary" in path.name
+    wanted = {
+        name + (".bin" if binary else ""): name for names in splits.values() for name in names
+    }
+    parts = {}
+    for name, data in _members(path, wanted):
+        if binary:
+            parts[wanted[name]] = _parse_binary(f"{path}: {name}", data, label_bytes)
+        else:
+            parts[wanted[name]] = _parse_python(f"{path}: {name}", data, key)
+    missing = sorted(set(wanted.values()) - parts.keys())
+    if missing:
+        raise DataError(f"{path} does not hold {', '.join(missing)}")
+    arrays = {}
+    for split, names in splits.items():
+        pixels = np.concatenate([parts[name][0] for name in names])
+        labels = np.concatenate([parts[name][1] for name in names])
+        arrays[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    return arrays
+
+
+def _members(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(path, mode="r:gz") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is None or name not in wanted:
+                    continue
+                if member.size > _LARGEST_MEMBER:
+                    raise DataError(f"{path}: {name} has {member.size:,} bytes, too many")
+                yield name, stream.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _parse_binary(where: str, data: bytes, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    size = label_bytes + _PIXELS
+    if not data or len(data) % size:
+        raise DataError(f"{where} has {len(data)} bytes, expected a multiple of {size}")
+    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
+
+
+def _parse_python(where: str, data: bytes, key: bytes) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        contents = _Reader(io.BytesIO(data), encoding="bytes").load()
+        pixels, labels = contents[b"data"], np.asarray(contents[key])
+        pixels = pixels.reshape(-1, _PIXELS)
+    except Exception as error:  # what a damaged pickle raises is anybody's guess
+        raise DataError(f"{where} cannot be read: {error}") from error
+    if pixels.dtype != np.uint8 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"{where} does not hold the arrays that it should")
+    return pixels, labels
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles NumPy arrays and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("numpy") and name == "_reconstruct":
+            return _reconstruct
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+
+
+def _reconstruct(subtype: Any, shape: Any, dtype: Any) -> np.ndarray:
+    del subtype, shape, dtype  # of an empty array, which is then given its state
+    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
+
+
+def _encode(text: str, encoding: Any) -> bytes:
+    del encoding  # always latin1: how protocol 2 spells bytes
+    return text.encode("latin1")

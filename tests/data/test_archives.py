@@ -1,0 +1,285 @@
+"""CIFAR and SVHN from their archives, on small files in exactly the published formats."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.io
+import tensorflow_datasets as tfds
+
+from sync_jax.data import catalogue, cifar, svhn
+from sync_jax.data.archives import Archives, PublishedFile
+from sync_jax.data.sources import DataError
+
+NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
+
+
+def ignore(line):
+    del line
+
+
+def published(folder, *forms):
+    """What `Archives` says of files that a test has written; sources exist nowhere."""
+    return Archives(
+        forms=tuple(
+            tuple(
+                PublishedFile(
+                    name,
+                    hashlib.md5((folder / name).read_bytes()).hexdigest()
+                    if (folder / name).exists()
+                    else "0" * 32,
+                    NOWHERE + name,
+                )
+                for name in form
+            )
+            for form in forms
+        ),
+        prepared_bytes=1000,
+    )
+
+
+def write_tar(path, members):
+    """As the authors' archives: a folder, then its files."""
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo(path.name.split(".")[0])
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in members.items():
+            member = tarfile.TarInfo(f"{folder.name}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def cifar_contents(classes, sizes, seed=0):
+    """Images and labels by file; every pixel its own."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (
+            rng.integers(0, 256, (size, 32, 32, 3), np.uint8),
+            rng.integers(0, classes, size),
+            rng.integers(0, 20, size),
+        )
+        for name, size in sizes.items()
+    }
+
+
+SIZES = {
+    10: {f"data_batch_{i}": 2 + i for i in range(1, 6)} | {"test_batch": 4},
+    100: {"train": 30, "test": 7},
+}
+NAMES = {10: "cifar10", 100: "cifar100"}
+
+
+def planes(images):
+    """An image is 1,024 red, 1,024 green and 1,024 blue values, row by row."""
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+def binary_members(classes, contents):
+    members = {}
+    for name, (images, labels, coarse) in contents.items():
+        columns = [labels[:, None]] if classes == 10 else [coarse[:, None], labels[:, None]]
+        records = np.concatenate([*columns, planes(images)], axis=1).astype(np.uint8)
+        members[f"{name}.bin"] = records.tobytes()
+    return members | {"readme.html": b"<html>"}
+
+
+def python_members(classes, contents):
+    members = {}
+    for name, (images, labels, coarse) in contents.items():
+        fields = {b"data": planes(images), b"filenames": [b"a.png"] * len(labels)}
+        if classes == 10:
+            fields |= {b"labels": labels.tolist(), b"batch_label": b"batch"}
+        else:
+            fields |= {b"fine_labels": labels.tolist(), b"coarse_labels": coarse.tolist()}
+        members[name] = pickle.dumps(fields, protocol=2)
+    return members | {"meta": pickle.dumps({b"label_names": [b"a"]}, protocol=2)}
+
+
+def expected(contents, split):
+    names = [name for name in contents if ("test" in name) == (split == "test")]
+    return [np.concatenate([contents[name][i] for name in names]) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("form", ["binary", "python"])
+def test_every_pixel_and_label_of_cifar_comes_back(tmp_path, classes, form):
+    contents = cifar_contents(classes, SIZES[classes])
+    make = binary_members if form == "binary" else python_members
+    name = f"cifar-{classes}-{form}.tar.gz"
+    write_tar(tmp_path / name, make(classes, contents))
+    forms = [(f"cifar-{classes}-{x}.tar.gz",) for x in ("binary", "python")]
+    lines = []
+    catalogue.prepare(
+        NAMES[classes],
+        data_dir=tmp_path / "data",
+        source=tmp_path,
+        log=lines.append,
+        upstream=published(tmp_path, *forms),
+    )
+    for split in ("train", "test"):
+        images, labels = catalogue.load_split(NAMES[classes], split, data_dir=tmp_path / "data")
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+        true_images, true_labels = expected(contents, split)
+        np.testing.assert_array_equal(images, true_images)
+        np.testing.assert_array_equal(labels, true_labels)
+    assert lines[0] == f"{NAMES[classes]}: using the files in {tmp_path}"
+
+
+def test_a_python_2_pickle_is_read(tmp_path):
+    """As the authors wrote theirs: byte strings, and NumPy's old module names."""
+    pixels = np.arange(3072, dtype=np.uint8)[None]
+    state = (
+        b"(I1\n(I1\nI3072\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\n"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        + state
+        + b"S"
+        + repr(pixels.tobytes())[1:].encode()
+        + b"\ntb"
+    )
+    data = b"(dS'data'\n" + array + b"sS'fine_labels'\n(lI42\nas."
+    images, labels = cifar._parse_python("here", data, b"fine_labels")
+    np.testing.assert_array_equal(images, pixels)
+    np.testing.assert_array_equal(labels, [42])
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    victim = tmp_path / "made"
+    data = pickle.dumps({b"data": Evil(str(victim)), b"labels": []}, protocol=2)
+    with pytest.raises(DataError, match=r"asks for .*mkdir, which is refused"):
+        cifar._parse_python("here", data, b"labels")
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda members: members.pop("test.bin"), "does not hold test"),
+        (
+            lambda members: members.update({"train.bin": b"\0" * 3075}),
+            "3075 bytes, expected a mult",
+        ),
+        (lambda members: members.update({"train.bin": b""}), "0 bytes, expected a multiple"),
+        (lambda members: members.update({"train.bin": b"\xff" * 3074}), "labels 255 to 255"),
+    ],
+)
+def test_bad_members_are_refused_by_name(tmp_path, change, message):
+    members = binary_members(100, cifar_contents(100, SIZES[100]))
+    change(members)
+    name = "cifar-100-binary.tar.gz"
+    write_tar(tmp_path / name, members)
+    with pytest.raises(DataError, match=message) as caught:
+        catalogue.prepare(
+            "cifar100",
+            data_dir=tmp_path / "data",
+            source=tmp_path,
+            log=ignore,
+            upstream=published(tmp_path, (name,)),
+        )
+    assert "\n" not in str(caught.value)
+    assert not catalogue.is_prepared("cifar100", data_dir=tmp_path / "data")
+
+
+def test_truncated_and_repacked_archives(tmp_path):
+    name = "cifar-100-binary.tar.gz"
+    write_tar(tmp_path / name, binary_members(100, cifar_contents(100, SIZES[100])))
+    good = published(tmp_path, (name,))
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
+    for upstream, message in (
+        (good, "is not the published file, or is damaged: its MD5 sum is"),
+        (published(tmp_path, (name,)), "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            catalogue.prepare(
+                "cifar100",
+                data_dir=tmp_path / "data",
+                source=tmp_path,
+                log=ignore,
+                upstream=upstream,
+            )
+
+
+def test_without_files_the_message_says_what_is_needed(tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"does not hold cifar-100-binary.tar.gz or cifar-100-python.tar.gz; it must hold",
+    ):
+        catalogue.prepare("cifar100", data_dir=tmp_path / "data", source=tmp_path, log=ignore)
+    upstream = dataclasses.replace(
+        cifar.CIFAR100_UPSTREAM,
+        forms=((PublishedFile("a.tar.gz", "0" * 32, NOWHERE + "a.tar.gz"),),),
+    )
+    with pytest.raises(DataError, match=r"cifar100 cannot be obtained: .*127.0.0.1.*--config.data"):
+        catalogue.prepare("cifar100", data_dir=tmp_path / "data", log=ignore, upstream=upstream)
+    with pytest.raises(DataError, match=r"--config=configs/cifar100.py --mode=prepare"):
+        catalogue.load_split("cifar100", "train", data_dir=tmp_path / "data")
+
+
+def write_svhn(folder, sizes, seed=0):
+    """MATLAB 5 files as the authors': X [32, 32, 3, n], y [n, 1], the digit 0 as 10."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for split, size in sizes.items():
+        images = rng.integers(0, 256, (32, 32, 3, size), np.uint8)
+        labels = (np.arange(size) % 10 + 1).astype(np.uint8)[:, None]
+        scipy.io.savemat(
+            folder / f"{split}_32x32.mat", {"X": images, "y": labels}, do_compression=True
+        )
+        arrays[split] = images.transpose(3, 0, 1, 2), np.where(labels == 10, 0, labels)[:, 0]
+    return arrays
+
+
+def test_every_pixel_and_label_of_svhn_comes_back(tmp_path):
+    arrays = write_svhn(tmp_path, {"train": 23, "test": 11})
+    catalogue.prepare(
+        "svhn",
+        data_dir=tmp_path / "data",
+        source=tmp_path,
+        log=ignore,
+        upstream=published(tmp_path, ("train_32x32.mat", "test_32x32.mat")),
+    )
+    for split, (images, labels) in arrays.items():
+        found = catalogue.load_split("svhn", split, data_dir=tmp_path / "data")
+        np.testing.assert_array_equal(found[0], images)
+        np.testing.assert_array_equal(found[1], labels)
+        assert set(found[1]) == set(range(10))
+
+
+def test_svhn_refuses_what_is_no_digit(tmp_path):
+    for name, contents in (
+        ("labels", {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.asarray([[1], [11]])}),
+        ("shape", {"X": np.zeros((2, 32, 32, 3), np.uint8), "y": np.ones((2, 1))}),
+        ("fields", {"images": np.zeros(3)}),
+    ):
+        scipy.io.savemat(tmp_path / f"{name}.mat", contents)
+        with pytest.raises(DataError, match=str(tmp_path / name)):
+            svhn._read(tmp_path / f"{name}.mat")
+
+
+def test_class_names_are_as_many_as_classes():
+    for info in catalogue.DATASETS.values():
+        assert len(set(info.class_names)) == info.num_classes
+        assert len(info.mean) == len(info.std) == info.image_shape[2]
+    assert list(cifar.CIFAR100_CLASS_NAMES) == sorted(cifar.CIFAR100_CLASS_NAMES)
+
+
+def test_ours_agrees_with_tfds_on_the_published_files():
+    """TFDS's own builder knows the same address and sum of CIFAR-100's binary archive."""
+    (file,) = cifar.CIFAR100_UPSTREAM.forms[0]
+    assert file.url == "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+    assert tfds.builder_cls("cifar100").name == "cifar100"
