@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax.data.catalogue import DATASETS
+from sync_jax.data import catalogue
+from sync_jax.data.parts import calibration_size
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
@@ -33,14 +34,19 @@ def default_config() -> ConfigDict:
     config.target_coverage = 0.8
 
     config.data = ConfigDict()
-    config.data.name = "fashion_mnist"  # a name in data.catalogue.DATASETS
+    config.data.name = "fashion_mnist"  # a name in data.catalogue.NAMES
     config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
     config.data.source = ""  # a folder with the upstream files; empty: look for them
-    config.data.calibration_size = 6000  # held out of the official training split
+    config.data.folder = ""  # image_folder: the pictures, as folder/class/picture
+    config.data.image_size = 64  # image_folder: pixels of the squares that they are made
+    config.data.calibration_size = 6000  # held out of the official training split; 0: a tenth
     config.data.split_seed = 0  # of that hold-out; apart from `seed`, so that seeds share it
     config.data.crop_padding = 2  # pixels; 0: no random crop
     config.data.flip = True  # left to right
     config.data.rotation = 0.0  # degrees; 0: none
+    # Random crop of this share of the area or more, resized to the whole; 1: none.
+    config.data.min_crop_area = 1.0
+    config.data.jitter = 0.0  # brightness, contrast, saturation: factors 1 - this to 1 + this
 
     config.model = ConfigDict()
     config.model.name = "cnn"  # a name in models.BACKBONES
@@ -129,7 +135,7 @@ def validate(config: ConfigDict) -> None:
         if type(value) not in accepted:
             raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
     _choice(config, "method", METHODS)
-    _choice(config, "data.name", DATASETS)
+    _choice(config, "data.name", catalogue.NAMES)
     _choice(config, "model.name", BACKBONES)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.stem", ("cifar", "imagenet"))
@@ -139,7 +145,8 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "seed", low=0, high=2**31 - 1)
     _integer(config, "data.split_seed", low=0, high=2**31 - 1)
     _integer(config, "data.crop_padding", low=0, high=64)
-    _integer(config, "data.calibration_size", low=1)
+    _integer(config, "data.calibration_size", low=0)
+    _integer(config, "data.image_size", low=8, high=1024)
     _integer(config, "model.width", low=0)
     _integer(config, "model.features", low=0)
     if config.model.name in RESNETS and config.model.features:
@@ -161,6 +168,13 @@ def validate(config: ConfigDict) -> None:
     positive = _range("above 0", lambda x: x > 0)
     non_negative = _range("at least 0", lambda x: x >= 0)
     unit(config, "target_coverage")
+    _range("in (0, 1]", lambda x: 0 < x <= 1)(config, "data.min_crop_area")
+    _range("in [0, 1]", lambda x: 0 <= x <= 1)(config, "data.jitter")
+    if config.data.name == catalogue.FOLDER and not config.data.folder:
+        raise InputError(
+            "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one folder "
+            "of pictures per class"
+        )
     _range("in [0, 180]", lambda x: 0 <= x <= 180)(config, "data.rotation")
     fraction(config, "loss.alpha")
     fraction(config, "optimizer.momentum")
@@ -182,13 +196,33 @@ def validate(config: ConfigDict) -> None:
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
     _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
 
-    info = DATASETS[config.data.name]
-    classes = info.num_classes
-    _range(f"above 1 and at most the {classes} classes", lambda x: 1 < x <= classes)(
-        config, "loss.payoff"
-    )
-    train_size = info.num_train - config.data.calibration_size
-    if train_size < info.num_classes or config.data.calibration_size < info.num_classes:
+    _range("above 1", lambda x: x > 1)(config, "loss.payoff")
+    for field in ("optimizer.warmup_epochs", "loss.warmup_epochs"):
+        if (epochs := _get(config, field)) >= config.train.epochs:
+            raise InputError(
+                f"config.{field}={epochs:g} must be less than "
+                f"config.train.epochs={config.train.epochs:g}"
+            )
+    check_sizes(config)
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Checks what depends on how large the dataset is; of a folder once it is prepared.
+
+    Raises:
+        InputError: naming the field, the value and what would do.
+    """
+    info = catalogue.dataset_info(config.data)
+    if info is None:
+        return
+    if config.method == "deep_gamblers" and config.loss.payoff > info.num_classes:
+        raise InputError(
+            f"config.loss.payoff={config.loss.payoff:g} must be at most the {info.num_classes} "
+            "classes"
+        )
+    held_out = calibration_size(config.data, info.num_train)
+    train_size = info.num_train - held_out
+    if train_size < info.num_classes or held_out < info.num_classes:
         raise InputError(
             f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
             f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
@@ -204,12 +238,6 @@ def validate(config: ConfigDict) -> None:
             f"config.train.epochs={config.train.epochs:g} must be less than "
             f"{2**31 / train_size:.0f} with {train_size} training examples"
         )
-    for field in ("optimizer.warmup_epochs", "loss.warmup_epochs"):
-        if (epochs := _get(config, field)) >= config.train.epochs:
-            raise InputError(
-                f"config.{field}={epochs:g} must be less than "
-                f"config.train.epochs={config.train.epochs:g}"
-            )
 
 
 def to_json(config: ConfigDict) -> str:

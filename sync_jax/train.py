@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sync_jax import sharding
 from sync_jax.checkpoint import Checkpoints
-from sync_jax.config import describe_differences, to_json
+from sync_jax.config import check_sizes, describe_differences, to_json
 from sync_jax.data import catalogue
 from sync_jax.data.augmentation import Augmentation, normalise
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
@@ -61,8 +61,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         else:  # other coverages, target risks or delta than it was made with
             evaluate_finished(config, workdir)
         return
-    if not catalogue.is_prepared(config.data.name, data_dir=config.data.data_dir):
+    if not catalogue.is_ready(config.data):
         prepare(config)
+    check_sizes(config)
     train_part, calibration_part = load_train_and_calibration(config.data)
     prepare_workdir(config, workdir)
 
@@ -172,9 +173,7 @@ def prepare(config: ConfigDict) -> None:
     Raises:
         InputError: it cannot be had.
     """
-    catalogue.prepare(
-        config.data.name, data_dir=config.data.data_dir, source=config.data.source or None
-    )
+    catalogue.make_ready(config.data)
 
 
 class Run:
@@ -191,7 +190,10 @@ class Run:
     def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, *, train_size: int):
         self.config = config
         self.mesh = mesh
-        self.info = catalogue.DATASETS[config.data.name]
+        info = catalogue.dataset_info(config.data)
+        if info is None:
+            raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+        self.info = info
         self.train_size = train_size
         self.steps_per_epoch = train_size / config.train.batch_size
         self.total_steps = self.steps_of(config.train.epochs)
@@ -209,7 +211,11 @@ class Run:
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
         augmentation = Augmentation(
-            config.data.crop_padding, config.data.flip, float(config.data.rotation)
+            config.data.crop_padding,
+            config.data.flip,
+            float(config.data.rotation),
+            float(config.data.min_crop_area),
+            float(config.data.jitter),
         )
         warmup_epochs = config.loss.warmup_epochs
         if warmup_epochs < 0:

@@ -9,16 +9,22 @@ import pytest
 
 from sync_jax import sharding
 from sync_jax.config import validate
+from sync_jax.data import catalogue
 from sync_jax.data.resident import ResidentSplit
 from sync_jax.train import Run
+from tests.data.pictures import write_pictures
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_two_steps(path):
+def test_two_steps(path, tmp_path):
     config = runpy.run_path(str(path))["get_config"]()
+    if config.data.name == "image_folder":
+        config.data.folder, config.data.data_dir = str(tmp_path / "p"), str(tmp_path / "data")
+        write_pictures(tmp_path / "p", {"train": 15, "test": 3})
+        catalogue.make_ready(config.data, log=str)
     config.train.batch_size = 8
     config.optimizer.warmup_epochs = 0.0
     validate(config)

@@ -8,7 +8,6 @@ Preparing turns the published files into ArrayRecord files in `data_dir`, throug
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import io
 import os
@@ -17,43 +16,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
+from ml_collections import ConfigDict
 
-from sync_jax.data import cifar, fashion_mnist, sources, svhn
+from sync_jax.data import cifar, fashion_mnist, image_folder, sources, svhn
 from sync_jax.data.archives import Archives
-from sync_jax.data.arrays import ArrayBuilder
+from sync_jax.data.arrays import ArrayBuilder, read_arrays
+from sync_jax.data.info import DatasetInfo
 from sync_jax.data.sources import DataError, Upstream
-
-_READ_BATCH = 4096  # records read at once
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetInfo:
-    """What models and pipelines need to know of a dataset.
-
-    Attributes:
-        name: as in `config.data.name`.
-        num_classes: labels are 0 to num_classes - 1.
-        image_shape: (height, width, channels).
-        class_names: one for each label.
-        mean: per channel, of the training pixels divided by 255.
-        std: likewise the standard deviation.
-        num_train: examples in the official training split.
-        num_test: examples in the official test split.
-    """
-
-    name: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    num_train: int
-    num_test: int
-
 
 DATASETS = {
     "fashion_mnist": DatasetInfo(
@@ -104,6 +77,84 @@ _BUILDERS: dict[str, tuple[type[ArrayBuilder], Upstream | Archives]] = {
     "cifar100": (cifar.Cifar100, cifar.CIFAR100_UPSTREAM),
     "svhn": (svhn.Svhn, svhn.UPSTREAM),
 }
+
+
+FOLDER = image_folder.NAME
+NAMES = (*DATASETS, FOLDER)
+
+
+# Of the `data` section of a config: a published dataset or a folder of the user's.
+
+
+def dataset_info(section: ConfigDict) -> DatasetInfo | None:
+    """What is known of a config's dataset; None of a folder's that is not prepared.
+
+    Raises:
+        DataError: the prepared folder is damaged, or the pictures have changed since.
+    """
+    if section.name == FOLDER:
+        return image_folder.read_info(folder_target(section), section.folder)
+    return DATASETS[section.name]
+
+
+def is_ready(section: ConfigDict) -> bool:
+    """Says whether a config's dataset is prepared."""
+    if section.name == FOLDER:
+        return (folder_target(section) / image_folder.INFO).is_file()
+    return is_prepared(section.name, data_dir=section.data_dir)
+
+
+def make_ready(section: ConfigDict, log: Callable[[str], None] = print) -> Path:
+    """Prepares a config's dataset where it is not prepared; see `prepare`.
+
+    Raises:
+        DataError: it cannot be.
+    """
+    if section.name != FOLDER:
+        return prepare(
+            section.name, data_dir=section.data_dir, source=section.source or None, log=log
+        )
+    target, root = folder_target(section), _expand(section.data_dir)
+    if is_ready(section):
+        log(f"{FOLDER}: already prepared in {target}")
+        return target
+    tree = image_folder.scan(_expand(section.folder))
+    log(f"{FOLDER}: {tree.describe()}")
+    with _disk_errors(root), _exclusive(root, target.parent.name, log):
+        if is_ready(section):
+            log(f"{FOLDER}: prepared in {target} by another process")
+            return target
+        _remove_leftovers(root, target.parent.name)
+        bad = _build(
+            target.parent.name,
+            lambda staging: image_folder.ImageFolder(
+                tree=tree, size=section.image_size, data_dir=staging
+            ),
+            target,
+            needed=image_folder.prepared_bytes(tree, section.image_size),
+            root=root,
+        ).finish()
+    for line in bad:
+        log(f"{FOLDER}: {line}")
+    log(f"{FOLDER}: prepared in {target}")
+    return target
+
+
+def load(section: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a split of a config's dataset; see `load_split`.
+
+    Raises:
+        DataError: it is not prepared, or damaged.
+    """
+    if section.name == FOLDER:
+        return image_folder.load_split(folder_target(section), split)
+    return load_split(section.name, split, data_dir=section.data_dir)
+
+
+def folder_target(section: ConfigDict) -> Path:
+    """Where the pictures of `data.folder` are once they are prepared."""
+    key = image_folder.key(_expand(section.folder), section.image_size)
+    return _expand(section.data_dir) / FOLDER / key / str(image_folder.ImageFolder.VERSION)
 
 
 def is_prepared(name: str, *, data_dir: str | os.PathLike) -> bool:
@@ -181,7 +232,14 @@ def prepare(
         else:
             log(f"{name}: using the files in {named}")
             folder = named
-        _build(name, folder, target, upstream, root)
+        _build(
+            name,
+            lambda staging: _BUILDERS[name][0](data_dir=staging, upstream=upstream),
+            target,
+            needed=upstream.prepared_bytes,
+            root=root,
+            manual_dir=folder,
+        )
     log(f"{name}: prepared in {target}")
     return target
 
@@ -217,10 +275,15 @@ def _obtain(
 
 
 def _build(
-    name: str, folder: Path, target: Path, upstream: Upstream | Archives, root: Path
-) -> None:
+    name: str,
+    make_builder: Callable[[str], Any],
+    target: Path,
+    *,
+    needed: int,
+    root: Path,
+    manual_dir: Path | None = None,
+) -> Any:
     """Builds beside the target, makes sure of the result, and moves it there in one step."""
-    needed = upstream.prepared_bytes
     free = shutil.disk_usage(root).free
     if free < needed:
         raise DataError(
@@ -229,25 +292,28 @@ def _build(
         )
     prefix = sources.incomplete_prefix(name)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as staging:
-        builder = _BUILDERS[name][0](data_dir=staging, upstream=upstream)
+        builder = make_builder(staging)
         try:
             with _quiet_tfds():
                 builder.download_and_prepare(
                     file_format="array_record",
-                    download_config=tfds.download.DownloadConfig(manual_dir=folder),
+                    download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
                 )
         except RuntimeError as error:  # what ArrayRecord makes of a disk that fills up
             raise DataError(
                 f"data.data_dir={str(root)!r} cannot be written: {' '.join(str(error).split())}"
             ) from error
         built = Path(builder.data_dir)
+        if isinstance(builder, image_folder.ImageFolder):
+            builder.write_info(built)
         for path in (*built.iterdir(), built):
             _flush(path)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # not a finished preparation, or we would not be here
             shutil.rmtree(target)
         built.rename(target)
         _flush(target.parent)
+    return builder
 
 
 def load_split(
@@ -278,7 +344,7 @@ def load_split(
             "--config.data.source=FOLDER"
         )
     try:
-        return _read(builder_class(data_dir=_expand(data_dir)), split)
+        return read_arrays(builder_class(data_dir=_expand(data_dir)), split)
     except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
         raise DataError(
             f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -292,23 +358,6 @@ def _command(name: str, data_dir: str | os.PathLike) -> str:
         f"python -m sync_jax.main --config=configs/{name}.py --mode=prepare "
         f"--config.data.data_dir={folder}"
     )
-
-
-def _read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    # Records are parsed here: decoding by TFDS gives the same and takes three times as long.
-    records = builder.as_data_source(
-        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    images = np.empty((len(records), *builder.info.features["image"].shape), np.uint8)
-    labels = np.empty(len(records), np.int32)
-    for start in range(0, len(records), _READ_BATCH):
-        stop = min(start + _READ_BATCH, len(records))
-        for index, record in enumerate(records.__getitems__(range(start, stop)), start):
-            feature = tf_example_pb2.Example.FromString(record).features.feature
-            pixels = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
-            images[index] = pixels.reshape(images.shape[1:])
-            labels[index] = feature["label"].int64_list.value[0]
-    return images, labels
 
 
 def _remove_leftovers(root: Path, name: str) -> None:

@@ -24,18 +24,29 @@ class Part:
     index: np.ndarray
 
 
+def calibration_size(config: ConfigDict, num_train: int) -> int:
+    """How many examples of the official training split are held out.
+
+    Args:
+        config: `data` section: calibration_size, 0 for a tenth.
+        num_train: examples of that split.
+    """
+    size: int = config.calibration_size
+    return size or round(num_train / 10)
+
+
 def load_train_and_calibration(config: ConfigDict) -> tuple[Part, Part]:
     """The official training split, divided: what is trained on, and what thresholds are chosen on.
 
     Args:
-        config: `data` section: name, data_dir, calibration_size, split_seed.
+        config: `data` section.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load_split(config.name, "train", data_dir=config.data_dir)
+    images, labels = catalogue.load(config, "train")
     kept, held_out = stratified_split(
-        labels, holdout=config.calibration_size, seed=config.split_seed
+        labels, holdout=calibration_size(config, len(labels)), seed=config.split_seed
     )
     train, calibration = (Part(images[index], labels[index], index) for index in (kept, held_out))
     return train, calibration
@@ -45,10 +56,10 @@ def load_test(config: ConfigDict) -> Part:
     """The official test split. Read it once, when nothing is left to decide.
 
     Args:
-        config: `data` section: name, data_dir.
+        config: `data` section.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load_split(config.name, "test", data_dir=config.data_dir)
+    images, labels = catalogue.load(config, "test")
     return Part(images, labels, np.arange(len(labels)))

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
+from PIL import Image
 
-from sync_jax.data.augmentation import Augmentation, augment, normalise, rotate
+from sync_jax.data.augmentation import (
+    Augmentation,
+    augment,
+    colour_jitter,
+    crop_and_resize,
+    normalise,
+    random_boxes,
+    rotate,
+)
 
 
 def make_images(batch, height=5, width=6, channels=2, seed=0):
@@ -196,3 +205,76 @@ def test_angles_are_uniform_and_a_zero_limit_changes_nothing():
     assert scipy.stats.kstest(angles, "uniform", args=(-20, 40)).pvalue > 0.01
     same = augment(key, images[:3], Augmentation(2, True, 0.0))
     np.testing.assert_array_equal(same, augment(key, images[:3], Augmentation(2, True)))
+
+
+# --- Resized crops --------------------------------------------------------------------------------
+
+
+def test_boxes_fit_and_are_distributed_as_said():
+    images = jnp.zeros((20_000, 40, 40, 1), jnp.uint8)
+    boxes = np.asarray(random_boxes(jax.random.key(0), images, 0.25))
+    top, left, height, width = boxes.T
+    np.testing.assert_array_equal(boxes, np.round(boxes))
+    assert np.all((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1))
+    assert np.all((top + height <= 40) & (left + width <= 40))
+    share = height * width / 1600
+    assert 0.24 < share.min() < 0.27
+    # Independent: boxes by rejection, one at a time, as torchvision writes it.
+    rng = np.random.default_rng(0)
+    expected = []
+    while len(expected) < 20_000:
+        area, log_ratio = rng.uniform(0.25, 1) * 1600, rng.uniform(np.log(3 / 4), np.log(4 / 3))
+        w, h = round((area * np.exp(log_ratio)) ** 0.5), round((area / np.exp(log_ratio)) ** 0.5)
+        if w <= 40 and h <= 40:
+            expected.append((h, w))
+    expected_h, expected_w = np.asarray(expected).T
+    assert scipy.stats.ks_2samp(share, expected_h * expected_w / 1600).statistic < 0.03
+    assert scipy.stats.ks_2samp(width / height, expected_w / expected_h).statistic < 0.03
+    # The place is uniform among those where the box fits.
+    for size, start in ((height, top), (width, left)):
+        starts = start[size == 30]
+        assert len(starts) > 500
+        assert scipy.stats.chisquare(np.bincount(starts.astype(int), minlength=11)).pvalue > 0.01
+
+
+def test_a_box_is_resized_as_pillow_does():
+    image = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
+    boxes = np.asarray([[0, 0, 24, 24], [3, 5, 12, 18], [10, 2, 7, 9], [23, 0, 1, 24]], np.float32)
+    ours = crop_and_resize(jnp.asarray(np.repeat(image[None], 4, axis=0)), jnp.asarray(boxes))
+    for (top, left, height, width), found in zip(boxes, ours, strict=True):
+        crop = Image.fromarray(
+            image[int(top) : int(top + height), int(left) : int(left + width)]
+        ).resize((24, 24), Image.Resampling.BILINEAR)
+        # Pillow rounds to whole levels after each of two passes.
+        assert np.max(np.abs(np.asarray(found) - np.asarray(crop))) <= 1.01
+    np.testing.assert_allclose(ours[0], image, atol=1e-3)
+
+
+def test_jitter_multiplies_and_blends():
+    images = jnp.full((500, 2, 2, 3), 100.0)
+    results = np.asarray(colour_jitter(jax.random.key(0), images, 0.4))
+    # Of an even grey, contrast and saturation change nothing: brightness alone.
+    np.testing.assert_allclose(results, results[:, :1, :1, :1] * np.ones((1, 2, 2, 3)), rtol=1e-5)
+    factors = results[:, 0, 0, 0] / 100
+    assert scipy.stats.kstest(factors, "uniform", args=(0.6, 0.8)).pvalue > 0.01
+    noise = jax.random.uniform(jax.random.key(1), (50, 4, 4, 3), maxval=255.0)
+    np.testing.assert_allclose(colour_jitter(jax.random.key(0), noise, 0.0), noise, atol=1e-4)
+    strong = np.asarray(colour_jitter(jax.random.key(0), noise, 1.0))
+    assert strong.min() >= 0
+    assert strong.max() <= 255
+    single = colour_jitter(jax.random.key(0), noise[..., :1], 0.5)
+    assert single.shape == (50, 4, 4, 1)
+
+
+def test_the_whole_chain_keeps_shape_and_range_and_depends_on_the_key():
+    images = make_images(6, 16, 16, 3)
+    augmentation = Augmentation(2, True, 10.0, 0.3, 0.4)
+    first, again, other = (
+        np.asarray(augment(jax.random.key(seed), images, augmentation)) for seed in (0, 0, 1)
+    )
+    assert first.shape == images.shape
+    assert first.dtype == np.float32
+    assert first.min() >= 0
+    assert first.max() <= 255
+    np.testing.assert_array_equal(first, again)
+    assert np.mean(first == other) < 0.5

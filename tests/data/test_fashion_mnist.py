@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sync_jax.data import catalogue, sources
+from sync_jax.data import arrays, catalogue, sources
 from sync_jax.data.catalogue import DataError
 from sync_jax.data.fashion_mnist import UPSTREAM, FashionMnist
 from tests.data import idx_files
@@ -103,7 +103,7 @@ def test_reads_what_tfds_decodes(published, tmp_path):
 
 
 def test_reads_splits_of_several_batches_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalogue, "_READ_BATCH", 7)
+    monkeypatch.setattr(arrays, "_READ_BATCH", 7)
     upstream = idx_files.publish(tmp_path / "published")
     prepare(tmp_path, upstream, tmp_path / "published")
     assert_holds(tmp_path, idx_files.arrays())

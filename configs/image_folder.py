@@ -1,0 +1,31 @@
+"""SYNC on your own pictures, one folder of them per class.
+
+    python -m sync_jax.main --config=configs/image_folder.py --config.data.folder=FOLDER
+
+FOLDER/<class>/<picture>, or FOLDER/train/<class>/... and FOLDER/test/<class>/.... They are made
+squares of 64 pixels once (--config.data.image_size=128 for finer ones), which takes 12 KB each on
+disk and in the device's memory: 10,000 pictures, 125 MB. A tenth of the training pictures is held
+out for calibration; certificates want some hundreds.
+
+Expected, by arithmetic alone: 30 epochs of 10,000 pictures of 64 pixels with ResNet-18 are 4e15
+FLOP: a minute on a GPU at 100 TFLOP/s, a day on two CPU cores. On a CPU, and for small pictures,
+take --config.model.name=cnn --config.data.image_size=32. What is unverified: the defaults, which
+were tuned for nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from sync_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """ResNet-18 with random resized crops and colours, for any pictures."""
+    config = default_config()
+    config.data.name = "image_folder"
+    config.data.calibration_size = 0  # a tenth
+    config.data.crop_padding = 0
+    config.data.min_crop_area = 0.25
+    config.data.jitter = 0.2
+    config.model.name = "resnet18"
+    config.train.batch_size = 64
+    return config

@@ -1,0 +1,226 @@
+"""The user's own pictures: layouts, preparing, bad files, and what is said of them."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sync_jax import train
+from sync_jax.config import check_sizes, default_config, validate
+from sync_jax.data import catalogue, image_folder
+from sync_jax.data.parts import load_test, load_train_and_calibration
+from sync_jax.data.sources import DataError
+from sync_jax.errors import InputError
+from tests.data.pictures import CLASSES, pixels, write_pictures
+
+
+def section(folder, **changes):
+    config = default_config()
+    config.data.name = "image_folder"
+    config.data.folder = str(folder / "pictures")
+    config.data.data_dir = str(folder / "data")
+    config.data.image_size = 12
+    config.data.calibration_size = 0
+    config.data.update(changes)
+    return config.data
+
+
+def prepare(data):
+    lines = []
+    catalogue.make_ready(data, lines.append)
+    return lines
+
+
+def assert_holds(data, split, written):
+    images, labels = catalogue.load(data, split)
+    np.testing.assert_array_equal(images, [image for image, _ in written])
+    np.testing.assert_array_equal(labels, [label for _, label in written])
+
+
+@pytest.mark.parametrize(
+    ("train_name", "test_name"), [("train", "test"), ("training", "val"), ("Train", "validation")]
+)
+def test_split_folders(tmp_path, train_name, test_name):
+    written = write_pictures(tmp_path / "pictures", {train_name: 4, test_name: 2})
+    data = section(tmp_path)
+    assert catalogue.dataset_info(data) is None
+    assert not catalogue.is_ready(data)
+    lines = prepare(data)
+    assert lines[0] == (
+        f"image_folder: 3 classes in {tmp_path / 'pictures'}: 12 for train, 6 for test"
+    )
+    assert catalogue.is_ready(data)
+    assert_holds(data, "train", written[train_name])
+    assert_holds(data, "test", written[test_name])
+    info = catalogue.dataset_info(data)
+    assert (info.class_names, info.num_classes, info.image_shape) == (CLASSES, 3, (12, 12, 3))
+    assert (info.num_train, info.num_test) == (12, 6)
+    train_pixels = np.stack([image for image, _ in written[train_name]]) / 255
+    np.testing.assert_allclose(info.mean, train_pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(info.std, train_pixels.std(axis=(0, 1, 2)), rtol=1e-9)
+    assert prepare(data) == [f"image_folder: already prepared in {catalogue.folder_target(data)}"]
+
+
+def test_val_joins_train_where_there_is_a_test(tmp_path):
+    written = write_pictures(tmp_path / "pictures", {"train": 3, "val": 2, "test": 1})
+    data = section(tmp_path)
+    prepare(data)
+    assert_holds(data, "test", written["test"])
+    assert catalogue.dataset_info(data).num_train == 15
+
+
+def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
+    written = write_pictures(tmp_path / "pictures", {"": 10})[""]
+    data = section(tmp_path)
+    prepare(data)
+    found = {}
+    for split in ("train", "test"):
+        images, labels = catalogue.load(data, split)
+        np.testing.assert_array_equal(
+            np.bincount(labels), [8, 8, 8] if split == "train" else [2] * 3
+        )
+        found |= {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    assert found == {image.tobytes(): label for image, label in written}
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_pictures(tmp_path / "pictures", {"": 5}, classes=("car", "train"))
+    data = section(tmp_path)
+    prepare(data)
+    assert catalogue.dataset_info(data).class_names == ("car", "train")
+
+
+def test_folders_within_classes_hidden_and_other_files(tmp_path):
+    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
+    ant = tmp_path / "pictures" / "train" / "ant"
+    (ant / "more").mkdir()
+    Image.fromarray(pixels(99)).save(ant / "more" / "x.PNG")
+    (ant / ".DS_Store").write_bytes(b"")
+    (ant / "notes.txt").write_text("")
+    (tmp_path / "pictures" / ".cache").mkdir()
+    data = section(tmp_path)
+    assert prepare(data)[0].endswith("7 for train, 3 for test; 1 other files ignored")
+    assert pixels(99) in catalogue.load(data, "train")[0]
+
+
+def test_bad_files_are_left_out_by_name(tmp_path):
+    written = write_pictures(tmp_path / "pictures", {"train": 4, "test": 2})
+    bad = tmp_path / "pictures" / "train" / "bee" / "002.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    data = section(tmp_path)
+    lines = prepare(data)
+    assert lines[1].startswith("image_folder: cannot be read, left out: train/bee/002.png: ")
+    assert lines[2] == "image_folder: 1 of 18 pictures left out; all are in bad_files.txt"
+    listed = (catalogue.folder_target(data) / "bad_files.txt").read_text()
+    assert listed.startswith("train/bee/002.png: ")
+    assert_holds(data, "train", [x for i, x in enumerate(written["train"]) if i != 6])
+    assert catalogue.dataset_info(data).num_train == 11
+
+
+def test_a_class_of_bad_files_only_is_an_error(tmp_path):
+    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
+    for path in (tmp_path / "pictures" / "train" / "bee").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="train has no readable picture of 'bee'"):
+        prepare(section(tmp_path))
+    assert not catalogue.is_ready(section(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({}, "0 folders of pictures"),
+        ({"ant": 3}, "has 1 folder of pictures; it must hold one per class"),
+        ({".": 3}, "3 pictures directly in it and 0 folders"),
+        ({"ant": 7, "bee": 0}, "train has no picture of 'bee'"),
+        ({"ant": 7, "bee": 4}, "a class has 4 pictures; at least 5"),
+        ({"train/ant": 2, "train/bee": 2, "test/ant": 2}, "test has no picture of 'bee'"),
+    ],
+)
+def test_other_layouts_are_refused(tmp_path, layout, message):
+    (tmp_path / "pictures").mkdir()
+    for folder, count in layout.items():
+        (tmp_path / "pictures" / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(pixels(i)).save(tmp_path / "pictures" / folder / f"{i}.png")
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(section(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_folder_and_a_file(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(section(tmp_path))
+    (tmp_path / "pictures").write_text("")
+    with pytest.raises(DataError, match="is not a folder"):
+        prepare(section(tmp_path))
+
+
+def test_changed_pictures_are_noticed_and_absent_ones_are_not_needed(tmp_path):
+    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
+    data = section(tmp_path)
+    prepare(data)
+    picture = tmp_path / "pictures" / "train" / "ant" / "000.png"
+    Image.fromarray(pixels(77)).save(picture)
+    os.utime(picture, ns=(1, 1))
+    with pytest.raises(DataError, match="have changed since they were prepared; delete"):
+        catalogue.dataset_info(data)
+    shutil.rmtree(tmp_path / "pictures")
+    assert catalogue.dataset_info(data).num_train == 6
+
+
+def test_damage_is_noticed(tmp_path):
+    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
+    data = section(tmp_path)
+    prepare(data)
+    target = catalogue.folder_target(data)
+    (target / "features.json").write_text("{")
+    with pytest.raises(DataError, match="delete it and prepare again"):
+        catalogue.load(data, "train")
+    (target / image_folder.INFO).write_text(json.dumps({"size": 12}))
+    with pytest.raises(DataError, match="is damaged"):
+        catalogue.dataset_info(data)
+
+
+def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
+    small, large = section(tmp_path), section(tmp_path, image_size=24)
+    prepare(small)
+    prepare(large)
+    assert catalogue.load(large, "train")[0].shape == (6, 24, 24, 3)
+    assert catalogue.load(small, "train")[0].shape == (6, 12, 12, 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(DataError, match=r"needs 0.0 MB to prepare pictures-.*, 0.0 MB are free"):
+        prepare(section(tmp_path, image_size=16))
+
+
+def test_sizes_are_checked_once_they_are_known(tmp_path):
+    write_pictures(tmp_path / "pictures", {"train": 20, "test": 1})
+    config = default_config()
+    config.data = section(tmp_path)
+    validate(config)  # not prepared: nothing is known
+    prepare(config.data)
+    with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
+        check_sizes(config)
+    parts = load_train_and_calibration(config.data)
+    assert [len(part.labels) for part in (*parts, load_test(config.data))] == [54, 6, 3]
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_a_report(tmp_path, capsys):
+    write_pictures(tmp_path / "pictures", {"train": 20, "test": 8})
+    config = default_config()
+    config.data = section(tmp_path, min_crop_area=0.5, jitter=0.2, crop_padding=1)
+    config.model.width, config.model.features = 4, 8
+    config.train.batch_size, config.train.epochs = 16, 2.0
+    config.evaluation.batch_size = 16
+    config.optimizer.warmup_epochs = 0.5
+    train.train_and_evaluate(config, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["calibration"]["n"], report["test"]["n"]) == (6, 24)
+    assert "3 classes" in capsys.readouterr().out
