@@ -45,7 +45,7 @@ BAD = {
     "no config": ([], "--config is missing; for example --config=configs/fashion_mnist.py"),
     "no such file": (
         ["--config=configs/imagnet.py"],
-        "configs/imagnet.py is no file; choose from configs/fashion_mnist.py, configs/quickstart",
+        "configs/imagnet.py is no file; choose from configs/cifar10.py, .*configs/svhn.py, or name one",
     ),
     "a folder": (["--config=configs"], "--config=configs is no file"),
     "stray argument": ([QUICKSTART, "train"], "unexpected argument 'train'"),
@@ -70,7 +70,7 @@ BAD = {
     ),
     "unknown dataset": (
         [QUICKSTART, "--config.data.name=mnist"],
-        "config.data.name='mnist' is unknown.*choose from fashion_mnist",
+        "config.data.name='mnist' is unknown.*choose from cifar10, .*fashion_mnist, ",
     ),
     "not finite": ([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be .* in \[0, 1\]"),
     "coverage 0": ([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),

@@ -1,4 +1,4 @@
-"""A picture of any kind as a square of RGB pixels."""
+"""A picture of any kind as RGB, and as a square."""
 
 import io
 from pathlib import Path
@@ -14,18 +14,14 @@ class BadImageError(Exception):
     """A file that cannot be read as a picture; the message says why."""
 
 
-def load_square(source: Path | bytes, size: int) -> np.ndarray:
-    """Decodes a picture, makes it RGB, cuts the square from its middle and resizes that.
+def decode(source: Path | bytes) -> Image.Image:
+    """Decodes a picture and makes it RGB.
 
     Turned as its EXIF orientation says; grey, 16-bit, palette and CMYK converted; transparent
     parts white; of an animation the first picture.
 
     Args:
         source: the file, or its contents.
-        size: pixels of a side of the result.
-
-    Returns:
-        `[size, size, 3]` uint8; resized bilinear and antialiased.
 
     Raises:
         BadImageError: it is truncated, damaged, too large or no picture.
@@ -35,12 +31,44 @@ def load_square(source: Path | bytes, size: int) -> np.ndarray:
             if image.width * image.height > _MOST_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels are too many")
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _square(_to_rgb(upright), size)
+            return _to_rgb(ImageOps.exif_transpose(image))
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like
         raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def square(image: Image.Image, short_side: int, size: int) -> np.ndarray:
+    """Resizes a picture to a short side and cuts a square from its middle.
+
+    Args:
+        image: of any size.
+        short_side: pixels.
+        size: pixels of a side of the square, at most `short_side`.
+
+    Returns:
+        `[size, size, channels]` uint8; resized bilinear and antialiased.
+    """
+    side = min(image.size) * size / short_side
+    left, top = ((length - side) / 2 for length in image.size)
+    if size == short_side:
+        left, top = int(left), int(top)  # whole pixels where that is possible
+    # Cut and resize in one: a picture of one row does not first become thousands wide.
+    box = (left, top, left + side, top + side)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return pixels.reshape(size, size, -1)
+
+
+def load_square(source: Path | bytes, size: int) -> np.ndarray:
+    """Decodes a picture, cuts the square from its middle and resizes that; see `decode`.
+
+    Returns:
+        `[size, size, 3]` uint8.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    return square(decode(source), size, size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -57,11 +85,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    # Cut and resize in one: a picture of one row does not first become thousands wide.
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
