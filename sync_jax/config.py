@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue
+from sync_jax.data import catalogue, pictures
+from sync_jax.data.images import Layout
 from sync_jax.data.parts import calibration_size
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
@@ -22,7 +23,10 @@ from sync_jax.models.resnet import RESNETS
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
-OPERATIONAL = ("data.data_dir", "data.source", "log.", "checkpoint.", "evaluation.")
+OPERATIONAL = (
+    *("data.data_dir", "data.source", "data.workers"),
+    *("log.", "checkpoint.", "evaluation."),
+)
 
 
 def default_config() -> ConfigDict:
@@ -38,7 +42,17 @@ def default_config() -> ConfigDict:
     config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
     config.data.source = ""  # a folder with the upstream files; empty: look for them
     config.data.folder = ""  # image_folder: the pictures, as folder/class/picture
-    config.data.image_size = 64  # image_folder: pixels of the squares that they are made
+    # Of pictures (imagenet100, stanford_cars, food101, image_folder), in pixels: the network's
+    # input; the short side that they are resized to (0: stored_size); the square from the middle of
+    # that, which device memory holds and evaluation takes the middle of (0: short_side or
+    # image_size).
+    config.data.image_size = 64
+    config.data.short_side = 0
+    config.data.stored_size = 0
+    # Training images in the "device"'s memory, or decoded for each batch on the "host"; "auto":
+    # device where they fit.
+    config.data.placement = "auto"
+    config.data.workers = 0  # host: processes that decode; 0: threads of this one
     config.data.calibration_size = 6000  # held out of the official training split; 0: a tenth
     config.data.split_seed = 0  # of that hold-out; apart from `seed`, so that seeds share it
     config.data.crop_padding = 2  # pixels; 0: no random crop
@@ -47,6 +61,11 @@ def default_config() -> ConfigDict:
     # Random crop of this share of the area or more, resized to the whole; 1: none.
     config.data.min_crop_area = 1.0
     config.data.jitter = 0.0  # brightness, contrast, saturation: factors 1 - this to 1 + this
+    # Probabilities of doubled sharpness, of grey, of a change of perspective, of 2 bits a channel.
+    config.data.sharpen = 0.0
+    config.data.grey = 0.0
+    config.data.perspective = 0.0
+    config.data.posterise = 0.0
 
     config.model = ConfigDict()
     config.model.name = "cnn"  # a name in models.BACKBONES
@@ -136,6 +155,7 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
     _choice(config, "method", METHODS)
     _choice(config, "data.name", catalogue.NAMES)
+    _choice(config, "data.placement", ("auto", "device", "host"))
     _choice(config, "model.name", BACKBONES)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.stem", ("cifar", "imagenet"))
@@ -147,6 +167,15 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.crop_padding", low=0, high=64)
     _integer(config, "data.calibration_size", low=0)
     _integer(config, "data.image_size", low=8, high=1024)
+    _integer(config, "data.short_side", low=0, high=1024)
+    _integer(config, "data.stored_size", low=0, high=1024)
+    _integer(config, "data.workers", low=0, high=256)
+    layout = Layout.of(config.data)
+    if not layout.size <= layout.stored <= layout.short_side:
+        raise InputError(
+            f"config.data.image_size={layout.size}, stored_size={layout.stored} and "
+            f"short_side={layout.short_side} must not decrease in this order"
+        )
     _integer(config, "model.width", low=0)
     _integer(config, "model.features", low=0)
     if config.model.name in RESNETS and config.model.features:
@@ -169,8 +198,9 @@ def validate(config: ConfigDict) -> None:
     non_negative = _range("at least 0", lambda x: x >= 0)
     unit(config, "target_coverage")
     _range("in (0, 1]", lambda x: 0 < x <= 1)(config, "data.min_crop_area")
-    _range("in [0, 1]", lambda x: 0 <= x <= 1)(config, "data.jitter")
-    if config.data.name == catalogue.FOLDER and not config.data.folder:
+    for field in ("jitter", "sharpen", "grey", "perspective", "posterise"):
+        fraction(config, f"data.{field}")
+    if config.data.name == pictures.FOLDER and not config.data.folder:
         raise InputError(
             "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one folder "
             "of pictures per class"

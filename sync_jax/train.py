@@ -1,9 +1,11 @@
 """Training a selective classifier, from a config to a report."""
 
 import functools
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,18 @@ from ml_collections import ConfigDict
 from sync_jax import sharding
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.config import check_sizes, describe_differences, to_json
-from sync_jax.data import catalogue
-from sync_jax.data.augmentation import Augmentation, normalise
+from sync_jax.data import catalogue, host, pictures
+from sync_jax.data.augmentation import normalise
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
-from sync_jax.data.resident import ResidentSplit, training_batch
+from sync_jax.data.placement import Placement, choose
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.resident import (
+    ResidentSplit,
+    epoch_constants,
+    put_on_devices,
+    training_batch,
+)
+from sync_jax.data.squares import Squares
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
 from sync_jax.losses import Terms
@@ -30,7 +40,7 @@ from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.progress import MetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
-from sync_jax.steps import TrainState, create_train_state, eval_step, train_step
+from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
 
 
 class NonFiniteError(Exception):
@@ -62,14 +72,18 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
             evaluate_finished(config, workdir)
         return
     if not catalogue.is_ready(config.data):
-        prepare(config)
+        catalogue.make_ready(config.data)
     check_sizes(config)
-    train_part, calibration_part = load_train_and_calibration(config.data)
+    placement = place(config, mesh)
+    train_part, calibration_part = load_train_and_calibration(
+        config.data, decode=not placement.on_device
+    )
     prepare_workdir(config, workdir)
 
-    run = Run(config, mesh, train_size=len(train_part.labels))
+    run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
     state = run.create_state()
     print(run.describe(state, len(calibration_part.labels)))
+    print(placement.reason)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start = checkpoints.latest_step() or 0
         if not start and config.model.pretrained:
@@ -93,9 +107,7 @@ def fit(
 ) -> TrainState:
     """The training loop: steps `start` to the last."""
     config = run.config
-    split = ResidentSplit(
-        *jax.device_put((train_part.images, train_part.labels), sharding.replicated(run.mesh))
-    )
+    feed = run.feed(train_part, start)
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
     unchecked: list[tuple[int, Terms]] = []  # metrics still on the device, by the steps then done
@@ -106,7 +118,7 @@ def fit(
         ) as progress,
     ):
         for done in range(start + 1, run.total_steps + 1):
-            state, metrics = run.step(state, split)
+            state, metrics = run.step(state, next(feed))
             unchecked.append((done, metrics))
             progress.step(done)
             last = done == run.total_steps
@@ -138,7 +150,7 @@ def finish(run: "Run", state: TrainState, calibration_part: Part, workdir: Path)
     """Predicts on the calibration and the test split, and writes the report."""
     calibration = run.predict(state, calibration_part)
     calibration.save(workdir / "predictions_calibration.npz")
-    test = run.predict(state, load_test(run.config.data))
+    test = run.predict(state, load_test(run.config.data, decode=not run.placement.on_device))
     test.save(workdir / "predictions_test.npz")
     evaluate_finished(run.config, workdir)
 
@@ -174,6 +186,23 @@ def prepare(config: ConfigDict) -> None:
         InputError: it cannot be had.
     """
     catalogue.make_ready(config.data)
+    if config.data.name in pictures.NAMES:
+        print(place(config, sharding.make_mesh()).reason)
+
+
+def place(config: ConfigDict, mesh: jax.sharding.Mesh) -> Placement:
+    """Where the images of a prepared dataset are to be; makes the squares if that needs them.
+
+    Raises:
+        InputError: there is no room for them.
+    """
+    info = catalogue.dataset_info(config.data)
+    if info is None:
+        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+    placement = choose(config.data, info, mesh)
+    if placement.on_device and config.data.name in pictures.NAMES:
+        pictures.prepare_squares(config.data)
+    return placement
 
 
 class Run:
@@ -183,13 +212,22 @@ class Run:
         config: validated.
         mesh: over which the batch is split.
         info: the dataset's.
+        placement: of the training images.
         steps_per_epoch: may be fractional: no example is left out at an epoch's end.
         total_steps: of the run.
     """
 
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, *, train_size: int):
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: jax.sharding.Mesh,
+        *,
+        train_size: int,
+        placement: Placement | None = None,
+    ):
         self.config = config
         self.mesh = mesh
+        self.placement = placement = placement or Placement()
         info = catalogue.dataset_info(config.data)
         if info is None:
             raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
@@ -197,6 +235,7 @@ class Run:
         self.train_size = train_size
         self.steps_per_epoch = train_size / config.train.batch_size
         self.total_steps = self.steps_of(config.train.epochs)
+        self.size = info.image_shape[0] if config.data.name in pictures.NAMES else None
         method = METHODS[config.method]
         self.network = make_network(
             config.model,
@@ -210,13 +249,7 @@ class Run:
         self.optimizer = make_optimizer(config.optimizer, schedule)
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
-        augmentation = Augmentation(
-            config.data.crop_padding,
-            config.data.flip,
-            float(config.data.rotation),
-            float(config.data.min_crop_area),
-            float(config.data.jitter),
-        )
+        self.augmentation = Augmentation.of(config.data)
         warmup_epochs = config.loss.warmup_epochs
         if warmup_epochs < 0:
             warmup_epochs = method.warmup * config.train.epochs
@@ -225,14 +258,19 @@ class Run:
             method, config, train_size=train_size, warmup_steps=warmup_steps
         )
 
-        def step(state: TrainState, data: ResidentSplit) -> tuple[TrainState, Terms]:
-            batch = training_batch(
+        def resident_batch(state: TrainState, data: ResidentSplit) -> Batch:
+            return training_batch(
                 data,
                 jnp.uint32(config.seed),
                 state.step,
                 batch_size=config.train.batch_size,
-                augmentation=augmentation,
+                augmentation=self.augmentation,
+                size=self.size,
+                mesh=mesh if placement.sharded else None,
             )
+
+        def step(state: TrainState, data: ResidentSplit | Batch) -> tuple[TrainState, Terms]:
+            batch = resident_batch(state, data) if isinstance(data, ResidentSplit) else data
             batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
             return train_step(
                 state,
@@ -259,6 +297,39 @@ class Run:
     def steps_of(self, epochs: float) -> int:
         """Epochs as a number of steps, at least one."""
         return max(round(epochs * self.steps_per_epoch), 1)
+
+    def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
+        """What each step from `start` on takes: the resident split, or the host's batches."""
+        if self.placement.on_device:
+            images = part.images.uncut() if isinstance(part.images, Squares) else part.images
+            split = put_on_devices(images, part.labels, self.mesh, sharded=self.placement.sharded)
+            yield from itertools.repeat(split)
+            return
+        batch_size, size = self.config.train.batch_size, len(part.labels)
+        assert not isinstance(part.images, Squares)
+        examples = host.Examples(
+            part.images,
+            part.labels,
+            epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
+            self.config.seed,
+            self.augmentation,
+            self.info.image_shape[0],
+        )
+        split_batch = sharding.batch_sharding(self.mesh)
+        for batch in host.batches(
+            examples,
+            start=start,
+            stop=self.total_steps,
+            batch_size=batch_size,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=self.config.data.workers,
+        ):
+            whole = batch | {"mask": np.ones(len(batch["label"]), np.float32)}
+            yield {
+                name: jax.make_array_from_process_local_data(split_batch, array)
+                for name, array in whole.items()
+            }
 
     def create_state(self) -> TrainState:
         """The state before the first step, on every device."""

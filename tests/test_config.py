@@ -26,7 +26,7 @@ BAD = {
         ("selective", ""),
         "choose from ccl_sc, ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
     ),
-    "data.name": (("mnist",), "choose from cifar10, cifar100, fashion_mnist, image_folder, svhn"),
+    "data.name": (("mnist",), "choose from cifar10, cifar100, fashion_mnist, food101, "),
     "model.name": (("resnet",), "choose from cnn, resnet18, resnet34, resnet50, vgg16_bn"),
     "loss.divergence": (("kl",), "choose from bce, mse"),
     "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
@@ -57,6 +57,14 @@ BAD = {
     "train.epochs": ((0.0, -1.0, NAN, INFINITY), "above 0"),
     "checkpoint.every_epochs": ((0.0, NAN, INFINITY), "above 0"),
     "log.calibration_every_epochs": ((0.0, NAN, INFINITY), "above 0"),
+    "data.placement": (("gpu", ""), "choose from auto, device, host"),
+    "data.workers": ((-1, 257), "between 0 and 256"),
+    "data.short_side": ((-1, 1025), "between 0 and 1024"),
+    "data.stored_size": ((-1, 1025), "between 0 and 1024"),
+    "data.sharpen": ((-0.1, 1.1, NAN), "in [0, 1]"),
+    "data.grey": ((-0.1, 1.1, NAN), "in [0, 1]"),
+    "data.perspective": ((-0.1, 1.1, NAN), "in [0, 1]"),
+    "data.posterise": ((-0.1, 1.1, NAN), "in [0, 1]"),
     "optimizer.weight_decay": ((-1e-9, NAN, INFINITY), "at least 0"),
     "optimizer.warmup_epochs": ((-1.0, NAN, INFINITY), "at least 0"),
     "loss.coverage_weight": ((-1.0, NAN, INFINITY), "at least 0"),
@@ -252,7 +260,8 @@ def test_differences_are_named(saved):
 def test_which_fields_make_another_experiment(saved):
     """Every field does, but those that move no weight."""
     operational = {
-        "data.data_dir", "data.source", "log.every_steps", "log.calibration_every_epochs",
+        "data.data_dir", "data.source", "data.workers", "log.every_steps",
+        "log.calibration_every_epochs",
         "checkpoint.every_epochs", "checkpoint.keep", "evaluation.batch_size",
         "evaluation.coverages", "evaluation.target_risks", "evaluation.delta",
     }  # fmt: skip

@@ -45,7 +45,7 @@ BAD = {
     "no config": ([], "--config is missing; for example --config=configs/fashion_mnist.py"),
     "no such file": (
         ["--config=configs/imagnet.py"],
-        "configs/imagnet.py is no file; choose from configs/cifar10.py, .*configs/svhn.py, or name one",
+        "configs/imagnet.py is no file; choose from configs/cifar10.py, .*, or name one of yours",
     ),
     "a folder": (["--config=configs"], "--config=configs is no file"),
     "stray argument": ([QUICKSTART, "train"], "unexpected argument 'train'"),

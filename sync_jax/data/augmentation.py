@@ -1,79 +1,106 @@
 """Augmentation and normalisation of image batches on the device, inside the jitted step."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-
-class Augmentation(NamedTuple):
-    """What happens to a training image.
-
-    Attributes:
-        crop_padding: zero pixels added on every side before a random crop of the original size.
-        flip: mirror left to right with probability 1/2.
-        rotation: degrees; turn about the centre by an angle uniform up to this, either way.
-        min_crop_area: a random crop of a share of the area uniform from this to 1, resized to the
-            whole; 1 for none.
-        jitter: brightness, contrast and saturation are multiplied by factors uniform from
-            1 - jitter to 1 + jitter.
-    """
-
-    crop_padding: int
-    flip: bool
-    rotation: float = 0.0
-    min_crop_area: float = 1.0
-    jitter: float = 0.0
+from sync_jax.data.recipe import (
+    DISTORTION,
+    LUMA,
+    POSTERISED,
+    RATIO,
+    SHARPNESS,
+    TRIES,
+    Augmentation,
+)
 
 
-def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
-    """Rotation, crop and resize, crop with zero padding, flip, and colours, all random.
+def augment(
+    key: Array, images: Array, augmentation: Augmentation, *, size: int | None = None
+) -> Array:
+    """What `augmentation` says, at random, each image by itself.
 
-    Shifts and flips are products with 0/1 selection matrices, one for rows and one for columns,
-    rather than gathers, which are slow on TPUs. Integers up to 255 are exact even in bfloat16, so
-    without resizing the result is exact at every matmul precision.
+    Resizing, shifts and flips are one product with a matrix of weights for rows and one for
+    columns, rather than gathers, which are slow on TPUs. Integers up to 255 are exact even in
+    bfloat16, so without resizing the result is exact at every matmul precision.
 
     Args:
         key: PRNG key of the batch.
         images: `[batch, height, width, channels]` uint8.
         augmentation: what to do.
+        size: pixels of a side of the result, at most those of the images, which are square then;
+            without resized crops the middle is taken. None: the images' own.
 
     Returns:
-        `[batch, height, width, channels]` float32, values in [0, 255].
+        `[batch, size, size, channels]` float32, values in [0, 255].
     """
-    batch, height, width, _ = images.shape
+    a = augmentation
+    if size is not None and size != images.shape[1] and a.min_crop_area == 1:
+        top, left = ((length - size) // 2 for length in images.shape[1:3])
+        images = images[:, top : top + size, left : left + size]
+    batch = images.shape[0]
+    height, width = images.shape[1:3] if size is None else (size, size)
     row_key, column_key, flip_key = jax.random.split(key, 3)
-    pad = augmentation.crop_padding
+    pad = a.crop_padding
     down = jax.random.randint(row_key, (batch, 1), -pad, pad + 1)
     right = jax.random.randint(column_key, (batch, 1), -pad, pad + 1)
-    flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & augmentation.flip
-    rows = jnp.arange(height) + down
-    columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
-    if augmentation.rotation:
-        limit = jnp.deg2rad(augmentation.rotation)
-        angles = jax.random.uniform(
-            jax.random.fold_in(key, 1), (batch,), minval=-limit, maxval=limit
-        )
-        images = rotate(images, angles)
-    if augmentation.min_crop_area < 1:
-        area_key = jax.random.fold_in(key, 2)
-        images = crop_and_resize(images, random_boxes(area_key, images, augmentation.min_crop_area))
+    flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & a.flip
+    limit = jnp.deg2rad(a.rotation)
+    angles = jax.random.uniform(jax.random.fold_in(key, 1), (batch,), minval=-limit, maxval=limit)
     # A source outside the image matches no column of the one-hot matrix: that is the zero padding.
-    select_rows = jax.nn.one_hot(rows, height)
-    select_columns = jax.nn.one_hot(columns, width)
-    # Resized pixels are no integers, and bfloat16 would round them.
-    exact = jax.lax.Precision.HIGHEST if augmentation.min_crop_area < 1 else None
-    images = jnp.einsum(
-        "bij,bjkc,blk->bilc",
-        select_rows,
-        images.astype(jnp.float32),
-        select_columns,
-        precision=exact,
-    )
-    if augmentation.jitter:
-        images = colour_jitter(jax.random.fold_in(key, 3), images, augmentation.jitter)
+    rows = jax.nn.one_hot(jnp.arange(height) + down, height)
+    columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
+    columns = jax.nn.one_hot(columns, width)
+    if a.min_crop_area < 1:
+        boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
+        resize_rows, resize_columns = box_weights(images, boxes, height)
+        if pad:
+            rows = _exact_matmul(rows, resize_rows)
+            columns = _exact_matmul(columns, resize_columns)
+        else:
+            rows = resize_rows
+            columns = jnp.where(flip[..., None], resize_columns[:, ::-1], resize_columns)
+        images = _apply_weights(images, rows, columns, exact=True)
+        if a.rotation:
+            images = rotate(images, angles)
+    else:
+        if a.rotation:
+            images = rotate(images, angles)
+        images = _apply_weights(images, rows, columns, exact=False)
+    if a.jitter:
+        images = colour_jitter(jax.random.fold_in(key, 3), images, a.jitter)
+    if a.sharpen:
+        images = _sometimes(jax.random.fold_in(key, 4), a.sharpen, sharpen(images), images)
+    if a.grey:
+        images = _sometimes(jax.random.fold_in(key, 5), a.grey, to_grey(images), images)
+    if a.perspective:
+        corner_key, which_key = jax.random.split(jax.random.fold_in(key, 6))
+        moved = perspective(images, random_corners(corner_key, images))
+        images = _sometimes(which_key, a.perspective, moved, images)
+    if a.posterise:
+        images = _sometimes(jax.random.fold_in(key, 7), a.posterise, posterise(images), images)
     return images
+
+
+def _sometimes(key: Array, probability: float, changed: Array, images: Array) -> Array:
+    chosen = jax.random.bernoulli(key, probability, (images.shape[0], 1, 1, 1))
+    return jnp.where(chosen, changed, images)
+
+
+def _apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) -> Array:
+    """Weights `[batch, out, in]` for rows and columns, applied to images."""
+    # Resized pixels are no integers, and bfloat16 would round them.
+    return jnp.einsum(
+        "bij,bjkc,blk->bilc",
+        rows,
+        images.astype(jnp.float32),
+        columns,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+    )
+
+
+def _exact_matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def random_boxes(key: Array, images: Array, min_area: float) -> Array:
@@ -92,7 +119,7 @@ def random_boxes(key: Array, images: Array, min_area: float) -> Array:
     """
     batch, height, width, _ = images.shape
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    shape, limit = (batch, 10), jnp.log(4 / 3)
+    shape, limit = (batch, TRIES), jnp.log(RATIO)
     area = height * width * jax.random.uniform(area_key, shape, minval=min_area, maxval=1.0)
     ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=-limit, maxval=limit))
     high, wide = jnp.round(jnp.sqrt(area / ratio)), jnp.round(jnp.sqrt(area * ratio))
@@ -106,33 +133,35 @@ def random_boxes(key: Array, images: Array, min_area: float) -> Array:
     return jnp.stack([top, left, h, w], axis=1)
 
 
-def crop_and_resize(images: Array, boxes: Array) -> Array:
-    """Boxes of images resized to the images' own size, bilinear and antialiased as Pillow does.
+def crop_and_resize(images: Array, boxes: Array, size: int | None = None) -> Array:
+    """Boxes of images resized, bilinear and antialiased as Pillow does.
 
     Args:
         images: `[batch, height, width, channels]`.
         boxes: `[batch, 4]`: top, left, height, width.
+        size: pixels of a side of the result; None: the images' own height, for square ones.
 
     Returns:
-        As `images`, float32.
+        `[batch, size, size, channels]` float32.
     """
-    rows = _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[1])
-    columns = _resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[2])
-    return jnp.einsum(
-        "bij,bjkc,blk->bilc",
-        rows,
-        images.astype(jnp.float32),
-        columns,
-        precision=jax.lax.Precision.HIGHEST,
+    weights = box_weights(images, boxes, size or images.shape[1])
+    return _apply_weights(images, *weights, exact=True)
+
+
+def box_weights(images: Array, boxes: Array, size: int) -> tuple[Array, Array]:
+    """What resizes boxes: weights `[batch, size, height]` of rows, `[batch, size, width]`."""
+    return (
+        _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[1], size),
+        _resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[2], size),
     )
 
 
-def _resize_matrix(start: Array, length: Array, size: int) -> Array:
-    """Weights `[batch, size, size]` that make `size` pixels of `length` from `start` on."""
+def _resize_matrix(start: Array, length: Array, from_size: int, to_size: int) -> Array:
+    """Weights `[batch, to, from]` that make `to` pixels of `length` from `start` on."""
     start, length = start[:, None, None], length[:, None, None]
-    scale = length / size
-    centre = start + (jnp.arange(size)[None, :, None] + 0.5) * scale - 0.5
-    source = jnp.arange(size)[None, None, :]
+    scale = length / to_size
+    centre = start + (jnp.arange(to_size)[None, :, None] + 0.5) * scale - 0.5
+    source = jnp.arange(from_size)[None, None, :]
     weights = jnp.maximum(0.0, 1.0 - jnp.abs(source - centre) / jnp.maximum(scale, 1.0))
     weights = jnp.where((source >= start) & (source < start + length), weights, 0.0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)
@@ -151,19 +180,124 @@ def colour_jitter(key: Array, images: Array, strength: float) -> Array:
         As `images`.
     """
     shape = (3, images.shape[0], 1, 1, 1)
-    factors = jax.random.uniform(key, shape, minval=1 - strength, maxval=1 + strength)
+    return adjust(images, jax.random.uniform(key, shape, minval=1 - strength, maxval=1 + strength))
 
-    def blend(images: Array, other: Array, factor: Array) -> Array:
-        return jnp.clip(factor * images + (1 - factor) * other, 0.0, 255.0)
 
-    def grey(images: Array) -> Array:
-        if images.shape[-1] != 3:
-            return jnp.mean(images, axis=-1, keepdims=True)
-        return jnp.sum(images * jnp.asarray([0.299, 0.587, 0.114]), axis=-1, keepdims=True)
+def adjust(images: Array, factors: Array) -> Array:
+    """Multiplies brightness, then contrast, then saturation.
 
-    images = blend(images, jnp.zeros_like(images), factors[0])
-    images = blend(images, jnp.mean(grey(images), axis=(1, 2, 3), keepdims=True), factors[1])
-    return blend(images, grey(images), factors[2]) if images.shape[-1] == 3 else images
+    Args:
+        images: as in `colour_jitter`.
+        factors: `[3, batch, 1, 1, 1]`.
+
+    Returns:
+        As `images`.
+    """
+    images = _blend(images, jnp.zeros_like(images), factors[0])
+    mean = jnp.mean(_luma(images), axis=(1, 2, 3), keepdims=True)
+    images = _blend(images, mean, factors[1])
+    return _blend(images, _luma(images), factors[2]) if images.shape[-1] == 3 else images
+
+
+def _blend(images: Array, other: Array, factor: Array | float) -> Array:
+    return jnp.clip(factor * images + (1 - factor) * other, 0.0, 255.0)
+
+
+def _luma(images: Array) -> Array:
+    if images.shape[-1] != 3:
+        return jnp.mean(images, axis=-1, keepdims=True)
+    return jnp.sum(images * jnp.asarray(LUMA), axis=-1, keepdims=True)
+
+
+def to_grey(images: Array) -> Array:
+    """Images without their colours, in as many channels."""
+    return jnp.broadcast_to(_luma(images), images.shape)
+
+
+def sharpen(images: Array) -> Array:
+    """Doubles the difference from a smoothed image; the border stays as it is."""
+    inner = images[:, 1:-1, 1:-1]
+    height, width = images.shape[1:3]
+    around = sum(
+        images[:, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
+    )
+    smooth = (around + 4 * inner) / 13
+    return images.at[:, 1:-1, 1:-1].set(_blend(inner, smooth, SHARPNESS))
+
+
+def posterise(images: Array) -> Array:
+    """Keeps the two highest bits of each value."""
+    return (images.astype(jnp.uint8) & POSTERISED).astype(images.dtype)
+
+
+def random_corners(key: Array, images: Array) -> Array:
+    """Where perspective puts the corners, as torchvision draws them.
+
+    Args:
+        key: PRNG key of the batch.
+        images: `[batch, height, width, channels]`.
+
+    Returns:
+        `[batch, 4, 2]` float32 of whole numbers: (x, y), clockwise from the top left.
+    """
+    batch, height, width, _ = images.shape
+    most = jnp.asarray([int(DISTORTION * (length // 2)) for length in (width, height)])
+    moved = jax.random.randint(key, (batch, 4, 2), 0, most + 1)
+    x, y = moved[..., 0], moved[..., 1]
+    right, bottom = width - 1 - x, height - 1 - y
+    corners = [(x[:, 0], y[:, 0]), (right[:, 1], y[:, 1]), (right[:, 2], bottom[:, 2])]
+    corners.append((x[:, 3], bottom[:, 3]))
+    return jnp.stack([jnp.stack(c, axis=-1) for c in corners], axis=1).astype(jnp.float32)
+
+
+def perspective(images: Array, corners: Array) -> Array:
+    """Moves the corners of images to places; bilinear, zeros outside.
+
+    Args:
+        images: `[batch, height, width, channels]`.
+        corners: `[batch, 4, 2]`: (x, y), clockwise from the top left.
+
+    Returns:
+        As `images`, float32.
+    """
+    height, width = images.shape[1:3]
+    # From the unit square to the corners (Heckbert, 1989), then inverted by the adjugate.
+    x, y = corners[..., 0], corners[..., 1]
+    sum_x, sum_y = x[:, 0] - x[:, 1] + x[:, 2] - x[:, 3], y[:, 0] - y[:, 1] + y[:, 2] - y[:, 3]
+    dx1, dx2 = x[:, 1] - x[:, 2], x[:, 3] - x[:, 2]
+    dy1, dy2 = y[:, 1] - y[:, 2], y[:, 3] - y[:, 2]
+    determinant = dx1 * dy2 - dx2 * dy1
+    g = (sum_x * dy2 - dx2 * sum_y) / determinant
+    h = (dx1 * sum_y - sum_x * dy1) / determinant
+    a, b, c = x[:, 1] - x[:, 0] + g * x[:, 1], x[:, 3] - x[:, 0] + h * x[:, 3], x[:, 0]
+    d, e, f = y[:, 1] - y[:, 0] + g * y[:, 1], y[:, 3] - y[:, 0] + h * y[:, 3], y[:, 0]
+    u, v = jnp.arange(width)[None, None, :], jnp.arange(height)[None, :, None]
+
+    def form(p: Array, q: Array, r: Array) -> Array:
+        return p[:, None, None] * u + q[:, None, None] * v + r[:, None, None]
+
+    scale = form(d * h - e * g, b * g - a * h, a * e - b * d)
+    column = form(e - f * h, c * h - b, b * f - c * e) / scale * (width - 1)
+    row = form(f * g - d, a - c * g, c * d - a * f) / scale * (height - 1)
+    return _bilinear(images.astype(jnp.float32), row, column)
+
+
+def _bilinear(images: Array, row: Array, column: Array) -> Array:
+    """Values between pixels, `[batch, height, width]` places each; zero outside of the image."""
+    batch, height, width, channels = images.shape
+    flat = images.reshape(batch, height * width, channels)
+    # Half a pixel beyond the last centre the picture ends; the pixel at the border goes that far.
+    inside = (row >= -0.5) & (row < height - 0.5) & (column >= -0.5) & (column < width - 0.5)
+    top, left = jnp.floor(row), jnp.floor(column)
+    result = jnp.zeros_like(images)
+    for i in (0, 1):
+        for j in (0, 1):
+            r = jnp.clip(top + i, 0, height - 1).astype(jnp.int32)
+            k = jnp.clip(left + j, 0, width - 1).astype(jnp.int32)
+            weight = (1 - jnp.abs(row - top - i)) * (1 - jnp.abs(column - left - j))
+            taken = jnp.take_along_axis(flat, (r * width + k).reshape(batch, -1, 1), axis=1)
+            result += weight[..., None] * taken.reshape(images.shape)
+    return jnp.where(inside[..., None], result, 0.0)
 
 
 def rotate(images: Array, angles: Array) -> Array:

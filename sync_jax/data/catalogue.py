@@ -1,5 +1,6 @@
 """The datasets, how they are prepared once, and how a prepared split is read.
 
+Here are those of small images, which are read into memory whole; `data.pictures` has the others.
 Preparing turns the published files into ArrayRecord files in `data_dir`, through a TFDS builder:
 
     data_dir/<name>/<version>/      the prepared dataset; there if and only if it is complete
@@ -7,26 +8,22 @@ Preparing turns the published files into ArrayRecord files in `data_dir`, throug
     data_dir/incomplete-*/          a preparation in progress, or what is left of a killed one
 """
 
-import contextlib
-import fcntl
-import io
 import os
 import shlex
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from sync_jax.data import cifar, fashion_mnist, image_folder, sources, svhn
+from sync_jax.data import cifar, fashion_mnist, pictures, svhn
 from sync_jax.data.archives import Archives
 from sync_jax.data.arrays import ArrayBuilder, read_arrays
 from sync_jax.data.info import DatasetInfo
+from sync_jax.data.preparing import build, exclusive, expand, remove_leftovers
+from sync_jax.data.records import DecodedPictures, check_disk
 from sync_jax.data.sources import DataError, Upstream
+from sync_jax.data.squares import Squares
 
 DATASETS = {
     "fashion_mnist": DatasetInfo(
@@ -77,30 +74,29 @@ _BUILDERS: dict[str, tuple[type[ArrayBuilder], Upstream | Archives]] = {
     "cifar100": (cifar.Cifar100, cifar.CIFAR100_UPSTREAM),
     "svhn": (svhn.Svhn, svhn.UPSTREAM),
 }
+NAMES = (*DATASETS, *pictures.NAMES)
 
+# What gives `[n, height, width, channels]` uint8 when it is sliced.
+Images = np.ndarray | Squares | DecodedPictures
 
-FOLDER = image_folder.NAME
-NAMES = (*DATASETS, FOLDER)
-
-
-# Of the `data` section of a config: a published dataset or a folder of the user's.
+# Of the `data` section of a config:
 
 
 def dataset_info(section: ConfigDict) -> DatasetInfo | None:
     """What is known of a config's dataset; None of a folder's that is not prepared.
 
     Raises:
-        DataError: the prepared folder is damaged, or the pictures have changed since.
+        DataError: the prepared dataset is damaged, or a folder's pictures have changed since.
     """
-    if section.name == FOLDER:
-        return image_folder.read_info(folder_target(section), section.folder)
+    if section.name in pictures.NAMES:
+        return pictures.dataset_info(section)
     return DATASETS[section.name]
 
 
 def is_ready(section: ConfigDict) -> bool:
     """Says whether a config's dataset is prepared."""
-    if section.name == FOLDER:
-        return (folder_target(section) / image_folder.INFO).is_file()
+    if section.name in pictures.NAMES:
+        return pictures.is_prepared(section)
     return is_prepared(section.name, data_dir=section.data_dir)
 
 
@@ -110,51 +106,20 @@ def make_ready(section: ConfigDict, log: Callable[[str], None] = print) -> Path:
     Raises:
         DataError: it cannot be.
     """
-    if section.name != FOLDER:
-        return prepare(
-            section.name, data_dir=section.data_dir, source=section.source or None, log=log
-        )
-    target, root = folder_target(section), _expand(section.data_dir)
-    if is_ready(section):
-        log(f"{FOLDER}: already prepared in {target}")
-        return target
-    tree = image_folder.scan(_expand(section.folder))
-    log(f"{FOLDER}: {tree.describe()}")
-    with _disk_errors(root), _exclusive(root, target.parent.name, log):
-        if is_ready(section):
-            log(f"{FOLDER}: prepared in {target} by another process")
-            return target
-        _remove_leftovers(root, target.parent.name)
-        bad = _build(
-            target.parent.name,
-            lambda staging: image_folder.ImageFolder(
-                tree=tree, size=section.image_size, data_dir=staging
-            ),
-            target,
-            needed=image_folder.prepared_bytes(tree, section.image_size),
-            root=root,
-        ).finish()
-    for line in bad:
-        log(f"{FOLDER}: {line}")
-    log(f"{FOLDER}: prepared in {target}")
-    return target
+    if section.name in pictures.NAMES:
+        return pictures.prepare(section, log)
+    return prepare(section.name, data_dir=section.data_dir, source=section.source or None, log=log)
 
 
-def load(section: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a split of a config's dataset; see `load_split`.
+def load(section: ConfigDict, split: str, *, decode: bool = False) -> tuple[Images, np.ndarray]:
+    """A split of a config's dataset: images and labels; see `load_split` and `pictures.load`.
 
     Raises:
         DataError: it is not prepared, or damaged.
     """
-    if section.name == FOLDER:
-        return image_folder.load_split(folder_target(section), split)
+    if section.name in pictures.NAMES:
+        return pictures.load(section, split, decode=decode)
     return load_split(section.name, split, data_dir=section.data_dir)
-
-
-def folder_target(section: ConfigDict) -> Path:
-    """Where the pictures of `data.folder` are once they are prepared."""
-    key = image_folder.key(_expand(section.folder), section.image_size)
-    return _expand(section.data_dir) / FOLDER / key / str(image_folder.ImageFolder.VERSION)
 
 
 def is_prepared(name: str, *, data_dir: str | os.PathLike) -> bool:
@@ -184,7 +149,7 @@ def prepared_folder(name: str, *, data_dir: str | os.PathLike) -> Path:
     if name not in _BUILDERS:
         raise DataError(f"data.name={name!r} is no dataset; choose from {', '.join(DATASETS)}")
     builder, _ = _BUILDERS[name]
-    return _expand(data_dir) / name / str(builder.VERSION)
+    return expand(data_dir) / name / str(builder.VERSION)
 
 
 def prepare(
@@ -215,28 +180,28 @@ def prepare(
         DataError: there is no such dataset, it cannot be obtained, or data_dir cannot be written.
     """
     target = prepared_folder(name, data_dir=data_dir)
-    root = _expand(data_dir)
+    root = expand(data_dir)
     upstream = upstream or _BUILDERS[name][1]
     if is_prepared(name, data_dir=data_dir):
         log(f"{name}: already prepared in {target}")
         return target
     # Before anything is written: a folder named by mistake leaves no trace.
     named = _named_folder(source, upstream) if source else None
-    with _disk_errors(root), _exclusive(root, name, log):
+    with exclusive(root, name, log):
         if is_prepared(name, data_dir=data_dir):
             log(f"{name}: prepared in {target} by another process")
             return target
-        _remove_leftovers(root, name)
+        remove_leftovers(root, name)
         if named is None:
             folder = _obtain(name, upstream, root, log)
         else:
             log(f"{name}: using the files in {named}")
             folder = named
-        _build(
+        check_disk(root, upstream.prepared_bytes, f"to prepare {name}")
+        build(
             name,
             lambda staging: _BUILDERS[name][0](data_dir=staging, upstream=upstream),
             target,
-            needed=upstream.prepared_bytes,
             root=root,
             manual_dir=folder,
         )
@@ -244,12 +209,8 @@ def prepare(
     return target
 
 
-def _expand(path: str | os.PathLike) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
 def _named_folder(source: str | os.PathLike, upstream: Upstream | Archives) -> Path:
-    folder = _expand(source)
+    folder = expand(source)
     try:
         upstream.verify(folder)
     except DataError as error:
@@ -272,48 +233,6 @@ def _obtain(
             f"{name} cannot be obtained: {error}; with the files in a folder of yours, say "
             "--config.data.source=FOLDER"
         ) from None
-
-
-def _build(
-    name: str,
-    make_builder: Callable[[str], Any],
-    target: Path,
-    *,
-    needed: int,
-    root: Path,
-    manual_dir: Path | None = None,
-) -> Any:
-    """Builds beside the target, makes sure of the result, and moves it there in one step."""
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise DataError(
-            f"data.data_dir={str(root)!r} needs {needed / 1e6:.1f} MB to prepare {name}, "
-            f"{free / 1e6:.1f} MB are free"
-        )
-    prefix = sources.incomplete_prefix(name)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as staging:
-        builder = make_builder(staging)
-        try:
-            with _quiet_tfds():
-                builder.download_and_prepare(
-                    file_format="array_record",
-                    download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
-                )
-        except RuntimeError as error:  # what ArrayRecord makes of a disk that fills up
-            raise DataError(
-                f"data.data_dir={str(root)!r} cannot be written: {' '.join(str(error).split())}"
-            ) from error
-        built = Path(builder.data_dir)
-        if isinstance(builder, image_folder.ImageFolder):
-            builder.write_info(built)
-        for path in (*built.iterdir(), built):
-            _flush(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # not a finished preparation, or we would not be here
-            shutil.rmtree(target)
-        built.rename(target)
-        _flush(target.parent)
-    return builder
 
 
 def load_split(
@@ -344,7 +263,7 @@ def load_split(
             "--config.data.source=FOLDER"
         )
     try:
-        return read_arrays(builder_class(data_dir=_expand(data_dir)), split)
+        return read_arrays(builder_class(data_dir=expand(data_dir)), split)
     except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
         raise DataError(
             f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -358,55 +277,3 @@ def _command(name: str, data_dir: str | os.PathLike) -> str:
         f"python -m sync_jax.main --config=configs/{name}.py --mode=prepare "
         f"--config.data.data_dir={folder}"
     )
-
-
-def _remove_leftovers(root: Path, name: str) -> None:
-    """Removes what killed processes left; only while holding the lock, for then none is alive."""
-    for parent in (root, root / "downloads"):
-        for leftover in parent.glob(f"{sources.incomplete_prefix(name)}*"):
-            shutil.rmtree(leftover)
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk, so that a power cut cannot undo it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        place = f" ({error.filename})" if error.filename else ""
-        raise DataError(f"data.data_dir={str(root)!r} cannot be used: {reason}{place}") from error
-
-
-@contextlib.contextmanager
-def _exclusive(root: Path, name: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the dataset's lock, which the system lets go of even when the process is killed."""
-    if root.exists() and not root.is_dir():
-        raise DataError(f"data.data_dir={str(root)!r} is not a folder")
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"{name}: waiting for another process that prepares it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from drawing progress bars and printing where it builds."""
-    tfds.display_progress_bar(False)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.display_progress_bar(True)

@@ -1,4 +1,4 @@
-"""The user's own pictures: a folder per class, prepared once as small squares.
+"""The user's own pictures: a folder per class.
 
     folder/<class>/<picture>                 a fifth of each class becomes the test split
     folder/train/<class>/..., folder/test/<class>/...
@@ -9,31 +9,23 @@ Where there are train, val and test, val joins train: the calibration split is h
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 
-from sync_jax.data.arrays import read_arrays
-from sync_jax.data.images import SUFFIXES, BadImageError, load_square
-from sync_jax.data.info import DatasetInfo
+from sync_jax.data.images import SUFFIXES
+from sync_jax.data.listing import Listing, Picture, is_picture
+from sync_jax.data.records import PictureBuilder
 from sync_jax.data.sources import DataError
 from sync_jax.data.splits import stratified_split
 
 NAME = "image_folder"
-INFO = "sync_jax.json"  # in the prepared folder, written last
-BAD_FILES = "bad_files.txt"
 _TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 _TEST_SHARE = 5  # one in so many, where the tree has no split folders
-_AT_ONCE = 512  # pictures decoded before they are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +34,20 @@ class Tree:
 
     Attributes:
         folder: absolute.
-        class_names: the folders' names, sorted; a label is a position here.
-        files: by split, (path relative to the folder, label), sorted.
+        listing: the pictures; classes are the folders' names, sorted; paths in each split too.
         ignored: files that are no pictures by their names.
-        digest: of all names, sizes and times of change.
     """
 
     folder: Path
-    class_names: tuple[str, ...]
-    files: dict[str, list[tuple[str, int]]]
+    listing: Listing
     ignored: int
-    digest: str
 
     def describe(self) -> str:
         """One line."""
-        counts = ", ".join(f"{len(files):,} for {split}" for split, files in self.files.items())
+        splits = self.listing.splits
+        counts = ", ".join(f"{len(files):,} for {split}" for split, files in splits.items())
         ignored = f"; {self.ignored:,} other files ignored" if self.ignored else ""
-        return f"{len(self.class_names)} classes in {self.folder}: {counts}{ignored}"
+        return f"{len(self.listing.class_names)} classes in {self.folder}: {counts}{ignored}"
 
 
 def scan(folder: Path) -> Tree:
@@ -101,7 +90,11 @@ def scan(folder: Path) -> Tree:
     files = {split: [(p, label[name]) for p, name in pictures[split]] for split in pictures}
     if "test" not in files:
         files = _hold_out(files["train"], len(classes), where)
-    return Tree(folder, tuple(classes), files, ignored, _digest(folder, files))
+    listed = {
+        split: [Picture(path, number, folder / path) for path, number in entries]
+        for split, entries in files.items()
+    }
+    return Tree(folder, Listing(tuple(classes), listed), ignored)
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, list[Path]], int]:
@@ -132,7 +125,7 @@ def _pictures(folder: Path, root: Path) -> Iterator[tuple[str, str, int]]:
             for name in sorted(files):
                 if name.startswith("."):
                     continue
-                if os.path.splitext(name)[1].lower() in SUFFIXES:
+                if is_picture(name):
                     path = os.path.relpath(os.path.join(parent, name), folder)
                     yield class_folder.name, path, 0
                 else:
@@ -154,180 +147,15 @@ def _hold_out(
     return {"train": [files[i] for i in kept], "test": [files[i] for i in held_out]}
 
 
-def _digest(folder: Path, files: dict[str, list[tuple[str, int]]]) -> str:
-    digest = hashlib.sha256()
-    for split, entries in sorted(files.items()):
-        for path, label in entries:
-            status = os.stat(folder / path)
-            line = f"{split}\0{path}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def key(folder: Path, size: int) -> str:
-    """The name under which a folder's pictures are prepared at a size."""
+def key(folder: Path) -> str:
+    """The name under which a folder's pictures are prepared."""
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:40] or "root"
     path = os.fsencode(os.path.realpath(folder))
-    return f"{word}-{hashlib.sha256(path).hexdigest()[:8]}-{size}px"
+    return f"{word}-{hashlib.sha256(path).hexdigest()[:8]}"
 
 
-def prepared_bytes(tree: Tree, size: int) -> int:
-    """Disk that the prepared squares take, generously."""
-    return sum(map(len, tree.files.values())) * (3 * size * size + 500)
+class ImageFolder(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Pictures of a folder per class."""
 
-
-class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The user's own pictures as squares of raw bytes."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, tree: Tree, size: int, **kwargs: Any):
-        """Takes the pictures, pixels of a side, and what TFDS takes."""
-        self._tree, self._size = tree, size
-        self._bad: list[str] = []
-        self._written = dict.fromkeys(tree.files, 0)
-        self._sum = np.zeros(3, np.float64)
-        self._squares = np.zeros(3, np.float64)
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Tensor(
-            shape=(self._size, self._size, 3),
-            dtype=np.uint8,
-            encoding=tfds.features.Encoding.BYTES,
-        )
-        label = tfds.features.ClassLabel(num_classes=len(self._tree.class_names))
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Pictures of a folder per class.",
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        del dl_manager
-        return {split: self._generate_examples(split) for split in self._tree.files}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        files = self._tree.files[split]
-        labels_seen = set()
-        # Pillow lets go of Python's lock while it decodes, so threads do.
-        with (
-            ThreadPool(os.cpu_count()) as pool,
-            rich.progress.Progress(
-                console=rich.console.Console(stderr=True), transient=True
-            ) as progress,
-        ):
-            task = progress.add_task(f"{split}: decoding", total=len(files))
-            for start in range(0, len(files), _AT_ONCE):
-                part = files[start : start + _AT_ONCE]
-                for (path, label), image in zip(part, pool.map(self._load, part), strict=True):
-                    if isinstance(image, str):
-                        self._bad.append(f"{path}: {image}")
-                        continue
-                    if split == "train":
-                        pixels = image.reshape(-1, 3) / 255.0
-                        self._sum += pixels.mean(axis=0)
-                        self._squares += (pixels**2).mean(axis=0)
-                    labels_seen.add(label)
-                    yield self._written[split], {"image": image, "label": label}
-                    self._written[split] += 1
-                progress.update(task, advance=len(part))
-        lost = sorted(set(range(len(self._tree.class_names))) - labels_seen)
-        if lost:
-            raise DataError(
-                f"config.data.folder={str(self._tree.folder)!r}: {split} has no readable picture "
-                f"of {self._tree.class_names[lost[0]]!r}; {'; '.join(self._bad[-3:])}"
-            )
-
-    def _load(self, entry: tuple[str, int]) -> np.ndarray | str:
-        try:
-            return load_square(self._tree.folder / entry[0], self._size)
-        except BadImageError as error:
-            return str(error)
-
-    def write_info(self, folder: Path) -> None:
-        """Writes what `read_info` reads, and the list of bad files."""
-        count = self._written["train"]
-        mean = self._sum / count
-        std = np.sqrt(np.maximum(self._squares / count - mean**2, 1e-6))
-        if self._bad:
-            (folder / BAD_FILES).write_text(
-                "".join(f"{line}\n" for line in self._bad), errors="surrogateescape"
-            )
-        contents = {
-            "folder": os.fsencode(self._tree.folder).decode(errors="replace"),
-            "class_names": [
-                os.fsencode(n).decode(errors="replace") for n in self._tree.class_names
-            ],
-            "size": self._size,
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "num_train": count,
-            "num_test": self._written["test"],
-            "bad_files": len(self._bad),
-            "digest": self._tree.digest,
-        }
-        (folder / INFO).write_text(json.dumps(contents, indent=1) + "\n")
-
-    def finish(self) -> list[str]:
-        """What to say of bad files: a line each for the first, and how many there are."""
-        if not self._bad:
-            return []
-        total = sum(map(len, self._tree.files.values()))
-        lines = [f"cannot be read, left out: {line}" for line in self._bad[:5]]
-        lines.append(f"{len(self._bad):,} of {total:,} pictures left out; all are in {BAD_FILES}")
-        return lines
-
-
-def read_info(prepared: Path, folder: str) -> DatasetInfo | None:
-    """What is known of a prepared folder; None where it is not prepared.
-
-    Args:
-        prepared: where it is.
-        folder: the pictures; they need not be there any more.
-
-    Raises:
-        DataError: it is damaged, or the pictures have changed since.
-    """
-    path = prepared / INFO
-    if not path.is_file():
-        return None
-    try:
-        known = json.loads(path.read_text())
-        info = DatasetInfo(
-            name=NAME,
-            num_classes=len(known["class_names"]),
-            image_shape=(known["size"], known["size"], 3),
-            class_names=tuple(known["class_names"]),
-            mean=tuple(known["mean"]),
-            std=tuple(known["std"]),
-            num_train=known["num_train"],
-            num_test=known["num_test"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete {prepared}") from error
-    pictures = Path(os.path.abspath(os.path.expanduser(folder)))
-    if pictures.is_dir() and scan(pictures).digest != known.get("digest"):
-        raise DataError(
-            f"the pictures in {pictures} have changed since they were prepared; delete {prepared} "
-            "to prepare them again, or name another --config.data.data_dir"
-        )
-    return info
-
-
-def load_split(prepared: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a prepared split; see `catalogue.load_split`.
-
-    Raises:
-        DataError: it is not prepared, or damaged.
-    """
-    if not (prepared / INFO).is_file():
-        raise DataError(f"there is no {prepared}; --mode=prepare makes it")
-    try:
-        return read_arrays(tfds.builder_from_directory(prepared), split)
-    except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
-        raise DataError(
-            f"{prepared} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "if it is damaged, delete it and prepare again"
-        ) from error
+    VERSION = tfds.core.Version("2.0.0")
+    largest_side = 512  # photographs of a telephone's size would take minutes an epoch to decode

@@ -1,13 +1,40 @@
 """A picture of any kind as RGB, and as a square."""
 
+import dataclasses
 import io
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 SUFFIXES = (*(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),)
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How pictures become squares.
+
+    Attributes:
+        short_side: pixels that it is resized to.
+        stored: pixels of a side of the square cut from the middle of that, and kept.
+        size: pixels of the network's input, the middle of the square.
+    """
+
+    short_side: int
+    stored: int
+    size: int
+
+    @classmethod
+    def of(cls, section: ConfigDict) -> "Layout":
+        """Of the `data` section of a config, where 0 stands for the size below."""
+        stored = section.stored_size or section.short_side or section.image_size
+        return cls(section.short_side or stored, stored, section.image_size)
+
+    def num_bytes(self, pictures: int) -> int:
+        """Of so many squares."""
+        return pictures * 3 * self.stored**2
 
 
 class BadImageError(Exception):
@@ -57,6 +84,12 @@ def square(image: Image.Image, short_side: int, size: int) -> np.ndarray:
     box = (left, top, left + side, top + side)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
     return pixels.reshape(size, size, -1)
+
+
+def centre(images: np.ndarray, size: int) -> np.ndarray:
+    """Cuts the square of a size from the middle of images `[..., height, width, channels]`."""
+    top, left = ((length - size) // 2 for length in images.shape[-3:-1])
+    return images[..., top : top + size, left : left + size, :]
 
 
 def load_square(source: Path | bytes, size: int) -> np.ndarray:

@@ -11,15 +11,16 @@ from sync_jax.data.splits import stratified_split
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Examples in host memory.
+    """Examples.
 
     Attributes:
-        images: `[n, height, width, channels]` uint8.
+        images: what gives `[n, height, width, channels]` uint8 when it is sliced: an array, or
+            pictures that are read or decoded then.
         labels: `[n]` int32.
         index: `[n]` int64, each example's position in the official split that it comes from.
     """
 
-    images: np.ndarray
+    images: catalogue.Images
     labels: np.ndarray
     index: np.ndarray
 
@@ -35,31 +36,39 @@ def calibration_size(config: ConfigDict, num_train: int) -> int:
     return size or round(num_train / 10)
 
 
-def load_train_and_calibration(config: ConfigDict) -> tuple[Part, Part]:
+def load_train_and_calibration(config: ConfigDict, *, decode: bool = False) -> tuple[Part, Part]:
     """The official training split, divided: what is trained on, and what thresholds are chosen on.
 
     Args:
         config: `data` section.
+        decode: see `catalogue.load`.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load(config, "train")
+    images, labels = catalogue.load(config, "train", decode=decode)
     kept, held_out = stratified_split(
         labels, holdout=calibration_size(config, len(labels)), seed=config.split_seed
     )
-    train, calibration = (Part(images[index], labels[index], index) for index in (kept, held_out))
+    train, calibration = (
+        Part(_rows(images, index), labels[index], index) for index in (kept, held_out)
+    )
     return train, calibration
 
 
-def load_test(config: ConfigDict) -> Part:
+def _rows(images: catalogue.Images, rows: np.ndarray) -> catalogue.Images:
+    return images[rows] if isinstance(images, np.ndarray) else images.subset(rows)
+
+
+def load_test(config: ConfigDict, *, decode: bool = False) -> Part:
     """The official test split. Read it once, when nothing is left to decide.
 
     Args:
         config: `data` section.
+        decode: see `catalogue.load`.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load(config, "test")
+    images, labels = catalogue.load(config, "test", decode=decode)
     return Part(images, labels, np.arange(len(labels)))

@@ -4,22 +4,28 @@ Everything here runs inside the jitted training step. No state is kept between s
 resumed at step s sees the batch that an uninterrupted run would have seen.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
-from sync_jax.data.augmentation import Augmentation, augment
+from sync_jax.data.augmentation import augment
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.shuffle import ROUNDS, shuffled
+from sync_jax.sharding import BATCH_AXIS, batch_sharding, replicated
 
-ROUNDS = 32  # of the shuffle: twice as many as pass every statistical test that we tried
+_CHUNK = 1 << 28  # bytes copied to a device at once
 
 
 class ResidentSplit(NamedTuple):
     """A split in device memory.
 
     Attributes:
-        images: `[n, height, width, channels]` uint8.
+        images: `[n, height, width, channels]` uint8; more than n rows where they are sharded.
         labels: `[n]` int32.
     """
 
@@ -28,7 +34,14 @@ class ResidentSplit(NamedTuple):
 
 
 def training_batch(
-    split: ResidentSplit, seed: Array, step: Array, *, batch_size: int, augmentation: Augmentation
+    split: ResidentSplit,
+    seed: Array,
+    step: Array,
+    *,
+    batch_size: int,
+    augmentation: Augmentation,
+    size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
     """The training batch of a step.
 
@@ -42,6 +55,8 @@ def training_batch(
         step: `[]` integer, counted from 0. `step * batch_size` must stay below 2^32.
         batch_size: at most the number of examples.
         augmentation: applied to every image.
+        size: of the result, see `augment`.
+        mesh: over which the images are sharded; None: every device has all of them.
 
     Returns:
         image `[batch, height, width, channels]` float32 in [0, 255], label `[batch]` int32, index
@@ -50,7 +65,8 @@ def training_batch(
     shuffle_key, augment_key = jax.random.split(jax.random.key(seed))
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])
     # The gathered images stay uint8 until augmentation, which moves a quarter of the bytes.
-    image = augment(jax.random.fold_in(augment_key, step), split.images[index], augmentation)
+    image = split.images[index] if mesh is None else take(split.images, index, mesh)
+    image = augment(jax.random.fold_in(augment_key, step), image, augmentation, size=size)
     return {
         "image": image,
         "label": split.labels[index],
@@ -76,34 +92,69 @@ def shuffle_constants(key: Array) -> Array:
     return jax.random.bits(key, (ROUNDS, 2), jnp.uint32)
 
 
-def shuffled(place: Array, constants: Array, size: int) -> Array:
-    """Where a pseudo-random permutation of `range(size)` puts each place.
+def epoch_constants(seed: int, epochs: int) -> np.ndarray:
+    """The same of the first epochs of a seed, for the host: `[epochs, rounds, 2]` uint32."""
+    shuffle_key, _ = jax.random.split(jax.random.key(seed))
+    numbers = jnp.arange(epochs, dtype=jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(shuffle_key, numbers)
+    return np.asarray(jax.vmap(shuffle_constants)(keys))
 
-    The swap-or-not shuffle (Hoang, Morris & Rogaway, CRYPTO 2012): exactly a permutation for every
-    size, and computed for each element alone, so a step costs O(batch), not O(dataset), and no
-    permutation is stored or exchanged between devices.
+
+def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool) -> ResidentSplit:
+    """Copies a split to the devices, some hundred megabytes at a time.
 
     Args:
-        place: any shape, uint32, values in `[0, size)`.
-        constants: `[..., rounds, 2]`, the shape of `place` or fewer dimensions in front: the
-            permutation of each element.
-        size: number of elements permuted.
+        images: what gives `[n, height, width, channels]` uint8 when it is sliced.
+        labels: `[n]` int32.
+        mesh: the devices.
+        sharded: each holds a part of the images (the last are filled up with zeros) rather than
+            all of them.
+    """
+    parts = mesh.size if sharded else 1
+    rows = -(-len(labels) // parts)
+    shape = (rows * parts, *images.shape[1:])
+    chunk = max(_CHUNK // max(math.prod(images.shape[1:]), 1), 1)
+    sharding = batch_sharding(mesh) if sharded else replicated(mesh)
+    write = jax.jit(
+        lambda all_rows, some, start: jax.lax.dynamic_update_slice_in_dim(all_rows, some, start, 0),
+        donate_argnums=0,
+    )
+    arrays = []
+    for device, place in sharding.addressable_devices_indices_map(shape).items():
+        first = (place or (slice(0),))[0].start or 0
+        last = min(first + rows, len(labels))
+        array = jax.device_put(jnp.zeros((rows, *shape[1:]), jnp.uint8), device)
+        for start in range(first, last, chunk):
+            some = np.ascontiguousarray(images[start : min(start + chunk, last)])
+            array = write(array, jax.device_put(some, device), start - first)
+        arrays.append(array)
+    held = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    return ResidentSplit(held, jax.device_put(labels, replicated(mesh)))
+
+
+def take(images: Array, index: Array, mesh: Mesh) -> Array:
+    """Rows of an array whose first axis is split over the mesh; the result is split likewise.
+
+    Each device looks up, for the whole batch, the rows that it holds; what the others lack comes to
+    them by one exchange of the size of the batch.
+
+    Args:
+        images: `[n, ...]`, n a multiple of the number of devices.
+        index: `[batch]`, likewise.
+        mesh: the devices.
 
     Returns:
-        The shape of `place`, uint32, values in `[0, size)`.
+        `[batch, ...]`.
     """
-    modulus = jnp.uint32(size)
-    for i in range(ROUNDS):  # unrolled: one fused kernel instead of a loop of launches
-        pivot, salt = constants[..., i, 0] % modulus, constants[..., i, 1]
-        # A round pairs x with pivot - x and swaps the pair or not, by one hashed bit of the pair.
-        partner = (pivot + (modulus - place)) % modulus
-        swap = _mix(jnp.maximum(place, partner) ^ salt) & 1
-        place = jnp.where(swap == 1, partner, place)
-    return place
+    rows = images.shape[0] // mesh.size
 
+    def local(held: Array, index: Array) -> Array:
+        place = index - jax.lax.axis_index(BATCH_AXIS) * rows
+        here = (place >= 0) & (place < rows)
+        found = held[jnp.where(here, place, 0)]
+        found = jnp.where(here.reshape(-1, *[1] * (held.ndim - 1)), found, 0)
+        # Of each row all summands but one are zero.
+        return jax.lax.psum_scatter(found, BATCH_AXIS, scatter_dimension=0, tiled=True)
 
-def _mix(x: Array) -> Array:
-    """A 32-bit integer hash: the finaliser of MurmurHash3 (Appleby)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    split, whole = PartitionSpec(BATCH_AXIS), PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=(split, whole), out_specs=split)(images, index)

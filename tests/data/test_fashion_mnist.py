@@ -7,6 +7,7 @@ import gzip
 import http.server
 import io
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
 from sync_jax.data import arrays, catalogue, sources
 from sync_jax.data.catalogue import DataError
@@ -135,6 +137,7 @@ def test_needs_no_tensorflow(published, tmp_path, monkeypatch):
         def find_spec(name, path, target=None):
             assert name.partition(".")[0] != "tensorflow"
 
+    epath.Path(tmp_path).exists()  # looks, once, whether it is installed
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
     monkeypatch.setattr(sys, "meta_path", [NoTensorFlow, *sys.meta_path])
     prepare(tmp_path, upstream, folder)
@@ -635,7 +638,7 @@ def test_read_only_data_dir(published, tmp_path):
 def test_too_little_space_is_noticed_first(published, tmp_path, monkeypatch):
     folder, upstream = published
     usage = types.SimpleNamespace(free=10_000)
-    monkeypatch.setattr(catalogue.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = failure(tmp_path / "data", upstream, folder)
     assert message == (
         f"data.data_dir='{tmp_path}/data' needs 0.1 MB to prepare fashion_mnist, 0.0 MB are free"

@@ -10,8 +10,9 @@ from PIL import Image
 
 from sync_jax import train
 from sync_jax.config import check_sizes, default_config, validate
-from sync_jax.data import catalogue, image_folder
+from sync_jax.data import catalogue, pictures
 from sync_jax.data.parts import load_test, load_train_and_calibration
+from sync_jax.data.records import INFO
 from sync_jax.data.sources import DataError
 from sync_jax.errors import InputError
 from tests.data.pictures import CLASSES, pixels, write_pictures
@@ -31,11 +32,21 @@ def section(folder, **changes):
 def prepare(data):
     lines = []
     catalogue.make_ready(data, lines.append)
+    pictures.prepare_squares(data, str)
     return lines
 
 
-def assert_holds(data, split, written):
+def load(data, split):
+    """Read from the squares, and decoded from the records: the same."""
     images, labels = catalogue.load(data, split)
+    decoded, _ = catalogue.load(data, split, decode=True)
+    assert images.shape == decoded.shape == (len(labels), *images[:1].shape[1:])
+    np.testing.assert_array_equal(images[:], decoded[:])
+    return images[:], labels
+
+
+def assert_holds(data, split, written):
+    images, labels = load(data, split)
     np.testing.assert_array_equal(images, [image for image, _ in written])
     np.testing.assert_array_equal(labels, [label for _, label in written])
 
@@ -61,7 +72,7 @@ def test_split_folders(tmp_path, train_name, test_name):
     train_pixels = np.stack([image for image, _ in written[train_name]]) / 255
     np.testing.assert_allclose(info.mean, train_pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(info.std, train_pixels.std(axis=(0, 1, 2)), rtol=1e-9)
-    assert prepare(data) == [f"image_folder: already prepared in {catalogue.folder_target(data)}"]
+    assert prepare(data) == [f"image_folder: already prepared in {pictures.prepared_folder(data)}"]
 
 
 def test_val_joins_train_where_there_is_a_test(tmp_path):
@@ -78,7 +89,7 @@ def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
     prepare(data)
     found = {}
     for split in ("train", "test"):
-        images, labels = catalogue.load(data, split)
+        images, labels = load(data, split)
         np.testing.assert_array_equal(
             np.bincount(labels), [8, 8, 8] if split == "train" else [2] * 3
         )
@@ -103,7 +114,7 @@ def test_folders_within_classes_hidden_and_other_files(tmp_path):
     (tmp_path / "pictures" / ".cache").mkdir()
     data = section(tmp_path)
     assert prepare(data)[0].endswith("7 for train, 3 for test; 1 other files ignored")
-    assert pixels(99) in catalogue.load(data, "train")[0]
+    assert pixels(99) in load(data, "train")[0]
 
 
 def test_bad_files_are_left_out_by_name(tmp_path):
@@ -114,7 +125,7 @@ def test_bad_files_are_left_out_by_name(tmp_path):
     lines = prepare(data)
     assert lines[1].startswith("image_folder: cannot be read, left out: train/bee/002.png: ")
     assert lines[2] == "image_folder: 1 of 18 pictures left out; all are in bad_files.txt"
-    listed = (catalogue.folder_target(data) / "bad_files.txt").read_text()
+    listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
     assert listed.startswith("train/bee/002.png: ")
     assert_holds(data, "train", [x for i, x in enumerate(written["train"]) if i != 6])
     assert catalogue.dataset_info(data).num_train == 11
@@ -177,11 +188,17 @@ def test_damage_is_noticed(tmp_path):
     write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
     data = section(tmp_path)
     prepare(data)
-    target = catalogue.folder_target(data)
+    target = pictures.prepared_folder(data)
     (target / "features.json").write_text("{")
     with pytest.raises(DataError, match="delete it and prepare again"):
+        catalogue.load(data, "train", decode=True)[0][:1]
+    (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match="is damaged"):
         catalogue.load(data, "train")
-    (target / image_folder.INFO).write_text(json.dumps({"size": 12}))
+    (target / "labels_train.npy").unlink()
+    with pytest.raises(DataError, match="delete it and prepare again"):
+        catalogue.load(data, "train")
+    (target / INFO).write_text(json.dumps({"size": 12}))
     with pytest.raises(DataError, match="is damaged"):
         catalogue.dataset_info(data)
 
@@ -191,12 +208,15 @@ def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, mo
     small, large = section(tmp_path), section(tmp_path, image_size=24)
     prepare(small)
     prepare(large)
-    assert catalogue.load(large, "train")[0].shape == (6, 24, 24, 3)
-    assert catalogue.load(small, "train")[0].shape == (6, 12, 12, 3)
+    assert load(large, "train")[0].shape == (6, 24, 24, 3)
+    assert load(small, "train")[0].shape == (6, 12, 12, 3)
+    assert pictures.prepared_folder(small) == pictures.prepared_folder(large)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(DataError, match=r"needs 0.0 MB to prepare pictures-.*, 0.0 MB are free"):
+    with pytest.raises(DataError, match=r"needs 0.0 MB for squares of 16 pixels, 0.0 MB are free"):
         prepare(section(tmp_path, image_size=16))
+    with pytest.raises(DataError, match=r"needs 10.0 MB to prepare pictures-.*, 0.0 MB are free"):
+        prepare(section(tmp_path, data_dir=str(tmp_path / "other")))
 
 
 def test_sizes_are_checked_once_they_are_known(tmp_path):

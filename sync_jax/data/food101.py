@@ -1,0 +1,115 @@
+"""Food-101: 101 dishes (Bossard, Guillaumin & Van Gool, 2014).
+
+75,750 training pictures, whose labels are noisy, and 25,250 test pictures.
+"""
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from sync_jax.data.listing import Listing, Member, Picture, tar_members
+from sync_jax.data.records import PictureBuilder, check_disk, progress_bar
+from sync_jax.data.sources import DataError
+
+NUM_CLASSES, NUM_TRAIN, NUM_TEST = 101, 75_750, 25_250
+NEEDED = "food-101.tar.gz or food-101.tar, or the folder food-101/ with images/ and meta/"
+HOW = "the authors' address is http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz (5 GB)"
+_ARCHIVE, _TAR = "food-101.tar.gz", "food-101.tar"
+_CHUNK = 1 << 22
+_EXPANSION = 1.1  # JPEGs compress by less
+_MOST = 5  # times its size that an archive may expand to
+
+
+class Food101(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Food-101."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    HOMEPAGE = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
+
+
+def find(folder: Path, scratch: Path) -> Listing:
+    """The pictures in a folder that holds `NEEDED`, in the order of the authors' lists.
+
+    Args:
+        folder: yours.
+        scratch: where a compressed archive is decompressed, as one file, for its pictures to have
+            places; the caller removes it.
+
+    Raises:
+        DataError: it does not hold them.
+        OSError: `scratch` cannot be written.
+    """
+    for root in (folder / "food-101", folder):
+        if (root / "images").is_dir() and (root / "meta").is_dir():
+            return _listing(root, _in_folder(root))
+    tar = folder / _TAR
+    if not tar.is_file():
+        if not (folder / _ARCHIVE).is_file():
+            raise DataError(f"{folder} does not hold {NEEDED}")
+        tar = _decompress(folder / _ARCHIVE, scratch / _TAR)
+    places: dict[str, Member] = {}
+    for member in tar_members(tar):
+        places[member.name.removeprefix("./").removeprefix("food-101/")] = member
+
+    def place(name: str) -> tuple[Path, int, int]:
+        if name not in places:
+            raise DataError(f"{tar} has no {name}")
+        return tar, places[name].offset, places[name].size
+
+    return _listing(tar, place)
+
+
+def _in_folder(root: Path) -> Callable[[str], tuple[Path, int, int]]:
+    return lambda name: (root / name, 0, -1)
+
+
+def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> Listing:
+    """`place` gives a file's (path, offset, size) by its name below food-101/."""
+
+    def lines(name: str) -> list[str]:
+        path, offset, size = place(name)
+        try:
+            return Picture(name, 0, path, offset, size).read().decode().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{name} of {where} cannot be read: {error}") from error
+
+    names = lines("meta/classes.txt")
+    label = {name: number for number, name in enumerate(names)}
+    splits: dict[str, list[Picture]] = {}
+    for split in ("train", "test"):
+        splits[split] = []
+        for entry in lines(f"meta/{split}.txt"):
+            name, _, rest = entry.partition("/")
+            if name not in label or not rest or not rest.isalnum():
+                raise DataError(f"meta/{split}.txt of {where} has the line {entry!r}")
+            path, offset, size = place(f"images/{entry}.jpg")
+            splits[split].append(Picture(f"{entry}.jpg", label[name], path, offset, size))
+        if not splits[split]:
+            raise DataError(f"meta/{split}.txt of {where} is empty")
+    return Listing(tuple(names), splits)
+
+
+def _decompress(archive: Path, target: Path) -> Path:
+    if target.is_file():  # by an earlier process
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    total = os.stat(archive).st_size
+    check_disk(target.parent, int(_EXPANSION * total), f"to decompress {archive.name}")
+    temporary = target.with_suffix(f".{os.getpid()}.incomplete")
+    with archive.open("rb") as compressed, temporary.open("wb") as out, progress_bar() as progress:
+        task = progress.add_task(f"decompressing {archive.name}", total=total)
+        try:
+            with gzip.GzipFile(fileobj=compressed) as contents:
+                while chunk := contents.read(_CHUNK):
+                    out.write(chunk)
+                    if out.tell() > _MOST * total + _CHUNK:
+                        raise DataError(f"{archive} expands to more than photographs do")
+                    progress.update(task, completed=compressed.tell())
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{archive} is damaged or truncated: {error}") from error
+    temporary.replace(target)
+    return target

@@ -1,0 +1,120 @@
+"""The host pipeline: pictures decoded and augmented by threads or processes, batch = f(seed, step).
+
+An example is a function of the seed and its position, step * batch + place in the batch, and of
+nothing else: neither threads, workers and processes nor an interruption change it. The order is the
+resident pipeline's. Nothing here computes with JAX, which a worker process must not start.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from PIL import Image
+
+from sync_jax.data.host_augmentation import augment
+from sync_jax.data.images import centre, square
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.records import DecodedPictures
+from sync_jax.data.shuffle import shuffled
+
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Training examples by position.
+
+    Attributes:
+        images: `[n, height, width, channels]`.
+        labels: `[n]` int32.
+        constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
+        seed: of the augmentation.
+        augmentation: what it does.
+        size: pixels of a side of the result.
+    """
+
+    images: np.ndarray | DecodedPictures
+    labels: np.ndarray
+    constants: np.ndarray
+    seed: int
+    augmentation: Augmentation
+    size: int
+
+    def __call__(self, position: int) -> Example:
+        """An example: image `[size, size, channels]` uint8, label and index `[]` int32.
+
+        Raises:
+            BadImageError: the picture cannot be decoded.
+            DataError: the prepared folder is damaged.
+        """
+        epoch, place = divmod(position, len(self.labels))
+        row = int(
+            shuffled(np.asarray([place], np.uint32), self.constants[epoch], len(self.labels))[0]
+        )
+        rng = np.random.Generator(
+            np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
+        )
+        return {
+            "image": augment(rng, self._picture(row), self.augmentation, self.size),
+            "label": self.labels[row],
+            "index": np.int32(row),
+        }
+
+    def _picture(self, row: int) -> Image.Image:
+        if isinstance(self.images, np.ndarray):
+            pixels = self.images[row]
+            return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        picture, layout = self.images.picture(row), self.images.layout
+        if self.augmentation.min_crop_area < 1:
+            return picture
+        return Image.fromarray(
+            centre(square(picture, layout.short_side, layout.stored), layout.size)
+        )
+
+
+def batches(
+    examples: Examples,
+    *,
+    start: int,
+    stop: int,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+) -> Iterator[Example]:
+    """This process's share of the batches of steps `start` to `stop`, in order.
+
+    Args:
+        examples: by position.
+        start: first step.
+        stop: the one after the last.
+        batch_size: of all processes together; each has batch_size / processes neighbours.
+        process: which one this is.
+        processes: how many there are; must divide batch_size.
+        workers: processes of its own that decode; 0: threads, one for each core.
+    """
+    share = batch_size // processes
+
+    def position(element: int) -> int:
+        step, place = divmod(element, share)
+        return step * batch_size + process * share + place
+
+    cores = os.cpu_count() or 1
+    dataset = (
+        grain.MapDataset.range(start * share, stop * share)
+        .map(position)
+        .map(examples)
+        .batch(share, drop_remainder=True)
+    )
+    # An element is a batch by now: few are enough, and each takes a batch's memory.
+    threads = grain.ReadOptions(
+        num_threads=1 if workers else cores, prefetch_buffer_size=2 if workers else cores + 2
+    )
+    ordered = dataset.to_iter_dataset(threads)
+    if workers:
+        ordered = ordered.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    yield from ordered

@@ -1,0 +1,128 @@
+"""Where the encoded pictures of a dataset lie: files of folders, or stretches of tar archives.
+
+Nothing is unpacked: a tar archive is a row of files one after the other, so each picture in it is
+read from its place, by any thread, and what an archive says of paths, links and permissions is
+never followed.
+"""
+
+import dataclasses
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sync_jax.data.images import SUFFIXES
+from sync_jax.data.sources import DataError
+
+
+class Picture(NamedTuple):
+    """An encoded picture and its place.
+
+    Attributes:
+        name: what a user knows it by.
+        label: of its class.
+        path: the file that holds it.
+        offset: where in that file it begins.
+        size: bytes; of a file of its own, -1: all of it.
+    """
+
+    name: str
+    label: int
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: they cannot be read, or the file ends before.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if self.size >= 0 and len(data) < self.size:
+            raise OSError(f"{self.path} ends in the middle of it")
+        return data
+
+
+class Member(NamedTuple):
+    """A file in a tar archive: its name there, and its place as of a `Picture`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The pictures of a dataset.
+
+    Attributes:
+        class_names: a label is a position here.
+        splits: "train" and "test", each in the order in which it is to be kept.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, list[Picture]]
+
+    def digest(self) -> str:
+        """Of all names, labels, places, sizes and times of change."""
+        digest = hashlib.sha256()
+        times: dict[Path, tuple[int, int]] = {}
+        for split, pictures in sorted(self.splits.items()):
+            for name, label, path, offset, size in pictures:
+                if path not in times or size < 0:
+                    status = os.stat(path)
+                    times[path] = status.st_size, status.st_mtime_ns
+                line = (split, name, label, offset, size, *times[path])
+                digest.update("\0".join(map(str, line)).encode(errors="surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+    def num_bytes(self) -> int:
+        """Of all pictures, encoded."""
+        pictures = [picture for split in self.splits.values() for picture in split]
+        return sum(p.size if p.size >= 0 else os.stat(p.path).st_size for p in pictures)
+
+
+def is_picture(name: str) -> bool:
+    """By its suffix; no hidden file is one."""
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
+
+
+def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Member]:
+    """The files of a tar archive that is not compressed; their contents are not read.
+
+    Args:
+        path: the archive, or the archive in which it is.
+        offset: where in that one it begins.
+        size: bytes, of an archive in an archive.
+
+    Raises:
+        DataError: it is damaged or truncated, or a member is unsafe: a link, a device, or of a name
+            that leads out of the folder it would be unpacked to.
+    """
+    end = offset + size if size >= 0 else os.stat(path).st_size
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            # tarfile counts from where the file object stands.
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    name = member.name
+                    if name.startswith("/") or ".." in name.split("/"):
+                        raise DataError(f"{path} is unsafe: it has a member named {name!r}")
+                    if not (member.isfile() or member.isdir()):
+                        raise DataError(f"{path} is unsafe: its member {name!r} is no plain file")
+                    if member.isdir():
+                        continue
+                    if member.offset_data + member.size > end:
+                        raise DataError(f"{path} is truncated: it ends in the middle of {name!r}")
+                    yield Member(name, member.offset_data, member.size)
+                    if offset and member.offset_data + member.size + 512 > end:
+                        return  # the next header would be of the archive around this one
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error

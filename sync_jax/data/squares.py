@@ -1,0 +1,142 @@
+"""Pictures prepared once as raw uint8 squares in one memory-mapped file, for device memory.
+
+    <prepared>/squares_<short side>_<square>/<split>.npy    `[n, square, square, 3]`
+
+Reading it costs no decoding and no memory of the host: the system reads what is touched.
+"""
+
+import os
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sync_jax.data.images import BadImageError, Layout, centre, decode, square
+from sync_jax.data.records import Records, check_disk, flush, progress_bar
+from sync_jax.data.sources import DataError
+
+_AT_ONCE = 1024  # pictures between two notes of how far it is
+_HEADER = 128  # bytes of an .npy file's header, or more
+
+
+class Squares:
+    """The rows of a memory-mapped array that a part has; a slice gives an array.
+
+    Attributes:
+        mapped: `[m, stored, stored, 3]` uint8, all of the split.
+        rows: `[n]`, positions in it.
+        shape: `[n, size, size, 3]`.
+    """
+
+    def __init__(self, mapped: np.ndarray, rows: np.ndarray, size: int):
+        """Args: size: pixels of a side of the middle that is wanted."""
+        self.mapped, self.rows, self._size = mapped, rows, size
+        self.shape = (len(rows), size, size, 3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, wanted: Any) -> np.ndarray:
+        return centre(np.asarray(self.mapped[self.rows[wanted]]), self._size)
+
+    def subset(self, rows: np.ndarray) -> "Squares":
+        """Some of them, by position."""
+        return Squares(self.mapped, self.rows[rows], self._size)
+
+    def uncut(self) -> "Squares":
+        """The same rows as they are stored."""
+        return Squares(self.mapped, self.rows, self.mapped.shape[1])
+
+
+def squares_path(prepared: Path, layout: Layout, split: str) -> Path:
+    """Where a split's squares are."""
+    return prepared / f"squares_{layout.short_side}_{layout.stored}" / f"{split}.npy"
+
+
+def open_squares(prepared: Path, layout: Layout, split: str) -> np.ndarray:
+    """The squares of a split, memory-mapped and read-only.
+
+    Raises:
+        DataError: they were not made, or are damaged.
+    """
+    path = squares_path(prepared, layout, split)
+    try:
+        mapped: np.ndarray = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}; --mode=prepare makes it") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it") from error
+    expected = (len(Records(prepared, split).labels()), layout.stored, layout.stored, 3)
+    if mapped.shape != expected or mapped.dtype != np.uint8:
+        raise DataError(f"{path} holds {mapped.dtype} {mapped.shape}, expected uint8 {expected}")
+    return mapped
+
+
+def make_squares(
+    prepared: Path, layout: Layout, splits: tuple[str, ...], *, log: Callable[[str], None]
+) -> None:
+    """Decodes all pictures of some splits into squares, on all cores.
+
+    A process that was stopped, even by a power cut, leaves a file that the next one goes on with.
+
+    Args:
+        prepared: the folder of records.
+        layout: of the squares.
+        splits: which; those that are there are left alone.
+        log: told a line when there is something to do.
+
+    Raises:
+        DataError: there is no room, or a picture that could be decoded no longer can.
+        OSError: the folder cannot be written.
+    """
+    for split in splits:
+        target = squares_path(prepared, layout, split)
+        if target.exists():
+            continue
+        records = Records(prepared, split)
+        shape = (len(records.labels()), layout.stored, layout.stored, 3)
+        target.parent.mkdir(exist_ok=True)
+        temporary, note = target.with_suffix(".incomplete"), target.with_suffix(".done")
+        done = _done(temporary, note, shape)
+        if not done:
+            check_disk(
+                target.parent,
+                layout.num_bytes(shape[0]) + _HEADER,
+                f"for squares of {layout.stored} pixels",
+            )
+        log(f"making {shape[0]:,} squares of {layout.stored} pixels in {target.parent}")
+        mode = "r+" if done else "w+"
+        mapped = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.uint8, shape=shape)
+
+        def fill(row: int, records: Records = records, mapped: np.ndarray = mapped) -> None:
+            try:
+                image = decode(records[row])
+            except BadImageError as error:
+                raise DataError(f"{prepared}: picture {row} cannot be read: {error}") from error
+            mapped[row] = square(image, layout.short_side, layout.stored)
+
+        with ThreadPool(os.cpu_count()) as pool, progress_bar() as progress:
+            task = progress.add_task(f"{split}: squares", total=shape[0], completed=done)
+            for start in range(done, shape[0], _AT_ONCE):
+                stop = min(start + _AT_ONCE, shape[0])
+                pool.map(fill, range(start, stop), chunksize=8)
+                mapped.flush()
+                note.write_text(str(stop))
+                progress.update(task, completed=stop)
+        del mapped, fill
+        flush(temporary)
+        temporary.replace(target)
+        note.unlink(missing_ok=True)
+        flush(target.parent)
+
+
+def _done(temporary: Path, note: Path, shape: tuple[int, ...]) -> int:
+    """How many squares an earlier process has finished."""
+    try:
+        done = int(note.read_text())
+        fits = np.load(temporary, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        return 0
+    return done if fits and 0 <= done <= shape[0] else 0

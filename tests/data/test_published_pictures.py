@@ -1,0 +1,512 @@
+"""ImageNet-100, Stanford Cars and Food-101 from small files in exactly the published layouts."""
+
+import io
+import shutil
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import scipy.io
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from sync_jax.config import default_config
+from sync_jax.data import catalogue, food101, imagenet100, listing, pictures, records
+from sync_jax.data.images import square
+from sync_jax.data.listing import Picture, tar_members
+from sync_jax.data.parts import load_test, load_train_and_calibration
+from sync_jax.data.sources import DataError
+from tests.data.pictures import pixels
+
+WNIDS = imagenet100.class_names()
+
+
+class Stopped(Exception):  # noqa: N818
+    """In place of a kill."""
+
+
+def jpeg(seed, width=16, height=12, mode="RGB"):
+    out = io.BytesIO()
+    Image.fromarray(pixels(seed, height, width)).convert(mode).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def decoded(data, size=12):
+    with Image.open(io.BytesIO(data)) as image:
+        return square(image.convert("RGB"), size, size)
+
+
+def tar(members, **options):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", **options) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def section(name, folder, **changes):
+    data = default_config().data
+    data.name, data.source = name, str(folder / "source")
+    data.data_dir = str(folder / "data")
+    data.image_size = 12
+    data.calibration_size = 0
+    data.update(changes)
+    return data
+
+
+def prepare(data):
+    lines = []
+    catalogue.make_ready(data, lines.append)
+    pictures.prepare_squares(data, str)
+    return lines
+
+
+def assert_holds(data, split, expected):
+    """Every pixel and label, by both ways of reading; expected: (encoded, label) in order."""
+    for decode in (False, True):
+        images, labels = catalogue.load(data, split, decode=decode)
+        np.testing.assert_array_equal(labels, [label for _, label in expected])
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(images[:], [decoded(encoded) for encoded, _ in expected])
+
+
+# --- ImageNet-100 ---------------------------------------------------------------------------------
+
+
+def validation_numbers():
+    """The first validation picture of each class, and one of no class of ours."""
+    truth = imagenet100._validation_labels()
+    first = {wnid: truth.index(wnid) + 1 for wnid in WNIDS}
+    other = next(n for n, wnid in enumerate(truth, 1) if wnid not in first)
+    return first, other
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    """(encoded, label) of each split as they must come back, and the files by their names."""
+    train = {
+        wnid: {f"{wnid}_{i}.JPEG": jpeg(1000 * label + i) for i in (10, 2)}
+        for label, wnid in enumerate(WNIDS)
+    }
+    # What the real archive has too: a grey one, one of CMYK, and a PNG called JPEG.
+    train[WNIDS[0]][f"{WNIDS[0]}_10.JPEG"] = jpeg(1, mode="L")
+    train[WNIDS[1]][f"{WNIDS[1]}_10.JPEG"] = jpeg(2, mode="CMYK")
+    png = io.BytesIO()
+    Image.fromarray(pixels(3)).save(png, "PNG")
+    train[WNIDS[2]][f"{WNIDS[2]}_10.JPEG"] = png.getvalue()
+    numbers, other = validation_numbers()
+    val = {f"ILSVRC2012_val_{n:08}.JPEG": jpeg(n) for n in (*numbers.values(), other)}
+    expected = {
+        "train": [
+            (train[wnid][name], label)
+            for label, wnid in enumerate(WNIDS)
+            for name in sorted(train[wnid])
+        ],
+        "test": [
+            (val[f"ILSVRC2012_val_{numbers[wnid]:08}.JPEG"], label)
+            for label, wnid in enumerate(WNIDS)
+        ],
+    }
+    return expected, train, val, numbers
+
+
+def write_imagenet(folder, imagenet, layout):
+    _, train, val, numbers = imagenet
+    if layout == "tar":
+        folder.mkdir(parents=True)
+        inner = {f"{wnid}.tar": tar(files) for wnid, files in sorted(train.items())}
+        # Of classes that are not ours nothing is looked at.
+        inner = {"n00000001.tar": b"no archive at all" * 60} | inner | {"n99999999.tar": b""}
+        (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
+        (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(val))
+        return
+    root = folder / ("ILSVRC/Data/CLS-LOC" if layout == "Kaggle" else "")
+    for wnid, files in train.items():
+        (root / "train" / wnid).mkdir(parents=True)
+        for name, data in files.items():
+            (root / "train" / wnid / name).write_bytes(data)
+    (root / "train" / "n00000001").mkdir()
+    for wnid, number in numbers.items():
+        target = root / "val" / (wnid if layout == "folders" else "")
+        target.mkdir(parents=True, exist_ok=True)
+        name = f"ILSVRC2012_val_{number:08}.JPEG"
+        (target / name).write_bytes(val[name])
+
+
+@pytest.mark.parametrize("layout", ["tar", "folders", "Kaggle"])
+def test_imagenet_comes_back_from_every_layout_in_the_same_order(tmp_path, imagenet, layout):
+    write_imagenet(tmp_path / "source", imagenet, layout)
+    data = section("imagenet100", tmp_path)
+    lines = prepare(data)
+    assert lines[1:3] == [
+        "imagenet100: 100 classes: 200 for train, 100 for test",
+        "imagenet100: published are 126,689 and 5,000",
+    ]
+    assert_holds(data, "train", imagenet[0]["train"])
+    assert_holds(data, "test", imagenet[0]["test"])
+    info = catalogue.dataset_info(data)
+    assert (info.num_train, info.num_test, info.class_names) == (200, 100, WNIDS)
+    assert info.mean == (0.485, 0.456, 0.406)
+    assert not list((tmp_path / "data").glob("incomplete*"))
+    parts = (*load_train_and_calibration(data), load_test(data))
+    assert [part.images.shape for part in parts] == [(n, 12, 12, 3) for n in (180, 20, 100)]
+    for part in parts:
+        np.testing.assert_array_equal(
+            part.images[3:5],
+            catalogue.load(data, "test" if len(part.labels) == 100 else "train")[0][
+                part.index[3:5]
+            ],
+        )
+
+
+def test_tfds_reads_what_was_prepared(tmp_path, imagenet):
+    write_imagenet(tmp_path / "source", imagenet, "folders")
+    data = section("imagenet100", tmp_path)
+    prepare(data)
+    source = tfds.builder_from_directory(pictures.prepared_folder(data)).as_data_source(
+        "train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    expected = imagenet[0]["train"]
+    assert len(source) == len(expected)
+    assert source[7]["image"] == expected[7][0]
+    assert source[7]["label"] == expected[7][1]
+    assert source[7]["file"].decode() == f"{WNIDS[3]}/{WNIDS[3]}_2.JPEG"
+
+
+def test_imagenet_lacks_a_class(tmp_path, imagenet):
+    write_imagenet(tmp_path / "source", imagenet, "folders")
+    shutil.rmtree(tmp_path / "source" / "train" / WNIDS[5])
+    with pytest.raises(DataError, match=f"train has no picture of 1 of .* first {WNIDS[5]}"):
+        prepare(section("imagenet100", tmp_path))
+
+
+def test_the_class_list_is_the_fields():
+    assert len(set(WNIDS)) == 100
+    assert (WNIDS[0], WNIDS[99]) == ("n02869837", "n02090622")
+    truth = imagenet100._validation_labels()
+    assert len(truth) == 50_000
+    assert sum(wnid in set(WNIDS) for wnid in truth) == imagenet100.NUM_TEST
+
+
+# --- Stanford Cars --------------------------------------------------------------------------------
+
+
+def annotations(names, labels):
+    """A struct array as the devkit's."""
+    fields = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")]
+    rows = np.empty((1, len(names)), dtype=[*fields, ("class", object), ("fname", object)])
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        rows[0, i] = (39, 116, 569, 375, np.uint8(label + 1), name)
+    return rows
+
+
+CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo Convertible 2012")
+
+
+def write_cars(folder, *, nested=True, devkit="devkit", test_annotations="withlabels"):
+    expected = {}
+    for split, count in (("train", 9), ("test", 6)):
+        root = folder / f"cars_{split}"
+        root = root / f"cars_{split}" if nested else root
+        root.mkdir(parents=True)
+        names = [f"{i:05}.jpg" for i in range(1, count + 1)]
+        labels = [(2 * i) % 3 for i in range(count)]
+        encoded = [jpeg(100 * count + i, width=20) for i in range(count)]
+        for name, data in zip(names, encoded, strict=True):
+            (root / name).write_bytes(data)
+        expected[split] = list(zip(encoded, labels, strict=True))
+        kind = "" if split == "train" else f"_{test_annotations}"
+        target = folder / (devkit if split == "train" else "")
+        target.mkdir(exist_ok=True)
+        rows = annotations(names, labels)
+        scipy.io.savemat(target / f"cars_{split}_annos{kind}.mat", {"annotations": rows})
+    names = np.empty((1, 3), object)
+    names[0] = CARS
+    scipy.io.savemat(folder / devkit / "cars_meta.mat", {"class_names": names})
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("nested", "devkit"), [(True, "devkit"), (False, "."), (True, "car_devkit")]
+)
+def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
+    devkit = "car_devkit/devkit" if devkit == "car_devkit" else devkit
+    (tmp_path / "source" / devkit).mkdir(parents=True)
+    expected = write_cars(tmp_path / "source", nested=nested, devkit=devkit)
+    data = section("stanford_cars", tmp_path)
+    prepare(data)
+    assert_holds(data, "train", expected["train"])
+    assert_holds(data, "test", expected["test"])
+    assert catalogue.dataset_info(data).class_names == CARS
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "cars_test"), "has no cars_test/; it must hold cars_train/"),
+        (lambda f: (f / "devkit/cars_meta.mat").unlink(), "has no cars_meta.mat; it must hold"),
+        (lambda f: (f / "devkit/cars_meta.mat").write_bytes(b"x"), "cannot be read as class_names"),
+        (
+            lambda f: (f / "cars_train/cars_train/00003.jpg").unlink(),
+            "names '00003.jpg', which is n",
+        ),
+        (
+            lambda f: scipy.io.savemat(
+                f / "devkit/cars_train_annos.mat", {"annotations": annotations(["00001.jpg"], [3])}
+            ),
+            "00001.jpg is of class 4 of 3",
+        ),
+        (
+            lambda f: scipy.io.savemat(
+                f / "devkit/cars_train_annos.mat",
+                {"annotations": annotations(["../../etc/passwd"], [1])},
+            ),
+            "names '../../etc/passwd', which is not in",
+        ),
+        (  # the test annotations without labels, which people take by mistake
+            lambda f: (f / "cars_test_annos_withlabels.mat").rename(f / "cars_test_annos.mat"),
+            "has no cars_test_annos_withlabels.mat",
+        ),
+    ],
+)
+def test_cars_that_do_not_fit_together_are_refused(tmp_path, spoil, message):
+    (tmp_path / "source").mkdir()
+    write_cars(tmp_path / "source")
+    spoil(tmp_path / "source")
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(section("stanford_cars", tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+# --- Food-101 -------------------------------------------------------------------------------------
+
+DISHES = ("apple_pie", "baby_back_ribs")
+
+
+def food_members():
+    members, lists = {}, {"train": [], "test": []}
+    expected = {"train": [], "test": []}
+    for split, count in (("train", 5), ("test", 3)):
+        for label, dish in enumerate(DISHES):
+            for i in range(count):
+                name = f"{dish}/{1_000_000 + 7 * i + 500 * (split == 'test')}"
+                members[f"food-101/images/{name}.jpg"] = jpeg(len(members))
+                lists[split].append(name)
+                expected[split].append((members[f"food-101/images/{name}.jpg"], label))
+    for split, names in lists.items():
+        members[f"food-101/meta/{split}.txt"] = "\n".join(names).encode()
+    members["food-101/meta/classes.txt"] = "\n".join(DISHES).encode()
+    return members, expected
+
+
+def write_food(folder, members, form):
+    folder.mkdir()
+    if form == "folder":
+        for name, data in members.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    else:
+        with tarfile.open(folder / f"food-101.{form}", "w:gz" if "gz" in form else "w") as archive:
+            for name, data in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("form", ["tar.gz", "tar", "folder"])
+def test_food_comes_back_from_every_form(tmp_path, form):
+    members, expected = food_members()
+    write_food(tmp_path / "source", members, form)
+    data = section("food101", tmp_path)
+    prepare(data)
+    assert_holds(data, "train", expected["train"])
+    assert_holds(data, "test", expected["test"])
+    assert catalogue.dataset_info(data).class_names == DISHES
+    assert not list((tmp_path / "data").glob("incomplete*"))  # the decompressed archive too
+
+
+def test_food_that_is_damaged_is_refused(tmp_path):
+    members, _ = food_members()
+    for number, (form, change, message) in enumerate(
+        (
+            ("tar.gz", lambda p: p.write_bytes(p.read_bytes()[:3000]), "is damaged or truncated"),
+            ("tar.gz", lambda p: p.write_bytes(b"<html>"), "is damaged or truncated"),
+            ("tar", lambda p: p.write_bytes(p.read_bytes()[:9000]), "truncated|cannot be read"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_food(folder / "source", members, form)
+        change(folder / "source" / f"food-101.{form}")
+        with pytest.raises(DataError, match=message):
+            prepare(section("food101", folder))
+    del members["food-101/images/apple_pie/1000007.jpg"]
+    write_food(tmp_path / "source", members, "tar")
+    with pytest.raises(DataError, match=r"has no images/apple_pie/1000007\.jpg"):
+        prepare(section("food101", tmp_path))
+
+
+def test_an_archive_that_expands_without_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(food101, "_CHUNK", 1000)
+    (tmp_path / "source").mkdir()
+    with tarfile.open(tmp_path / "source" / "food-101.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("food-101/zeros")
+        member.size = 1_000_000
+        archive.addfile(member, io.BytesIO(bytes(1_000_000)))
+    with pytest.raises(DataError, match="expands to more than photographs do"):
+        prepare(section("food101", tmp_path))
+
+
+# --- Archives -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../evil.JPEG", tarfile.REGTYPE, "has a member named '../evil.JPEG'"),
+        ("/etc/evil.JPEG", tarfile.REGTYPE, "has a member named '/etc/evil.JPEG'"),
+        ("a/../../b", tarfile.REGTYPE, "has a member named"),
+        ("link", tarfile.SYMTYPE, "its member 'link' is no plain file"),
+        ("link", tarfile.LNKTYPE, "is no plain file"),
+        ("device", tarfile.CHRTYPE, "is no plain file"),
+    ],
+)
+def test_unsafe_members_are_refused(tmp_path, name, kind, message):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    with pytest.raises(DataError, match=message):
+        list(tar_members(path))
+
+
+def test_members_of_an_archive_in_an_archive(tmp_path):
+    inner = tar({"a": b"AAAA", "b": b"B" * 700})
+    path = tmp_path / "outer.tar"
+    path.write_bytes(tar({"first.tar": inner, "second.tar": tar({"c": b"CC"})}))
+    found = {}
+    for member in tar_members(path):
+        for name, offset, size in tar_members(path, offset=member.offset, size=member.size):
+            found[name] = Picture(name, 0, path, offset, size).read()
+    assert found == {"a": b"AAAA", "b": b"B" * 700, "c": b"CC"}
+
+
+# --- Preparing ------------------------------------------------------------------------------------
+
+
+def test_without_data_one_message_says_what_and_how(tmp_path):
+    for name, words in (
+        ("imagenet100", "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.*image-net.org"),
+        ("stanford_cars", "cars_train/.*jessicali9530/stanford-cars-dataset"),
+        ("food101", "food-101.tar.gz.*data.vision.ee.ethz.ch"),
+    ):
+        data = section(name, tmp_path, source="")
+        with pytest.raises(DataError, match=words) as caught:
+            catalogue.make_ready(data, str)
+        text = str(caught.value)
+        assert f"--config=configs/{name}.py --mode=prepare --config.data.data_dir=" in text
+        assert "--config.data.source=FOLDER" in text
+        assert "\n" not in text
+        data.source = str(tmp_path / "nowhere")
+        with pytest.raises(DataError, match="nowhere' does not exist; it must hold"):
+            catalogue.make_ready(data, str)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        data.source = str(tmp_path / "empty")
+        with pytest.raises(DataError, match=r"empty (does not hold|has no) "):
+            catalogue.make_ready(data, str)
+    assert not (tmp_path / "data").exists()
+
+
+def test_bad_pictures_are_listed_by_name_and_left_out(tmp_path):
+    members, expected = food_members()
+    members["food-101/images/baby_back_ribs/1000014.jpg"] = jpeg(0)[:300]
+    write_food(tmp_path / "source", members, "tar")
+    data = section("food101", tmp_path)
+    lines = prepare(data)
+    bad = [line for line in lines if "left out" in line]
+    assert bad[0].startswith("food101: cannot be read, left out: baby_back_ribs/1000014.jpg: ")
+    assert bad[1] == "food101: 1 of 16 pictures left out; all are in bad_files.txt"
+    listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
+    assert listed.startswith("baby_back_ribs/1000014.jpg: ")
+    assert_holds(data, "train", [x for i, x in enumerate(expected["train"]) if i != 7])
+    assert catalogue.dataset_info(data).num_train == 9
+
+
+def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """Stopped in the middle of a file of records, then again in the middle of the squares."""
+    monkeypatch.setattr(records, "SHARD", 3)
+    members, expected = food_members()
+    write_food(tmp_path / "source", members, "tar.gz")
+    data = section("food101", tmp_path)
+    read = Picture.read
+    count, lock, limit = [0], threading.Lock(), 8
+
+    def read_some(self):
+        with lock:
+            count[0] += self.name.endswith(".jpg")
+            if count[0] > limit:
+                raise Stopped
+        return read(self)
+
+    monkeypatch.setattr(listing.Picture, "read", read_some)
+    with pytest.raises(Stopped):
+        prepare(data)
+    assert not pictures.is_prepared(data)
+    (work,) = (p for p in (tmp_path / "data").glob("incomplete-food101-*") if p.name[-1] != "d")
+    finished = sorted(path.name for path in work.glob("*.json"))
+    assert finished == ["train-00000.json", "train-00001.json"]
+    count[0], limit = 0, 100
+    lines = prepare(data)
+    assert "food101: going on with a preparation that was stopped" in lines
+    assert count[0] == 10  # of 16: the first six were not read again
+    assert_holds(data, "train", expected["train"])
+    assert_holds(data, "test", expected["test"])
+    assert not list((tmp_path / "data").glob("incomplete*"))
+
+
+def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("sync_jax.data.squares._AT_ONCE", 4)
+    members, expected = food_members()
+    write_food(tmp_path / "source", members, "tar")
+    data = section("food101", tmp_path)
+    catalogue.make_ready(data, str)
+    asked, get = [], records.Records.__getitem__
+
+    def get_some(self, position):
+        asked.append((self.split, int(position)))
+        if limit and position >= limit:
+            raise Stopped
+        return get(self, position)
+
+    monkeypatch.setattr(records.Records, "__getitem__", get_some)
+    limit = 6
+    with pytest.raises(Stopped):
+        pictures.prepare_squares(data, str)
+    with pytest.raises(DataError, match=r"there is no .*train\.npy; --mode=prepare makes it"):
+        catalogue.load(data, "train")
+    asked.clear()
+    limit = 0
+    pictures.prepare_squares(data, str)
+    assert min(position for split, position in asked if split == "train") == 4
+    assert_holds(data, "train", expected["train"])
+    asked.clear()
+    pictures.prepare_squares(data, str)
+    assert not asked
+
+
+def test_the_middle_of_a_larger_square(tmp_path):
+    members, expected = food_members()
+    write_food(tmp_path / "source", members, "tar")
+    data = section("food101", tmp_path, image_size=6, short_side=12, stored_size=10)
+    prepare(data)
+    for decode in (False, True):
+        images, _ = catalogue.load(data, "test", decode=decode)
+        assert images.shape == (6, 6, 6, 3)
+        np.testing.assert_array_equal(
+            images[:], [decoded(encoded)[3:9, 3:9] for encoded, _ in expected["test"]]
+        )
