@@ -22,6 +22,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 def two_steps(config, placement):
     config.train.batch_size = 8
     config.optimizer.warmup_epochs = 0.0
+    config.model.width = 8
     validate(config)
     run = Run(config, sharding.make_mesh(jax.devices()[:1]), train_size=24, placement=placement)
     height, width, channels = run.info.image_shape

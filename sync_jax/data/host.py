@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from sync_jax.data.host_augmentation import augment
@@ -114,6 +115,8 @@ def batches(
     )
     ordered = dataset.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which only main.py parses
+            flags.FLAGS.mark_as_parsed()
         ordered = ordered.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         )

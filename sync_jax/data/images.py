@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (*(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),)
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
@@ -61,6 +61,8 @@ def decode(source: Path | bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except BadImageError:
         raise
+    except UnidentifiedImageError:
+        raise BadImageError("it is no picture of a known kind") from None
     except Exception as error:  # Pillow's decoders raise whatever they like
         raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -372,12 +372,14 @@ class DecodedPictures:
 
 
 def progress_bar() -> rich.progress.Progress:
-    """On the error stream; gone when it is done."""
+    """On the terminal; gone when it is done."""
+    console = rich.console.Console(stderr=True)
     return rich.progress.Progress(
         *rich.progress.Progress.get_default_columns(),
         rich.progress.MofNCompleteColumn(),
-        console=rich.console.Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # into a file it would write empty lines
     )
 
 

@@ -536,7 +536,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from tests.data import idx_files
-from sync_jax.data import catalogue, fashion_mnist
+from sync_jax.data import catalogue, fashion_mnist, preparing
 
 def stop(*args):
     print("stopped", file=sys.__stdout__, flush=True)  # TFDS's own prints are being swallowed
@@ -554,7 +554,7 @@ upstream = idx_files.publish(Path(folder))
 if stage == "writing":
     fashion_mnist.FashionMnist._generate_examples = halfway
 elif stage == "written":
-    catalogue._flush = stop
+    preparing.flush = stop
 else:
     print("ready", flush=True)
     sys.stdin.readline()

@@ -80,8 +80,8 @@ def test_exif_orientation_is_followed(orientation, turns):
 def test_what_is_no_picture_says_why():
     good = encoded(Image.fromarray(pixels(6, 64, 64)), "JPEG")
     for data, message in (
-        (b"", "cannot identify"),
-        (b"<html>", "cannot identify"),
+        (b"", "no picture of a known kind"),
+        (b"<html>", "no picture of a known kind"),
         (good[: len(good) // 2], "truncated"),
         (encoded(Image.fromarray(pixels(6)))[:200], "truncated|broken|not enough"),
         (encoded(Image.fromarray(pixels(6)[..., 0].astype(np.float32)), "TIFF"), "floating"),

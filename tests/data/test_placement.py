@@ -1,0 +1,113 @@
+"""What is chosen, what is said of it, and that sharded images give the same batches."""
+
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax import sharding
+from sync_jax.config import default_config
+from sync_jax.data import catalogue, placement
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.resident import put_on_devices, take, training_batch
+from sync_jax.errors import InputError
+from tests.data.pictures import pixels
+
+ALL = Augmentation(2, True, 20.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.5)
+
+
+def choose(monkeypatch, free, *, devices=1, **changes):
+    config = default_config()
+    config.data.name = "imagenet100"
+    config.data.image_size, config.data.short_side = 224, 256
+    config.data.calibration_size = 6689  # 120,000 are left
+    config.data.data_dir = "/nowhere"
+    config.data.update(changes)
+    monkeypatch.setattr(placement, "free_memory", lambda mesh: free)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    return placement.choose(config.data, catalogue.dataset_info(config.data), mesh)
+
+
+def test_auto_takes_the_device_where_half_of_it_will_do(monkeypatch):
+    needed = 120_000 * 256 * 256 * 3  # by hand: 23.59 GB
+    fits, too_small = (choose(monkeypatch, 2 * needed + x) for x in (0, -1))
+    assert (fits.on_device, fits.sharded) == (True, False)
+    assert fits.reason == (
+        "images in device memory: 23.59 GB of training images, 47.19 GB free on 1 device "
+        "(data.placement='auto', at most half)"
+    )
+    assert not too_small.on_device
+    assert too_small.reason.startswith("images on the host, decoded for each batch: 23.59 GB of")
+
+
+def test_what_is_said_is_done(monkeypatch):
+    assert not choose(monkeypatch, 1e12, placement="host").on_device
+    assert choose(monkeypatch, 3e10, placement="device").on_device
+    with pytest.raises(InputError, match=r"placement='device': 23.59 GB .* 20.00 GB free"):
+        choose(monkeypatch, 2e10, placement="device")
+    # Smaller squares take less; small images are copied rather than sharded.
+    assert choose(monkeypatch, 4.8e10, stored_size=224).on_device
+    assert choose(monkeypatch, 6e11, devices=8).sharded
+    small = choose(monkeypatch, 6e11, devices=8, name="fashion_mnist", calibration_size=6000)
+    assert (small.on_device, small.sharded) == (True, False)
+
+
+def test_free_memory_is_the_devices_own(monkeypatch):
+    def device(limit, used):
+        statistics = {"bytes_limit": limit, "bytes_in_use": used}
+        return types.SimpleNamespace(platform="gpu", memory_stats=lambda: statistics)
+
+    mesh = types.SimpleNamespace(devices=np.asarray([device(70, 20), device(70, 10)]))
+    assert placement.free_memory(mesh) == 110
+    available = placement.free_memory(sharding.make_mesh())  # a CPU's eight share the host's
+    assert 1e8 < available < 1e13
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_sharded_rows_are_taken_exactly(devices):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    images = np.stack([pixels(i, 5, 5) for i in range(19)])
+    labels = np.arange(19, dtype=np.int32)
+    split = put_on_devices(images, labels, mesh, sharded=True)
+    assert split.images.shape[0] == -(-19 // devices) * devices
+    assert {x.data.shape[0] for x in split.images.addressable_shards} == {-(-19 // devices)}
+    index = np.asarray([18, 0, 3, 3, 7, 18, 11, 2])
+    taken = jax.jit(lambda images, index: take(images, index, mesh))(split.images, index)
+    np.testing.assert_array_equal(taken, images[index])
+    assert taken.dtype == np.uint8
+
+
+def test_uploading_in_pieces_changes_nothing(monkeypatch):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    images = np.stack([pixels(i, 4, 4) for i in range(11)])
+    labels = np.arange(11, dtype=np.int32)
+    monkeypatch.setattr("sync_jax.data.resident._CHUNK", 100)  # two images
+    for sharded in (False, True):
+        split = put_on_devices(images, labels, mesh, sharded=sharded)
+        np.testing.assert_array_equal(split.images[:11], images)
+        assert not np.any(split.images[11:])
+
+
+def test_a_sharded_split_gives_the_same_batches():
+    mesh = sharding.make_mesh()
+    images = np.stack([pixels(i, 16, 16) for i in range(45)])
+    labels = np.arange(45, dtype=np.int32) % 7
+
+    def batch_of(split, mesh):
+        @jax.jit
+        def make(split, step):
+            return training_batch(
+                split, jnp.uint32(5), step, batch_size=16, augmentation=ALL, size=12, mesh=mesh
+            )
+
+        return [make(split, jnp.int32(step)) for step in (0, 2, 7)]
+
+    plain = batch_of(put_on_devices(images, labels, mesh, sharded=False), None)
+    sharded = batch_of(put_on_devices(images, labels, mesh, sharded=True), mesh)
+    for one, other in zip(plain, sharded, strict=True):
+        assert one["image"].shape == (16, 12, 12, 3)
+        chex.assert_trees_all_equal({**one, "image": 0}, {**other, "image": 0})
+        np.testing.assert_allclose(one["image"], other["image"], atol=0.01)
