@@ -5,6 +5,7 @@ import pytest
 
 from configs.quickstart import get_config
 from sync_jax import sharding, train
+from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
 from sync_jax.report import read_report
@@ -17,9 +18,17 @@ def test_short_training(method, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
     config = get_config()
     config.method = method
-    config.train.epochs = 1.5
-    config.optimizer.warmup_epochs = 0.3
-    config.log.calibration_every_epochs = config.checkpoint.every_epochs = 1.5
+    config.data.calibration_size = 2000
+    config.train.epochs = 0.8
+    config.optimizer.warmup_epochs = 0.2
+    config.log.calibration_every_epochs = config.checkpoint.every_epochs = 0.8
+    test = train.load_test
+
+    def part_of_test(section, *, decode):
+        part = test(section, decode=decode)
+        return Part(part.images[:3000], part.labels[:3000], part.index[:3000])
+
+    monkeypatch.setattr(train, "load_test", part_of_test)
     try:
         train.prepare(config)
     except InputError as error:

@@ -1,5 +1,6 @@
 """VGG16 and the ResNets: sizes, precision, dropout, and PyTorch's numbers for the same weights."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def test_published_parameter_counts(name, stem, classes, expected):
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == expected
 
 
+def initialised(network, images):
+    # Arguments and no constants, which XLA would compute with while it compiles.
+    init = jax.jit(functools.partial(network.init, train=False))
+    return init(jax.random.key(0), images)
+
+
 @pytest.mark.parametrize("pixels", [1, 2, 28, 33])
 @pytest.mark.parametrize("name", ["vgg16_bn", *RESNETS])
 def test_any_size_and_channels(name, pixels):
@@ -74,17 +81,16 @@ def test_bfloat16_computes_low_and_keeps_high(name):
     backbone = BACKBONES[name](config)
     network = SelectiveClassifier(backbone, 3, heads=("selection",), target_coverage=0.8)
     images = jnp.asarray(torch_parity.examples(32)[0][:8])
-    outputs, variables = jax.jit(
-        lambda: network.init_with_output(jax.random.key(0), images, train=False)
-    )()
+    init = jax.jit(functools.partial(network.init_with_output, train=False))
+    outputs, variables = init(jax.random.key(0), images)
     assert {x.dtype for x in jax.tree.leaves((outputs, variables))} == {jnp.dtype("float32")}
     inner = {"params": variables["params"]["backbone"]} | {
         "batch_stats": variables["batch_stats"]["backbone"]
     }
-    features = jax.jit(lambda v: backbone.apply(v, images, train=False))(inner)
+    features = jax.jit(functools.partial(backbone.apply, train=False))(inner, images)
     assert features.dtype == jnp.bfloat16
     config.dtype = "float32"
-    exact = jax.jit(lambda v: BACKBONES[name](config).apply(v, images, train=False))(inner)
+    exact = jax.jit(functools.partial(BACKBONES[name](config).apply, train=False))(inner, images)
     assert not np.array_equal(np.asarray(features, np.float32), exact)
     error = torch_parity.relative(np.asarray(features, np.float32), np.asarray(exact))
     assert error < 0.05  # eight bits of mantissa
@@ -95,15 +101,17 @@ def test_vgg_drops_whole_channels_or_elements(channels):
     """Seen through the intermediate dropouts: a channel is all zero or nowhere zero, or mixed."""
     network = VGG16(width=8, features=4, channel_dropout=channels)
     images = jnp.asarray(torch_parity.examples(32)[0][:4])
-    variables = network.init(jax.random.key(0), images, train=False)
-    _, state = network.apply(
-        variables,
-        images,
-        train=True,
-        rngs={"dropout": jax.random.key(1)},
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=lambda module, _: type(module).__name__ == "Dropout",
-    )
+    variables = initialised(network, images)
+    _, state = jax.jit(
+        lambda variables, images: network.apply(
+            variables,
+            images,
+            train=True,
+            rngs={"dropout": jax.random.key(1)},
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: type(module).__name__ == "Dropout",
+        )
+    )(variables, images)
     first = state["intermediates"]["Dropout_0"]["__call__"][0]
     zero = np.mean(np.asarray(first) == 0, axis=(1, 2))
     if channels:
@@ -120,8 +128,8 @@ def test_vgg_without_dropout_is_deterministic_and_the_order_of_norm_matters():
         network = VGG16(
             width=4, features=4, norm_first=norm_first, conv_dropout=False, last_dropout=0.0
         )
-        variables = network.init(jax.random.key(0), images, train=False)
-        results.append(network.apply(variables, images, train=True, mutable=["batch_stats"])[0])
+        apply = functools.partial(network.apply, train=True, mutable=["batch_stats"])
+        results.append(jax.jit(apply)(initialised(network, images), images)[0])
     assert np.all(results[1] >= 0)  # ReLU last
     assert np.any(results[0] < 0)  # BatchNorm last
 
