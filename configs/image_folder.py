@@ -2,9 +2,10 @@
 
     python -m sync_jax.main --config=configs/image_folder.py --config.data.folder=FOLDER
 
-FOLDER/<class>/<picture>, or FOLDER/train/<class>/... and FOLDER/test/<class>/.... They are made
-squares of 64 pixels once (--config.data.image_size=128 for finer ones), which takes 12 KB each on
-disk and in the device's memory: 10,000 pictures, 125 MB. A tenth of the training pictures is held
+FOLDER/<class>/<picture>, or FOLDER/train/<class>/... and FOLDER/test/<class>/.... They are copied
+once (those with a short side of more than 512 pixels reduced to that) and made squares of 64 pixels
+(--config.data.image_size=128 for finer ones), which takes 12 KB each on disk and in the device's
+memory: 10,000 pictures, 125 MB. A tenth of the training pictures is held
 out for calibration; certificates want some hundreds.
 
 Expected, by arithmetic alone: 30 epochs of 10,000 pictures of 64 pixels with ResNet-18 are 4e15

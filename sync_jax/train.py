@@ -258,10 +258,10 @@ class Run:
             method, config, train_size=train_size, warmup_steps=warmup_steps
         )
 
-        def resident_batch(state: TrainState, data: ResidentSplit) -> Batch:
+        def resident_batch(state: TrainState, data: ResidentSplit, seed: Array) -> Batch:
             return training_batch(
                 data,
-                jnp.uint32(config.seed),
+                seed,
                 state.step,
                 batch_size=config.train.batch_size,
                 augmentation=self.augmentation,
@@ -269,8 +269,10 @@ class Run:
                 mesh=mesh if placement.sharded else None,
             )
 
-        def step(state: TrainState, data: ResidentSplit | Batch) -> tuple[TrainState, Terms]:
-            batch = resident_batch(state, data) if isinstance(data, ResidentSplit) else data
+        def step(
+            state: TrainState, data: ResidentSplit | Batch, seed: Array
+        ) -> tuple[TrainState, Terms]:
+            batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
             batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
             return train_step(
                 state,
@@ -280,16 +282,17 @@ class Run:
                 optimizer=self.optimizer,
                 # Of a seed's three streams of randomness this is the third; see training_batch.
                 dropout_key=jax.random.fold_in(
-                    jax.random.split(jax.random.key(jnp.uint32(config.seed)), 3)[2], state.step
+                    jax.random.split(jax.random.key(seed), 3)[2], state.step
                 ),
             )
 
         def outputs(state: TrainState, images: Array) -> dict[str, Array]:
             return eval_step(state, normal(images), network=self.network)
 
-        self.step = sharding.one_at_a_time(
-            jax.jit(step, donate_argnums=0, out_shardings=copied), mesh
-        )
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=copied)
+        # An argument and no constant: runs that differ in it alone share the compilation cache.
+        seed = np.uint32(config.seed)
+        self.step = sharding.one_at_a_time(lambda state, data: compiled(state, data, seed), mesh)
         self._outputs = sharding.one_at_a_time(
             jax.jit(outputs, in_shardings=(copied, split), out_shardings=copied), mesh
         )

@@ -1,40 +1,44 @@
 """Every method on the real dataset: it learns, and its score tells right answers from wrong."""
 
-import jax
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from configs.quickstart import get_config
-from sync_jax import sharding, train
-from sync_jax.data.parts import Part
+from sync_jax.data import catalogue
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
 from sync_jax.report import read_report
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_short_training(method, tmp_path, monkeypatch):
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
-    config = get_config()
-    config.method = method
-    config.data.calibration_size = 2000
-    config.train.epochs = 0.8
-    config.optimizer.warmup_epochs = 0.2
-    config.log.calibration_every_epochs = config.checkpoint.every_epochs = 0.8
-    test = train.load_test
-
-    def part_of_test(section, *, decode):
-        part = test(section, decode=decode)
-        return Part(part.images[:3000], part.labels[:3000], part.index[:3000])
-
-    monkeypatch.setattr(train, "load_test", part_of_test)
+def test_short_training(method, tmp_path):
+    """By the command line, on one device and with the usual optimisations."""
     try:
-        train.prepare(config)
+        catalogue.make_ready(get_config().data, print)
     except InputError as error:
         pytest.skip(f"Fashion-MNIST cannot be had: {error}")
-    train.train_and_evaluate(config, tmp_path / "run")
-    report = read_report(tmp_path / "run")
+    changes = {
+        "method": method,
+        "train.epochs": 1.2,
+        "optimizer.warmup_epochs": 0.2,
+    }
+    subprocess.run(
+        [sys.executable, "-m", "sync_jax.main", "--config=configs/quickstart.py"]
+        + [f"--workdir={tmp_path}"]
+        + [f"--config.{field}={value}" for field, value in changes.items()],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        check=True,
+        capture_output=True,
+    )
+    report = read_report(tmp_path)
     assert report["test"]["accuracy"] > 0.7  # chance is 0.1
     for score in {METHODS[method].score, "softmax_response"}:
         assert report["scores"][score]["failure_auroc"] > 0.8, score

@@ -72,6 +72,23 @@ BAD = {
         [QUICKSTART, "--config.data.name=mnist"],
         "config.data.name='mnist' is unknown.*choose from cifar10, .*fashion_mnist, ",
     ),
+    "no data": (
+        [f"--config={ROOT}/configs/imagenet100.py", "--config.data.data_dir=data"],
+        "imagenet100 is not prepared: .*ILSVRC2012_img_train.tar.*image-net.org.*--mode=prepare",
+    ),
+    "no such source": (
+        [
+            f"--config={ROOT}/configs/stanford_cars.py",
+            "--mode=prepare",
+            "--config.data.data_dir=data",
+            "--config.data.source=nowhere",
+        ],
+        "data.source='nowhere' does not exist; it must hold cars_train/",
+    ),
+    "crops beyond the square": (
+        [QUICKSTART, "--config.data.stored_size=32"],
+        "image_size=64, stored_size=32 and short_side=32 must not decrease",
+    ),
     "not finite": ([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be .* in \[0, 1\]"),
     "coverage 0": ([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),
     "delta 1": ([QUICKSTART, "--config.evaluation.delta=1"], r"delta=1.* in \(0, 1\)"),

@@ -18,12 +18,15 @@ from sync_jax.data import catalogue
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
-from sync_jax.progress import read_metrics
+from sync_jax.progress import Progress, read_metrics
 from sync_jax.report import read_report
 from sync_jax.steps import TrainState
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+
+
+MESH_OF_ALL = sharding.make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,37 @@ def test_same_seed_same_run_other_seed_other_run(data_dir, tmp_path):
         Predictions.load(tmp_path / name / "predictions_calibration.npz") for name in "ac"
     ]
     np.testing.assert_array_equal(calibration[0].index, calibration[1].index)
+
+
+@pytest.mark.slow
+def test_the_host_pipeline_resumes_to_the_same_bits_on_eight_devices(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sharding, "make_mesh", MESH_OF_ALL)
+    config = tiny.config(data_dir, data__placement="host", train__epochs=1.5)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    assert "images on the host, decoded for each batch: " in capsys.readouterr().out
+    step = Progress.step
+
+    def stop_at_eleven(self, done):
+        if done == 11:
+            raise KeyboardInterrupt
+        step(self, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", stop_at_eleven)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, tmp_path / "broken")
+    train.train_and_evaluate(config, tmp_path / "broken")
+    assert "resuming at step 6 of 18" in capsys.readouterr().out
+    whole, broken = (
+        Predictions.load(tmp_path / name / "predictions_test.npz") for name in ("whole", "broken")
+    )
+    chex.assert_trees_all_equal(whole.outputs, broken.outputs)
+    # Negative control: the device's random numbers differ.
+    train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.5), tmp_path / "device")
+    other = Predictions.load(tmp_path / "device" / "predictions_test.npz")
+    assert not np.array_equal(other.outputs["logits"], whole.outputs["logits"])
 
 
 def test_a_finished_run_says_so_and_trains_no_more(data_dir, tmp_path, capsys, monkeypatch):
@@ -218,9 +252,9 @@ def test_eight_devices_train_as_one(method, data_dir, tmp_path, monkeypatch):
         np.testing.assert_allclose(values[0], values[1], rtol=1e-3, atol=1e-4)
 
 
-def run_killed(command: list[str], workdir: Path, step: int) -> None:
+def run_killed(command: list[str], workdir: Path, step: int, environment: dict[str, str]) -> None:
     """Starts a run and kills it as soon as it has logged a step."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if any(entry["step"] >= step for entry in read_metrics(workdir)):
@@ -248,7 +282,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(method, data_dir, tmp_path):
     rng = random.Random(0)
     kills = sorted(rng.sample(range(8, total - 8), 2))
     for step in kills:
-        run_killed(tiny.command(data_dir, broken, option), broken, step)
+        run_killed(tiny.command(data_dir, broken, option), broken, step, environment)
         assert not (broken / "report.json").exists(), "it finished before it was killed"
     resumed = subprocess.run(
         tiny.command(data_dir, broken, option),

@@ -219,14 +219,19 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
 
     Returns:
         Its bytes, and `[2, 3]` the mean of each channel and of its square; or what is wrong.
+
+    Raises:
+        DataError: the file that holds it cannot be read.
     """
     try:
         data = picture.read()
         image = decode(data)
     except BadImageError as error:
         return str(error)
-    except OSError as error:
+    except PermissionError as error:
         return error.strerror or str(error)
+    except OSError as error:  # a disk that fails must not pass for thousands of bad pictures
+        raise DataError(f"{picture.path} cannot be read: {error.strerror or error}") from error
     short = min(image.size)
     size = min(short, _MEASURED)
     pixels = square(image, size, size) / 255.0

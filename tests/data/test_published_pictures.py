@@ -457,7 +457,9 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         prepare(data)
     assert not pictures.is_prepared(data)
-    (work,) = (p for p in (tmp_path / "data").glob("incomplete-food101-*") if p.name[-1] != "d")
+    (work,) = (
+        p for p in (tmp_path / "data").glob("incomplete-food101-*") if "unpacked" not in p.name
+    )
     finished = sorted(path.name for path in work.glob("*.json"))
     assert finished == ["train-00000.json", "train-00001.json"]
     count[0], limit = 0, 100
