@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""What can end a run without being a fault of the program."""
 
 
 class InputError(Exception):
@@ -7,3 +7,11 @@ class InputError(Exception):
     Its message is one line that names the field, the value and what would do. `main` prints it
     without a traceback and exits with status 2.
     """
+
+
+class WriteError(Exception):
+    """Something cannot be written, on a full disk for example; exit status 1."""
+
+
+class TerminatedError(Exception):
+    """The run was asked to stop by SIGTERM, and has saved its state; exit status 75."""

@@ -5,7 +5,7 @@
   python -m sync_jax.main --mode=compare --runs='runs/fashion_mnist-*'
 
 A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
-config or input (nothing is written), 130 interrupted.
+config or input (nothing is written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
 import sys
@@ -101,6 +101,12 @@ def main(arguments: list[str]) -> None:
         _stop(error, 2)
     except train.NonFiniteError as error:
         _stop(f"training stopped at {error}", 1)
+    except errors.WriteError as error:
+        _stop(error, 1)
+    except errors.TerminatedError as error:
+        _stop(f"{error}; the same command goes on from there", 75)
+    except OSError as error:  # what no one expected: a disk that is full, a folder that vanished
+        _stop(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint", 130)
 

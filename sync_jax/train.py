@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from sync_jax.data.resident import (
     training_batch,
 )
 from sync_jax.data.squares import Squares
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, TerminatedError
 from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
 from sync_jax.losses import Terms
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.process import exclusive, terminated
 from sync_jax.progress import MetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
@@ -59,6 +60,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         InputError: the dataset cannot be had, the batch cannot be split over the devices, or
             `workdir` holds another experiment.
         NonFiniteError: training diverged.
+        TerminatedError: stopped by SIGTERM; the state is saved.
+        WriteError: a checkpoint cannot be written.
     """
     mesh = sharding.make_mesh()
     sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
@@ -78,22 +81,23 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     train_part, calibration_part = load_train_and_calibration(
         config.data, decode=not placement.on_device
     )
-    prepare_workdir(config, workdir)
-
-    run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
-    state = run.create_state()
-    print(run.describe(state, len(calibration_part.labels)))
-    print(placement.reason)
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if not start and config.model.pretrained:
-            state, message = run.load_pretrained(state)
-            print(message)
-        if start:
-            state = checkpoints.restore(state)
-            print(f"resuming at step {start} of {run.total_steps}")
-        state = fit(run, state, start, train_part, calibration_part, checkpoints, workdir)
-    finish(run, state, calibration_part, workdir)
+    with exclusive(workdir), terminated() as stopping:
+        prepare_workdir(config, workdir)
+        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
+        state, start = run.create_state(), 0
+        print(run.describe(state, len(calibration_part.labels)))
+        print(placement.reason)
+        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            if (restored := checkpoints.restore(state)) is not None:
+                state, start = restored
+                print(f"resuming at step {start} of {run.total_steps}")
+            elif config.model.pretrained:
+                state, message = run.load_pretrained(state)
+                print(message)
+            state = fit(
+                run, state, start, train_part, calibration_part, checkpoints, workdir, stopping
+            )
+        finish(run, state, calibration_part, workdir, stopping)
 
 
 def fit(
@@ -104,8 +108,15 @@ def fit(
     calibration_part: Part,
     checkpoints: Checkpoints,
     workdir: Path,
+    stopping: Callable[[], bool],
 ) -> TrainState:
-    """The training loop: steps `start` to the last."""
+    """The training loop: steps `start` to the last.
+
+    Raises:
+        TerminatedError: `stopping` said so; the state is saved.
+        NonFiniteError: training diverged.
+        WriteError: a checkpoint cannot be written.
+    """
     config = run.config
     feed = run.feed(train_part, start)
     save_every = run.steps_of(config.checkpoint.every_epochs)
@@ -132,7 +143,8 @@ def fit(
             calibrates, saves = (
                 done % every == 0 or last for every in (calibrate_every, save_every)
             )
-            if calibrates or saves:
+            stops = stopping() and not last
+            if calibrates or saves or stops:
                 # Nothing non-finite is evaluated or saved. This waits for the device.
                 check_and_average(unchecked)
                 check_state(state, done)
@@ -140,16 +152,31 @@ def fit(
                 values = run.calibration_metrics(state, calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
-            if saves:
+            if saves or stops:
                 checkpoints.save(state, done)
+            if stops:
+                checkpoints.wait()
+                raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
         checkpoints.wait()
     return state
 
 
-def finish(run: "Run", state: TrainState, calibration_part: Part, workdir: Path) -> None:
-    """Predicts on the calibration and the test split, and writes the report."""
+def finish(
+    run: "Run",
+    state: TrainState,
+    calibration_part: Part,
+    workdir: Path,
+    stopping: Callable[[], bool],
+) -> None:
+    """Predicts on the calibration and the test split, and writes the report.
+
+    Raises:
+        TerminatedError: `stopping` said so; the trained state is saved.
+    """
     calibration = run.predict(state, calibration_part)
     calibration.save(workdir / "predictions_calibration.npz")
+    if stopping():
+        raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test = run.predict(state, load_test(run.config.data, decode=not run.placement.on_device))
     test.save(workdir / "predictions_test.npz")
     evaluate_finished(run.config, workdir)

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sync_jax import main
+from sync_jax import errors, main, train
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +214,25 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
     assert quiet.returncode == loud.returncode == 2
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (errors.TerminatedError("saved at step 3"), 75, "saved at step 3; the same command"),
+        (errors.WriteError("x cannot be written"), 1, "x cannot be written"),
+        (OSError(28, "No space left on device", "f"), 1, "f cannot be used: No space left on dev"),
+        (train.NonFiniteError("step 3: loss=nan"), 1, "training stopped at step 3: loss=nan"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ],
+)
+def test_exit_statuses(error, status, line, monkeypatch, capsys):
+    def fails(config, workdir):
+        raise error
+
+    monkeypatch.setattr(train, "train_and_evaluate", fails)
+    assert run(QUICKSTART) == status
+    assert capsys.readouterr().err.startswith(f"sync_jax: {line}")
 
 
 def test_help_names_the_flags_the_modes_and_the_command():

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import sharding, train
+from sync_jax import process, sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.data import catalogue
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
 from sync_jax.progress import Progress, read_metrics
@@ -45,7 +46,7 @@ def final_state(config, workdir: Path) -> TrainState:
     run = train.Run(config, sharding.make_mesh(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         assert checkpoints.latest_step() == run.total_steps
-        return checkpoints.restore(run.create_state())
+        return checkpoints.restore(run.create_state())[0]
 
 
 def without_time(workdir: Path) -> list[dict]:
@@ -252,16 +253,80 @@ def test_eight_devices_train_as_one(method, data_dir, tmp_path, monkeypatch):
         np.testing.assert_allclose(values[0], values[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch, capsys):
+    # No checkpoint but the last and what SIGTERM asks for.
+    config = tiny.config(data_dir, train__epochs=1.5, checkpoint__every_epochs=100.0)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    step = Progress.step
+
+    def terminated(self, done):
+        step(self, done)
+        if done == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", terminated)
+        with pytest.raises(TerminatedError, match="stopped by SIGTERM, saved at step 11"):
+            train.train_and_evaluate(config, tmp_path / "broken")
+    train.train_and_evaluate(config, tmp_path / "broken")
+    assert "resuming at step 11 of 18" in capsys.readouterr().out
+    states = [final_state(config, tmp_path / name) for name in ("whole", "broken")]
+    chex.assert_trees_all_equal(*states)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
+
+
+def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
+    with (
+        process.exclusive(tmp_path),
+        pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .*name another"),
+    ):
+        train.train_and_evaluate(tiny.config(data_dir), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    with process.exclusive(tmp_path):  # free again
+        pass
+
+
+@pytest.mark.slow
+def test_a_damaged_latest_checkpoint_costs_one_save_interval(data_dir, tmp_path, capsys):
+    config = tiny.config(data_dir, train__epochs=1.5)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    (tmp_path / "broken" / "report.json").unlink()
+    for path in (tmp_path / "broken" / "checkpoints" / "18").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-9])
+    train.train_and_evaluate(config, tmp_path / "broken")
+    shown = capsys.readouterr().out
+    assert "checkpoints/18 is damaged and put aside as 18.damaged: " in shown
+    assert "resuming at step 12 of 18" in shown
+    states = [final_state(config, tmp_path / name) for name in ("whole", "broken")]
+    chex.assert_trees_all_equal(*states)
+
+
+def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):
+    """Seen on a small tmpfs: what Orbax raises then is a ValueError of TensorStore's."""
+
+    def full(*arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device\nat 17")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(WriteError, match=r"cannot be written: RES.*are intact") as caught:
+            train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.0), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def run_killed(command: list[str], workdir: Path, step: int, environment: dict[str, str]) -> None:
     """Starts a run and kills it as soon as it has logged a step."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and child.poll() is None:
         if any(entry["step"] >= step for entry in read_metrics(workdir)):
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
 
 
 @pytest.mark.slow

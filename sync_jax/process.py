@@ -1,0 +1,69 @@
+"""What a run has to do with other processes: its folder is its alone, and SIGTERM stops it."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from sync_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+    """Holds a folder's lock, which the system lets go of even when the process is killed.
+
+    Args:
+        workdir: made when needed.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(
+                f"--workdir={workdir} is in use by {lock.read().strip() or 'another process'}; "
+                "wait for it, stop it, or name another --workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks, as a mounted bucket
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Notes SIGTERM instead of dying of it; a second one kills.
+
+    Yields:
+        What says whether one has come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    asked = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
