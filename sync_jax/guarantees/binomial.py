@@ -57,15 +57,31 @@ def most_errors(n: ArrayLike, target_risk: float, delta: float) -> Any:
     Inverse of `fewest_accepted`: with k errors the Clopper-Pearson bound still meets the target.
     """
     size = np.asarray(n, dtype=np.int64)
+    if size.size > 2:
+        return _most_errors_of_many(size, target_risk, delta)
     low, high = np.full(size.shape, -1), size + 0  # low passes, high doesn't: all n errors never do
-    if size.size > 2:  # what the least and the most of n allow lies close together
-        least, most = most_errors([size.min(), size.max()], target_risk, delta)
-        low, high = np.full(size.shape, least), np.minimum(high, most + 1)
     while (high - low > 1).any():
         middle = (low + high) // 2
         passes = at_most(middle, size, target_risk) <= delta
         low, high = np.where(passes, middle, low), np.where(passes, high, middle)
     return low
+
+
+def _most_errors_of_many(size: np.ndarray, target_risk: float, delta: float) -> np.ndarray:
+    """The same by the fewest examples that each number of errors takes.
+
+    Of these numbers there are about target_risk times as many as of sizes.
+    """
+    first, last = size.min(), size.max()
+    least, most = most_errors([first, last], target_risk, delta)
+    errors = np.arange(least + 1, most + 1)
+    low, high = np.full(errors.shape, first), np.full(errors.shape, last)  # too few, and enough
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        enough = at_most(errors, middle, target_risk) <= delta
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    # More errors take more examples, but for rounding.
+    return least + np.searchsorted(np.maximum.accumulate(high), size, side="right")
 
 
 def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:

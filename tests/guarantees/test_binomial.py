@@ -95,3 +95,13 @@ def test_the_tail_is_exact(errors, more, rate):
 def test_clopper_pearson_refuses_by_name(errors, n, delta, message):
     with pytest.raises(ValueError, match=message):
         clopper_pearson_upper(errors, n, delta)
+
+
+@pytest.mark.parametrize("target_risk", [0.01, 0.3, 0.95])
+def test_many_sizes_at_once_allow_what_each_allows(target_risk):
+    sizes = np.random.default_rng(0).integers(0, 5000, 60)
+    each = [int(most_errors(n, target_risk, 0.05)) for n in sizes]
+    np.testing.assert_array_equal(most_errors(sizes, target_risk, 0.05), each)
+    together = np.arange(sizes.min(), sizes.min() + 40)
+    expected = [int(most_errors(n, target_risk, 0.05)) for n in together]
+    np.testing.assert_array_equal(most_errors(together, target_risk, 0.05), expected)
