@@ -12,6 +12,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from sync_jax.data.listing import Listing, Member, Picture, tar_members
+from sync_jax.data.preparing import exclusive
 from sync_jax.data.records import PictureBuilder, check_disk, progress_bar
 from sync_jax.data.sources import DataError
 
@@ -31,13 +32,14 @@ class Food101(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
     HOMEPAGE = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
 
 
-def find(folder: Path, scratch: Path) -> Listing:
+def find(folder: Path, scratch: Path, log: Callable[[str], None]) -> Listing:
     """The pictures in a folder that holds `NEEDED`, in the order of the authors' lists.
 
     Args:
         folder: yours.
         scratch: where a compressed archive is decompressed, as one file, for its pictures to have
             places; the caller removes it.
+        log: told a line if another process is at it.
 
     Raises:
         DataError: it does not hold them.
@@ -50,7 +52,8 @@ def find(folder: Path, scratch: Path) -> Listing:
     if not tar.is_file():
         if not (folder / _ARCHIVE).is_file():
             raise DataError(f"{folder} does not hold {NEEDED}")
-        tar = _decompress(folder / _ARCHIVE, scratch / _TAR)
+        with exclusive(scratch.parent, "food101", log):
+            tar = _decompress(folder / _ARCHIVE, scratch / _TAR)
     places: dict[str, Member] = {}
     for member in tar_members(tar):
         places[member.name.removeprefix("./").removeprefix("food-101/")] = member
@@ -99,7 +102,7 @@ def _decompress(archive: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     total = os.stat(archive).st_size
     check_disk(target.parent, int(_EXPANSION * total), f"to decompress {archive.name}")
-    temporary = target.with_suffix(f".{os.getpid()}.incomplete")
+    temporary = target.with_suffix(".incomplete")  # one alone, however often it is begun
     with archive.open("rb") as compressed, temporary.open("wb") as out, progress_bar() as progress:
         task = progress.add_task(f"decompressing {archive.name}", total=total)
         try:
@@ -107,9 +110,11 @@ def _decompress(archive: Path, target: Path) -> Path:
                 while chunk := contents.read(_CHUNK):
                     out.write(chunk)
                     if out.tell() > _MOST * total + _CHUNK:
+                        temporary.unlink()
                         raise DataError(f"{archive} expands to more than photographs do")
                     progress.update(task, completed=compressed.tell())
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            temporary.unlink()
             raise DataError(f"{archive} is damaged or truncated: {error}") from error
     temporary.replace(target)
     return target

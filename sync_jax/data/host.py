@@ -47,8 +47,7 @@ class Examples:
         """An example: image `[size, size, channels]` uint8, label and index `[]` int32.
 
         Raises:
-            BadImageError: the picture cannot be decoded.
-            DataError: the prepared folder is damaged.
+            DataError: the prepared folder is damaged, or its picture cannot be decoded.
         """
         epoch, place = divmod(position, len(self.labels))
         row = int(
@@ -91,7 +90,7 @@ def batches(
         examples: by position.
         start: first step.
         stop: the one after the last.
-        batch_size: of all processes together; each has batch_size / processes neighbours.
+        batch_size: of all processes together; each has a stretch of equal length.
         process: which one this is.
         processes: how many there are; must divide batch_size.
         workers: processes of its own that decode; 0: threads, one for each core.

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SUFFIXES = (*(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
 
 

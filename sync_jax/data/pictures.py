@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sync_jax.data import food101, image_folder, imagenet100, stanford_cars
+from sync_jax.data.images import Layout
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.listing import Listing
 from sync_jax.data.preparing import build, disk_errors, exclusive, expand, remove_leftovers
@@ -30,7 +31,7 @@ from sync_jax.data.records import (
     read_info,
 )
 from sync_jax.data.sources import DataError, incomplete_prefix
-from sync_jax.data.squares import Layout, Squares, make_squares, open_squares
+from sync_jax.data.squares import Squares, make_squares, open_squares
 
 FOLDER = image_folder.NAME
 # ImageNet's mean and deviation, which the field's codes use for all of these.
@@ -45,7 +46,7 @@ class Published:
 
     Attributes:
         builder: of its records.
-        find: (the user's folder, one for temporary files) to its pictures.
+        find: (the user's folder, one for temporary files, log) to its pictures.
         needed: what the folder must hold, in words.
         how: where that can be had.
         num_classes: of it.
@@ -54,7 +55,7 @@ class Published:
     """
 
     builder: type[PictureBuilder]
-    find: Callable[[Path, Path], Listing]
+    find: Callable[[Path, Path, Callable[[str], None]], Listing]
     needed: str
     how: str
     num_classes: int
@@ -65,7 +66,7 @@ class Published:
 PUBLISHED = {
     "imagenet100": Published(
         imagenet100.Imagenet100,
-        lambda folder, scratch: imagenet100.find(folder),
+        lambda folder, scratch, log: imagenet100.find(folder),
         imagenet100.NEEDED,
         imagenet100.HOW,
         100,
@@ -74,7 +75,7 @@ PUBLISHED = {
     ),
     "stanford_cars": Published(
         stanford_cars.StanfordCars,
-        lambda folder, scratch: stanford_cars.find(folder),
+        lambda folder, scratch, log: stanford_cars.find(folder),
         stanford_cars.NEEDED,
         stanford_cars.HOW,
         stanford_cars.NUM_CLASSES,
@@ -275,7 +276,7 @@ def _find(
         )
     log(f"{section.name}: looking for the pictures in {folder}")
     with disk_errors(scratch.parent):
-        listing = published.find(folder, scratch)
+        listing = published.find(folder, scratch, log)
     counts = {split: len(pictures) for split, pictures in listing.splits.items()}
     line = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
     log(f"{section.name}: {len(listing.class_names)} classes: {line}")

@@ -73,7 +73,7 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
 
 
 def free_memory(mesh: Mesh) -> float:
-    """Bytes that are free on all devices together; of a CPU's, simulated or not, the host's."""
+    """Bytes free on all devices together; the host's of a CPU's, and of those that do not tell."""
     total = 0.0
     for device in mesh.devices.flat:
         statistics = device.memory_stats() if device.platform != "cpu" else None

@@ -25,7 +25,7 @@ import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
-from tensorflow_datasets.core import example_serializer, naming
+from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
@@ -58,11 +58,13 @@ class Shard:
     num_bytes: int
 
 
-class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes encoded pictures as they are, in the listed order, once each has been decoded.
 
     Files of `SHARD` pictures are finished one by one in a folder that outlives the process: a
-    preparation that was stopped goes on after the last finished one.
+    preparation that was stopped goes on after the last finished one. TFDS's own generators of
+    examples begin anew after every interruption, and of a split of more than a gigabyte they keep
+    temporary files that are read with TensorFlow.
     """
 
     HOMEPAGE = ""
@@ -88,14 +90,6 @@ class PictureBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             homepage=self.HOMEPAGE,
             disable_shuffling=True,
         )
-
-    # TFDS's own way, a generator of examples, would begin anew after every interruption, and keep
-    # a split of more than a gigabyte in temporary files that it reads with TensorFlow.
-    def _split_generators(self, dl_manager: Any) -> Any:
-        raise NotImplementedError
-
-    def _generate_examples(self) -> Any:
-        raise NotImplementedError
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         del dl_manager, download_config
@@ -238,7 +232,9 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
     if largest_side and short > largest_side:
         width, height = (max(round(x * largest_side / short), 1) for x in image.size)
         out = BytesIO()
-        image.resize((width, height), 2).save(out, "JPEG", quality=95, subsampling=0)
+        image.resize((width, height), Image.Resampling.BILINEAR).save(
+            out, "JPEG", quality=95, subsampling=0
+        )
         data = out.getvalue()
     return data, np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
 

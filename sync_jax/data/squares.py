@@ -5,19 +5,18 @@
 Reading it costs no decoding and no memory of the host: the system reads what is touched.
 """
 
-import os
+import dataclasses
 from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sync_jax.data.images import BadImageError, Layout, centre, decode, square
-from sync_jax.data.records import Records, check_disk, flush, progress_bar
+from sync_jax.data.images import Layout, centre
+from sync_jax.data.records import DecodedPictures, Records, check_disk, flush, progress_bar
 from sync_jax.data.sources import DataError
 
-_AT_ONCE = 1024  # pictures between two notes of how far it is
+_AT_ONCE = 512  # pictures between two notes of how far it is
 _HEADER = 128  # bytes of an .npy file's header, or more
 
 
@@ -109,23 +108,17 @@ def make_squares(
         log(f"making {shape[0]:,} squares of {layout.stored} pixels in {target.parent}")
         mode = "r+" if done else "w+"
         mapped = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.uint8, shape=shape)
-
-        def fill(row: int, records: Records = records, mapped: np.ndarray = mapped) -> None:
-            try:
-                image = decode(records[row])
-            except BadImageError as error:
-                raise DataError(f"{prepared}: picture {row} cannot be read: {error}") from error
-            mapped[row] = square(image, layout.short_side, layout.stored)
-
-        with ThreadPool(os.cpu_count()) as pool, progress_bar() as progress:
+        uncut = dataclasses.replace(layout, size=layout.stored)
+        decoded = DecodedPictures(records, np.arange(shape[0]), uncut)
+        with progress_bar() as progress:
             task = progress.add_task(f"{split}: squares", total=shape[0], completed=done)
             for start in range(done, shape[0], _AT_ONCE):
                 stop = min(start + _AT_ONCE, shape[0])
-                pool.map(fill, range(start, stop), chunksize=8)
+                mapped[start:stop] = decoded[start:stop]
                 mapped.flush()
                 note.write_text(str(stop))
                 progress.update(task, completed=stop)
-        del mapped, fill
+        del mapped
         flush(temporary)
         temporary.replace(target)
         note.unlink(missing_ok=True)
