@@ -1,41 +1,71 @@
 """Checkpoints of the training state; the only file that imports Orbax."""
 
+import functools
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import Array
 
+from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, WriteError
+from sync_jax.hashing import mix
 from sync_jax.steps import TrainState
 
+_ABOUT = "about"  # the item beside the state: fingerprints, notes, score
 _DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
+
+
+class Restored(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+        state: the training state.
+        step: steps done.
+        notes: what was saved with it, of JSON's types.
+    """
+
+    state: TrainState
+    step: int
+    notes: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of one run: written in the background, each complete or absent.
 
-    A context manager: leaving it waits for the save in progress.
+    A context manager: leaving it waits for the save in progress. Of several processes all make the
+    same calls; each writes what is on its devices, into one folder that all of them see.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(
+        self, folder: Path, *, keep: int, keep_best: int = 0, processes: Processes | None = None
+    ):
         """Opens a folder, which need not exist yet.
 
         Args:
             folder: one subfolder per checkpoint, named by its step.
             keep: how many of the latest to keep.
+            keep_best: how many of those with the highest score to keep besides.
+            processes: of the run.
         """
         self._folder = folder.absolute()
-        self._keep = keep
-        self._open()
+        self._keep, self._keep_best = keep, keep_best
+        self._processes = processes or Processes()
+        self._scores: dict[int, float] = dict(
+            self._processes.from_first("the checkpoints' scores", lambda: _read_scores(folder))
+        )
+        self._guarded(self._open)
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=True
+            preservation_policy=_Kept(self._keep, self._keep_best, self._scores),
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -43,51 +73,77 @@ class Checkpoints:
         """Steps done in the latest complete checkpoint; None without one."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
         """Copies the state and writes it in the background; waits for an earlier save first.
 
         Args:
             state: not donated: it may be, once this returns.
             step: steps done; nothing is written if that is saved already.
+            notes: of JSON's types, to be found with it.
+            score: the higher, the better, for `keep_best`; without one it is the worst.
 
         Raises:
             WriteError: this or the earlier one cannot be written; those before are intact.
         """
         if step == self.latest_step():
             return
+        about = {
+            "fingerprints": fingerprints(state),
+            "notes": dict(notes or {}),
+            "score": score,
+        }
+        if score is not None:
+            self._scores[step] = score
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), digest=ocp.args.JsonSave(_digests(state))
+            state=ocp.args.StandardSave(state),
+            **{_ABOUT: ocp.args.JsonSave(about | {"digest": _digest(about)})},
         )
         self._guarded(lambda: self._manager.save(step, args=args))
 
-    def restore(
-        self, like: TrainState, log: Callable[[str], None] = print
-    ) -> tuple[TrainState, int] | None:
+    def restore(self, like: TrainState, log: Callable[[str], None] = print) -> Restored | None:
         """The latest checkpoint that is whole; those after it are put aside, by name.
 
-        Every array is compared with the digest that was made of it when it was saved.
+        Every array is compared with the fingerprint that was made of it when it was saved. Devices
+        and processes may be others than then.
 
         Args:
             like: gives shapes, dtypes and shardings.
             log: told a line of each that is damaged.
 
         Returns:
-            The state and the steps done; None where there is no checkpoint at all.
+            It, or None where there is no checkpoint at all.
 
         Raises:
             InputError: there are checkpoints, and none can be used. All are left as they are.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps: list[int] = self._processes.from_first(
+            "the list of checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)
+        )
         damaged: dict[int, str] = {}
         for step in steps:
+            if self._processes.count > 1:
+                # One process alone finds out, where no other waits for it in a collective.
+                reason = self._processes.from_first(
+                    f"checkpoint {step}", functools.partial(self._reason_against, like, step)
+                )
+                if reason:
+                    damaged[step] = reason
+                    continue
             try:
-                state = self._read(like, step)
+                restored = self._read(like, step)
             except Exception as error:  # Orbax and TensorStore raise what they like
-                damaged[step] = " ".join(str(error).split())[:300] or type(error).__name__
+                damaged[step] = _one_line(error)
                 continue
             if damaged:
                 self._put_aside(damaged, log)
-            return state, step
+            return restored
         if not steps:
             return None
         reasons = "; ".join(f"{self._folder / str(step)}: {damaged[step]}" for step in steps)
@@ -96,26 +152,52 @@ class Checkpoints:
             f"move {self._folder} away"
         )
 
-    def _read(self, like: TrainState, step: int) -> TrainState:
+    def _read(self, like: TrainState, step: int) -> Restored:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(abstract), **{_ABOUT: ocp.args.JsonRestore()}
         )
         found = self._manager.restore(step, args=args)
-        state: TrainState = found["state"]
-        expected, digests = found["digest"], _digests(state)
-        wrong = sorted(name for name in digests if digests[name] != expected.get(name))
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not what was saved")
-        return state
+        return Restored(found["state"], step, _checked(found["state"], found[_ABOUT]))
+
+    def _reason_against(self, like: TrainState, step: int) -> str | None:
+        """Why a checkpoint cannot be used, found by this process alone; None if it can."""
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
+        )
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=self._processes.index,
+            active_processes={self._processes.index},
+            barrier_sync_key_prefix="alone",
+        )
+        handlers: list[tuple[Any, str, Any]] = [
+            (ocp.StandardCheckpointHandler, "state", ocp.args.StandardRestore(abstract)),
+            (ocp.JsonCheckpointHandler, _ABOUT, ocp.args.JsonRestore()),
+        ]
+        try:
+            state, about = (
+                ocp.Checkpointer(
+                    handler(multiprocessing_options=alone), multiprocessing_options=alone
+                ).restore(self._folder / str(step) / item, args=args)
+                for handler, item, args in handlers
+            )
+            _checked(state, about)
+        except Exception as error:  # as above
+            return _one_line(error)
+        return None
 
     def _put_aside(self, damaged: dict[int, str], log: Callable[[str], None]) -> None:
-        for step, reason in damaged.items():
-            path = self._folder / str(step)
-            log(f"checkpoint {path} is damaged and put aside as {path.name}{_DAMAGED}: {reason}")
-            path.rename(path.with_name(f"{path.name}{_DAMAGED}"))
+        def rename() -> None:
+            for step, reason in damaged.items():
+                path = self._folder / str(step)
+                name = f"{path.name}{_DAMAGED}"
+                log(f"checkpoint {path} is damaged and put aside as {name}: {reason}")
+                self._guarded(functools.partial(path.rename, path.with_name(name)))
+
+        self._processes.from_first("putting damaged checkpoints aside", rename)
         self._manager.close()
         self._open()  # the manager would not write these steps again
 
@@ -132,7 +214,7 @@ class Checkpoints:
             write()
         except Exception as error:  # Orbax and TensorStore raise what they like
             raise WriteError(
-                f"{self._folder} cannot be written: {' '.join(str(error).split())[:300]}; earlier "
+                f"{self._folder} cannot be written: {_one_line(error)}; earlier "
                 "checkpoints are intact, and the same command goes on from the last"
             ) from error
 
@@ -150,11 +232,80 @@ class Checkpoints:
         self._manager.close()
 
 
-def _digests(state: TrainState) -> dict[str, str]:
-    """SHA-256 of every array's bytes, by its path."""
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The latest few, and those with the highest scores.
+
+    Orbax keeps scores too, in files of their own: if one of them is damaged, it does not open.
+    """
+
+    def __init__(self, latest: int, best: int, scores: Mapping[int, float]):
+        self._latest, self._best, self._scores = latest, best, scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: ocp.checkpoint_managers.PreservationContext
+    ) -> list[bool]:
+        del context
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        scored = sorted((x for x in steps if x in self._scores), key=self._scores.__getitem__)
+        kept = {*steps[-self._latest :], *scored[len(scored) - self._best :]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _read_scores(folder: Path) -> list[tuple[int, float]]:
+    """Those of the checkpoints in a folder whose description can be read."""
+    scores = []
+    for path in folder.glob(f"*/{_ABOUT}/metadata"):
+        try:
+            about = json.loads(path.read_text())
+            if about["digest"] == _digest(about) and about["score"] is not None:
+                scores.append((int(path.parts[-3]), about["score"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it is damaged, which `restore` finds out
+    return scores
+
+
+def fingerprints(state: TrainState) -> dict[str, list[int]]:
+    """64 bits of every array, by its path, computed on the devices; any changed bit changes them.
+
+    Sums of integers, so that neither the number of devices nor the sharding matters.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    arrays = jax.device_get([leaf for _, leaf in leaves])
+    values = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
     return {
-        jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-        for (path, _), array in zip(leaves, arrays, strict=True)
+        jax.tree_util.keystr(path): value.tolist()
+        for (path, _), value in zip(leaves, values, strict=True)
     }
+
+
+@jax.jit
+def _fingerprint(x: Array) -> Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    if x.dtype == jnp.bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place = mix(jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape))
+    # Odd weights: what changes one element alone never leaves the first sum as it was.
+    return jnp.stack([jnp.sum(bits * (place | 1)), jnp.sum(mix(bits + place))])
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    """SHA-256 of what a checkpoint says about itself, but for the digest there."""
+    rest = {name: value for name, value in about.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
+    """The notes of a checkpoint that is what was saved; ValueError otherwise."""
+    expected = about["fingerprints"]
+    if about["digest"] != _digest(about):
+        raise ValueError("its notes are not what was saved")
+    found = fingerprints(state)
+    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not what was saved")
+    return about["notes"]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

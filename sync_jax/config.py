@@ -24,8 +24,9 @@ COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 OPERATIONAL = (
-    *("data.data_dir", "data.source", "data.workers"),
-    *("log.", "checkpoint.", "evaluation."),
+    *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
+    *("train.on_nonfinite", "train.nonfinite_budget"),
+    *("log.", "checkpoint.", "evaluation.", "process."),
 )
 
 
@@ -113,9 +114,19 @@ def default_config() -> ConfigDict:
     config.optimizer.decay_epochs = 25.0  # "step" only: multiply by decay_factor this often
     config.optimizer.decay_factor = 0.5
 
+    # The optimiser's state divided between the devices instead of copied to each.
+    config.optimizer.sharded = False
+
     config.train = ConfigDict()
     config.train.epochs = 30.0  # may be fractional
     config.train.batch_size = 128  # over all devices together
+    # Gradient accumulation: the network sees each device's share of a batch in so many parts.
+    config.train.microbatches = 1
+    # What a step does whose loss, gradient or parameters are not finite: "stop" the run; "skip":
+    # leave everything as it was and go on; "rollback": go back to the latest checkpoint, and leave
+    # that step out when it comes again. No more often than the budget allows.
+    config.train.on_nonfinite = "stop"
+    config.train.nonfinite_budget = 10
 
     config.log = ConfigDict()
     config.log.every_steps = 50
@@ -124,6 +135,15 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1.0
     config.checkpoint.keep = 3  # the latest so many
+    # And so many with the best value on the calibration split of "aurc" (by the softmax response),
+    # "accuracy" or "negative_log_likelihood", of those that are saved where it is logged.
+    config.checkpoint.keep_best = 1
+    config.checkpoint.best_metric = "aurc"
+
+    config.process = ConfigDict()
+    config.process.wait_seconds = 600.0  # for the other processes, wherever all must come together
+    # Prints what each thread is doing when no step has finished for so long; 0: never.
+    config.process.watchdog_seconds = 600.0
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 1000
@@ -161,6 +181,8 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.stem", ("cifar", "imagenet"))
     _choice(config, "loss.divergence", ("bce", "mse"))
     _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
+    _choice(config, "train.on_nonfinite", ("stop", "skip", "rollback"))
+    _choice(config, "checkpoint.best_metric", ("aurc", "accuracy", "negative_log_likelihood"))
 
     _integer(config, "seed", low=0, high=2**31 - 1)
     _integer(config, "data.split_seed", low=0, high=2**31 - 1)
@@ -188,7 +210,10 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
+    _integer(config, "train.microbatches", low=1)
+    _integer(config, "train.nonfinite_budget", low=0)
     _integer(config, "checkpoint.keep", low=1)
+    _integer(config, "checkpoint.keep_best", low=0)
     _integer(config, "evaluation.batch_size", low=1, high=100_000)
 
     unit = _range("in (0, 1]", lambda x: 0 < x <= 1)
@@ -218,6 +243,8 @@ def validate(config: ConfigDict) -> None:
         non_negative(config, field)
     for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
         non_negative(config, f"loss.{field}")
+    positive(config, "process.wait_seconds")
+    non_negative(config, "process.watchdog_seconds")
     non_negative(config, "loss.contrast_weight")
     non_negative(config, "loss.entropy_weight")
     _range("below the run's epochs, or negative", lambda x: True)(config, "loss.warmup_epochs")
@@ -275,20 +302,29 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def describe_differences(config: ConfigDict, saved: Path) -> list[str]:
-    """Fields in which a config and a saved one are different experiments, one phrase each.
-
-    Args:
-        config: this one.
-        saved: a file with the other, as `to_json` makes it.
+def read_config(saved: Path) -> dict[str, Any]:
+    """A config as nested dicts, from a file that holds what `to_json` makes.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
-        theirs = dict(flatten(json.loads(saved.read_text())))
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads(saved.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError) as error:
         raise InputError(f"{saved} cannot be read: {error}") from error
+    return config
+
+
+def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
+    """Fields in which a config and a saved one are different experiments, one phrase each.
+
+    Args:
+        config: this one.
+        saved: the other, as nested dicts.
+    """
+    theirs = dict(flatten(saved))
     ours = dict(flatten(json.loads(to_json(config))))
     return [
         f"config.{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"

@@ -13,5 +13,13 @@ class WriteError(Exception):
     """Something cannot be written, on a full disk for example; exit status 1."""
 
 
+class FailedError(Exception):
+    """Training cannot go on, for a reason that its message names; exit status 1."""
+
+
+class NonFiniteError(FailedError):
+    """A loss, one of its terms, the gradient or the state is not a finite number."""
+
+
 class TerminatedError(Exception):
     """The run was asked to stop by SIGTERM, and has saved its state; exit status 75."""

@@ -106,7 +106,11 @@ class Predictions:
 
 
 def predict(
-    part: Part, outputs_of: Callable[[np.ndarray], dict[str, Array]], batch_size: int
+    part: Part,
+    outputs_of: Callable[[np.ndarray], dict[str, Array]],
+    batch_size: int,
+    *,
+    share: slice | None = None,
 ) -> Predictions:
     """Outputs for every example exactly once, whatever the batch size.
 
@@ -116,6 +120,8 @@ def predict(
             `[batch_size, ...]`. It is always given whole batches: the last is filled up with zeros,
             whose outputs are dropped.
         batch_size: examples at a time.
+        share: which rows of each batch `outputs_of` is given, by each of several processes; it
+            returns the outputs of all.
 
     Raises:
         InputError: no examples.
@@ -125,9 +131,10 @@ def predict(
         raise InputError("there are no examples to predict")
     rows: list[dict[str, np.ndarray]] = []
     pending: dict[str, Array] | None = None
+    first, last, _ = (share or slice(None)).indices(batch_size)
     for start in range(0, size, batch_size):
-        images = part.images[start : start + batch_size]
-        padding = batch_size - len(images)
+        images = part.images[min(start + first, size) : min(start + last, size)]
+        padding = last - first - len(images)
         if padding:
             images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
         following = outputs_of(images)

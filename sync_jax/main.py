@@ -51,6 +51,15 @@ _MIXED = flags.DEFINE_bool(
     False,
     "compare, ensemble: also runs that differ in data, network or schedule; it says in what.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes that train one network: HOST:PORT, a free port of process 0's host. All "
+    "run the same command but for --process, and see the same --workdir. On TPU slices, and under "
+    "Slurm's srun, they find each other without these three.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 
 
 def main(arguments: list[str]) -> None:
@@ -59,7 +68,7 @@ def main(arguments: list[str]) -> None:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
     # Imported here, for --helpshort need not wait for JAX.
     from sync_jax import config as config_lib
-    from sync_jax import errors, train
+    from sync_jax import distributed, errors, train
 
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
@@ -80,6 +89,12 @@ def main(arguments: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         config_lib.validate(config)
+        distributed.initialize(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            seconds=config.process.wait_seconds,
+        )
         if _MODE.value == "sweep":
             from sync_jax import sweep
 
@@ -99,9 +114,9 @@ def main(arguments: list[str]) -> None:
             train.evaluate_finished(config, workdir)
     except errors.InputError as error:
         _stop(error, 2)
-    except train.NonFiniteError as error:
+    except errors.NonFiniteError as error:
         _stop(f"training stopped at {error}", 1)
-    except errors.WriteError as error:
+    except (errors.FailedError, errors.WriteError) as error:
         _stop(error, 1)
     except errors.TerminatedError as error:
         _stop(f"{error}; the same command goes on from there", 75)

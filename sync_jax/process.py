@@ -1,11 +1,14 @@
-"""What a run has to do with other processes: its folder is its alone, and SIGTERM stops it."""
+"""What a run has to do with its system: a folder of its own, SIGTERM, and a watchdog."""
 
 import contextlib
+import faulthandler
 import fcntl
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -67,3 +70,46 @@ def terminated() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Prints what every thread is doing, to stderr, whenever nothing has happened for too long.
+
+    Args:
+        seconds: how long is too long; 0: never.
+
+    Yields:
+        What to call when something has happened.
+    """
+    if not seconds:
+        yield lambda: None
+        return
+    last = time.monotonic()
+    over = threading.Event()
+
+    def happened() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        warned_at = last
+        while not over.wait(seconds / 10):
+            since = time.monotonic() - max(last, warned_at)
+            if since > seconds:
+                warned_at = time.monotonic()
+                print(
+                    f"sync_jax: no step has finished for {warned_at - last:.0f} s; what each "
+                    "thread is doing:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(2, all_threads=True)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield happened
+    finally:
+        over.set()
+        thread.join()

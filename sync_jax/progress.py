@@ -1,6 +1,7 @@
 """What a run shows and writes while it goes on: console, metrics.jsonl and TensorBoard events."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,14 +16,16 @@ from tensorboardX import SummaryWriter
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere. A context manager."""
 
-    def __init__(self, *, total_steps: int, start_step: int, batch_size: int):
+    def __init__(self, *, total_steps: int, start_step: int, batch_size: int, shown: bool = True):
         """Prepares the display; nothing is shown before it is entered.
 
         Args:
             total_steps: steps of the whole run.
             start_step: steps done by an earlier process.
             batch_size: examples of a step, for the rate.
+            shown: whether to show anything: one of several processes does.
         """
+        self._shown = shown
         self._total = total_steps
         self._batch_size = batch_size
         self._first: tuple[int, float] | None = None  # step and time after the compilation
@@ -34,7 +37,7 @@ class Progress:
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.fields[shown]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal and shown),
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=start_step, shown="")
 
@@ -68,6 +71,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
+        if not self._shown:
+            return
         if self._bar.disable:
             print(text, flush=True)
         else:
@@ -97,10 +102,13 @@ class MetricWriter:
             workdir: exists.
             start_step: steps done; later entries are dropped, for these steps are done again.
         """
-        self._path = workdir / "metrics.jsonl"
+        path = workdir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = self._path.open("a")
+        temporary = path.with_name(f"{path.name}.incomplete")
+        self._file = temporary.open("w")
+        self._file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self.flush()
+        os.replace(temporary, path)  # a kill in between leaves the old or the new
         # Seconds of training before this process, so that a resumed run knows its whole time.
         self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
         self._began = time.monotonic()
@@ -125,6 +133,11 @@ class MetricWriter:
         for name, value in values.items():
             self._events.add_scalar(f"{part}/{name}", value, step)
 
+    def flush(self) -> None:
+        """Makes sure that the entries are on the disk: before a checkpoint that follows them is."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def __enter__(self) -> "MetricWriter":
         return self
 
@@ -136,6 +149,22 @@ class MetricWriter:
     ) -> None:
         self._file.close()
         self._events.close()
+
+
+class NoMetricWriter(MetricWriter):
+    """Of the processes that write nothing."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def write(self, step: int, part: str, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *error: object) -> None:
+        """Does nothing."""
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -1,7 +1,11 @@
-"""One mesh over all devices: the batch is split over it, everything else is copied to each."""
+"""One mesh over all devices: the batch is split over it, everything else is copied to each.
+
+Of several processes each holds the arrays' parts on its own devices. Those are neighbours in the
+mesh, so that a process's share of a batch is one stretch of it.
+"""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,12 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sync_jax.errors import InputError
 
 BATCH_AXIS = "batch"
+_SMALL = 1024  # elements: an array below that is not worth an exchange
 T = TypeVar("T")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices`, all of them by default."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (BATCH_AXIS,))
+    """A one-dimensional mesh over `devices`, by default all of all processes."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), (BATCH_AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -27,6 +34,54 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+
+def share(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a batch that are on this process's devices."""
+    mine = [i for i, device in enumerate(mesh.devices.flat) if device in mesh.local_devices]
+    each = batch_size // mesh.size
+    return slice(mine[0] * each, (mine[-1] + 1) * each)
+
+
+def from_shares(tree: Any, mesh: Mesh) -> Any:
+    """Batches from each process's share of the rows; arrays of one process are left as they are.
+
+    Args:
+        tree: of arrays `[batch / processes, ...]`.
+        mesh: the devices.
+
+    Returns:
+        The tree, of arrays `[batch, ...]`.
+    """
+    if mesh.is_multi_process:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree
+        )
+    return tree
+
+
+def split_over(mesh: Mesh, shapes: Any) -> Any:
+    """Shardings that leave each device a part of every large array, where an axis can be divided.
+
+    For what is only ever used element by element, as an optimiser's state (the first stage of
+    Rajbhandari et al., 2020, "ZeRO").
+
+    Args:
+        mesh: the devices.
+        shapes: tree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+        A tree of shardings: the longest axis that the number of devices divides, if any.
+    """
+
+    def split(x: Any) -> NamedSharding:
+        axes = [axis for axis in range(len(x.shape)) if x.shape[axis] % mesh.size == 0]
+        if not axes or x.size < _SMALL:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, BATCH_AXIS))
+
+    return jax.tree.map(split, shapes)
 
 
 def shard_batch(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
@@ -46,17 +101,29 @@ def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     return lambda *arguments: jax.block_until_ready(function(*arguments))
 
 
-def check_divisible(field: str, batch_size: int, mesh: Mesh) -> None:
+def check_divisible(field: str, batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
     """Refuses a batch that cannot be split evenly.
 
+    Args:
+        field: that the batch size is from.
+        batch_size: of all devices together.
+        mesh: the devices.
+        microbatches: into which gradient accumulation divides each device's part.
+
     Raises:
-        InputError: `batch_size` is no multiple of the number of devices.
+        InputError: `batch_size` is no multiple of the number of devices and microbatches.
     """
     devices = mesh.size
-    if batch_size % devices:
-        below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
+    parts = devices * microbatches
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
         choices = f"{below} or {above}" if below else str(above)
+        over = f"{devices} devices"
+        divisor = str(devices)
+        if microbatches > 1:
+            over += f" with {microbatches} microbatches each"
+            divisor = f"({devices} * {microbatches})"
         raise InputError(
-            f"{field}={batch_size} cannot be split over {devices} devices: "
-            f"{batch_size} / {devices} = {batch_size / devices:.2f}; use {choices}"
+            f"{field}={batch_size} cannot be split over {over}: "
+            f"{batch_size} / {divisor} = {batch_size / parts:.2f}; use {choices}"
         )

@@ -86,8 +86,10 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     dropout_key: Array | None = None,
+    microbatches: int = 1,
+    skip: Array | bool = False,
 ) -> tuple[TrainState, Terms]:
-    """One step of gradient descent.
+    """One step of gradient descent; one that is not finite changes nothing but the step count.
 
     Args:
         state: before the step.
@@ -97,22 +99,23 @@ def train_step(
         objective: what is minimised.
         optimizer: as given to `create_train_state`.
         dropout_key: of this step; for a network with dropout.
+        microbatches: gradient accumulation: the network sees the batch in so many parts, one after
+            the other, and keeps the activations of one. The objective is that of the whole batch,
+            however it weighs its examples; BatchNorm's statistics are a part's. Must divide the
+            batch. Above 1 it costs a second forward pass.
+        skip: `[]` bool, whether the step is to change nothing, as if it were not finite.
 
     Returns:
         The state after the step, and scalars of the batch before it: loss, its terms,
         gradient_norm, accuracy and, with a selection head, mean_selection (mean of g) and coverage
-        (share with g >= 1/2).
+        (share with g >= 1/2); parameter_norm is of the parameters that the step led to. If any of
+        them is not finite, the state has its old values, and `step` counts on.
     """
 
     def forward(params: optax.Params) -> tuple[dict[str, Array], optax.Params]:
-        outputs, updates = network.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs=None if dropout_key is None else {"dropout": dropout_key},
+        return _forward(
+            network, params, state.batch_stats, batch["image"], dropout_key, microbatches
         )
-        return outputs, updates.get("batch_stats", {})
 
     trained = Trained(state.params, lambda params: forward(params)[0])
 
@@ -138,14 +141,56 @@ def train_step(
         accepted = (selection >= 0.5).astype(jnp.float32)
         metrics["mean_selection"] = masked_mean(selection, batch["mask"])
         metrics["coverage"] = masked_mean(accepted, batch["mask"])
-    state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-        memory=memory,
+    params = optax.apply_updates(state.params, updates)
+    metrics["parameter_norm"] = optax.tree.norm(params)
+    good = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values())))) & jnp.logical_not(skip)
+    after = TrainState(state.step, params, batch_stats, opt_state, memory)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
+    return kept.replace(step=state.step + 1), metrics
+
+
+def _forward(
+    network: nn.Module,
+    params: optax.Params,
+    batch_stats: optax.Params,
+    images: Array,
+    dropout_key: Array | None,
+    microbatches: int,
+) -> tuple[dict[str, Array], optax.Params]:
+    """The network's outputs in training, and BatchNorm's statistics afterwards."""
+
+    def apply(
+        params: optax.Params, batch_stats: optax.Params, images: Array, key: Array | None
+    ) -> tuple[dict[str, Array], optax.Params]:
+        outputs, updates = network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs=None if key is None else {"dropout": key},
+        )
+        return outputs, updates.get("batch_stats", {})
+
+    if microbatches == 1:
+        return apply(params, batch_stats, images, dropout_key)
+
+    def part(batch_stats: optax.Params, numbered: tuple[Array, Array]) -> tuple[Any, Any]:
+        number, images = numbered
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        # Its activations are computed again for the gradient instead of being kept.
+        outputs, batch_stats = jax.checkpoint(apply)(params, batch_stats, images, key)
+        return batch_stats, outputs
+
+    size = images.shape[0] // microbatches
+    # Every so many examples rather than a stretch: each device then has its share of each part.
+    parts = images.reshape(size, microbatches, *images.shape[1:]).swapaxes(0, 1)
+    # Unrolled on a CPU, where convolutions inside a loop are some thirty times slower.
+    unroll = microbatches if jax.default_backend() == "cpu" else 1
+    batch_stats, outputs = jax.lax.scan(
+        part, batch_stats, (jnp.arange(microbatches), parts), unroll=unroll
     )
-    return state, metrics
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(images.shape[0], *x.shape[2:]), outputs)
+    return whole, batch_stats
 
 
 def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[str, Array]:

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from sync_jax.compare import compare
 from sync_jax.config import default_config, flatten, suggestion, validate
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.report import read_report
-from sync_jax.train import NonFiniteError, train_and_evaluate
+from sync_jax.train import train_and_evaluate
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
@@ -57,7 +57,7 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         trained += 1
         jax.clear_caches()  # every run compiles functions of its own
     finished = [out / folder for folder, _ in runs if folder not in failed]
-    if finished:
+    if finished and jax.process_index() == 0:
         # A field that was varied on purpose may differ.
         compare([str(folder) for folder in finished], out / "compare", mixed=True)
     for folder in failed:

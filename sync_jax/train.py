@@ -1,13 +1,13 @@
 """Training a selective classifier, from a config to a report."""
 
-import functools
-import itertools
+import contextlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,142 +18,209 @@ from ml_collections import ConfigDict
 
 from sync_jax import sharding
 from sync_jax.checkpoint import Checkpoints
-from sync_jax.config import check_sizes, describe_differences, to_json
-from sync_jax.data import catalogue, host, pictures
-from sync_jax.data.augmentation import normalise
+from sync_jax.config import check_sizes, describe_differences, read_config, to_json
+from sync_jax.data import catalogue, pictures
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
 from sync_jax.data.placement import Placement, choose
-from sync_jax.data.recipe import Augmentation
-from sync_jax.data.resident import (
-    ResidentSplit,
-    epoch_constants,
-    put_on_devices,
-    training_batch,
-)
-from sync_jax.data.squares import Squares
-from sync_jax.errors import InputError, TerminatedError
-from sync_jax.evaluate import Predictions, evaluation_record, predict, summary
+from sync_jax.distributed import Processes
+from sync_jax.errors import InputError, NonFiniteError, TerminatedError
+from sync_jax.evaluate import Predictions, evaluation_record
 from sync_jax.losses import Terms
-from sync_jax.methods import METHODS, training_objective
-from sync_jax.models import make_network
-from sync_jax.models.pretrained import load_pretrained
-from sync_jax.optimizer import learning_rate_schedule, make_optimizer
-from sync_jax.process import exclusive, terminated
-from sync_jax.progress import MetricWriter, Progress, read_metrics
+from sync_jax.methods import METHODS
+from sync_jax.nonfinite import NonFiniteSteps, RollbackError
+from sync_jax.process import exclusive, terminated, watchdog
+from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
-from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
-
-
-class NonFiniteError(Exception):
-    """The loss, one of its terms or the gradient is not a finite number."""
+from sync_jax.run import STOPS, Run
+from sync_jax.steps import TrainState
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
+    Of several processes, all call it alike.
+
     Args:
         config: validated.
         workdir: made when needed; holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
-            predictions_*.npz, and, when the run is finished, risk_coverage.png and report.json.
+            predictions_*.npz, and, when the run is finished, risk_coverage.png and report.json;
+            nonfinite.jsonl where a step was not finite. All processes must see the same folder.
 
     Raises:
         InputError: the dataset cannot be had, the batch cannot be split over the devices, or
             `workdir` holds another experiment.
         NonFiniteError: training diverged.
+        FailedError: a process is missing.
         TerminatedError: stopped by SIGTERM; the state is saved.
         WriteError: a checkpoint cannot be written.
     """
+    processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
     mesh = sharding.make_mesh()
-    sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
-    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    check_workdir(config, workdir)
-    if (report := read_report(workdir)) is not None:
-        print(f"{workdir} holds a finished run: nothing to train. Its report:")
-        if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
-            show_report(report, workdir)
-        else:  # other coverages, target risks or delta than it was made with
-            evaluate_finished(config, workdir)
+    check_batches(config, mesh)
+    if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
-    if not catalogue.is_ready(config.data):
-        catalogue.make_ready(config.data)
-    check_sizes(config)
-    placement = place(config, mesh)
-    train_part, calibration_part = load_train_and_calibration(
-        config.data, decode=not placement.on_device
+    placement, train_part, calibration_part = processes.together(
+        "preparing the data", lambda: load_data(config, mesh)
     )
-    with exclusive(workdir), terminated() as stopping:
-        prepare_workdir(config, workdir)
-        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
-        state, start = run.create_state(), 0
-        print(run.describe(state, len(calibration_part.labels)))
-        print(placement.reason)
-        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            if (restored := checkpoints.restore(state)) is not None:
-                state, start = restored
-                print(f"resuming at step {start} of {run.total_steps}")
-            elif config.model.pretrained:
-                state, message = run.load_pretrained(state)
-                print(message)
-            state = fit(
-                run, state, start, train_part, calibration_part, checkpoints, workdir, stopping
+    with (
+        owned(workdir, processes),
+        terminated() as stopping,
+        watchdog(config.process.watchdog_seconds) as alive,
+    ):
+        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
+        processes.print(run.describe(len(calibration_part.labels)))
+        processes.print(placement.reason)
+        with Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            processes=processes,
+        ) as checkpoints:
+            start = begin(run, checkpoints, workdir, processes)
+            bad_steps = NonFiniteSteps(
+                workdir,
+                action=config.train.on_nonfinite,
+                budget=config.train.nonfinite_budget,
+                indices=lambda step: train_part.index[run.positions(step)],
+                processes=processes,
             )
-        finish(run, state, calibration_part, workdir, stopping)
+            while True:
+                try:
+                    state = fit(
+                        run,
+                        start,
+                        train_part,
+                        calibration_part,
+                        checkpoints,
+                        bad_steps,
+                        workdir,
+                        processes,
+                        stopping,
+                    )
+                    break
+                except RollbackError as error:
+                    processes.print(str(error))
+                    checkpoints.wait()
+                    start = begin(run, checkpoints, workdir, processes)
+        finish(run, state, calibration_part, workdir, processes, stopping)
+
+
+class Start(NamedTuple):
+    """Where training begins.
+
+    Attributes:
+        state: the training state.
+        step: steps done.
+        unlogged: metrics of the last of them that no log line has averaged yet, by step.
+    """
+
+    state: TrainState
+    step: int
+    unlogged: list[tuple[int, dict[str, float]]]
+
+
+def begin(run: Run, checkpoints: Checkpoints, workdir: Path, processes: Processes) -> Start:
+    """The latest checkpoint, or the state before the first step.
+
+    Raises:
+        InputError: no checkpoint can be used, they are another experiment's, or the weights to
+            begin with cannot be read.
+    """
+    restored = checkpoints.restore(run.state_like, processes.print)
+    if restored is not None:
+        refuse_differences(run.config, restored.notes["config"], workdir)
+    processes.from_first("the workdir", lambda: prepare_workdir(run.config, workdir))
+    if restored is not None:
+        processes.print(f"resuming at step {restored.step} of {run.total_steps}")
+        unlogged = [(done, values) for done, values in restored.notes["unlogged"]]
+        return Start(restored.state, restored.step, unlogged)
+    state = run.create_state()
+    if run.config.model.pretrained:
+        state, message = run.load_pretrained(state)
+        processes.print(message)
+    return Start(state, 0, [])
 
 
 def fit(
-    run: "Run",
-    state: TrainState,
-    start: int,
+    run: Run,
+    start: Start,
     train_part: Part,
     calibration_part: Part,
     checkpoints: Checkpoints,
+    bad_steps: NonFiniteSteps,
     workdir: Path,
+    processes: Processes,
     stopping: Callable[[], bool],
 ) -> TrainState:
-    """The training loop: steps `start` to the last.
+    """The training loop: the steps after `start` to the last.
 
     Raises:
-        TerminatedError: `stopping` said so; the state is saved.
+        TerminatedError: `stopping` said so, on any process; the state is saved.
         NonFiniteError: training diverged.
+        RollbackError: it did, and is to be begun again from the latest checkpoint.
         WriteError: a checkpoint cannot be written.
     """
-    config = run.config
-    feed = run.feed(train_part, start)
+    config, state = run.config, start.state
+    feed = run.feed(train_part, start.step)
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
-    unchecked: list[tuple[int, Terms]] = []  # metrics still on the device, by the steps then done
+    bad_steps.begin(start.step)
+    # Metrics by the steps then done: still on the device, and fetched but in no log line yet.
+    unchecked: list[tuple[int, Terms]] = []
+    unlogged = list(start.unlogged)
+    asked: deque[Array] = deque()
     with (
-        MetricWriter(workdir, start_step=start) as writer,
+        (
+            MetricWriter(workdir, start_step=start.step) if processes.first else NoMetricWriter()
+        ) as writer,
         Progress(
-            total_steps=run.total_steps, start_step=start, batch_size=config.train.batch_size
+            total_steps=run.total_steps,
+            start_step=start.step,
+            batch_size=config.train.batch_size,
+            shown=processes.first,
         ) as progress,
     ):
-        for done in range(start + 1, run.total_steps + 1):
-            state, metrics = run.step(state, next(feed))
+        for done in range(start.step + 1, run.total_steps + 1):
+            state, metrics = run.step(
+                state, next(feed), skip=done in bad_steps.skipped, stopping=stopping()
+            )
+            if processes.count > 1:
+                asked.append(metrics.pop(STOPS))
             unchecked.append((done, metrics))
             progress.step(done)
             last = done == run.total_steps
             if done % config.log.every_steps == 0 or last:
-                # All but the newest, which is being computed: the device never waits for the host.
-                averages = check_and_average(unchecked if last else unchecked[:-1])
+                # All but the newest, which is being computed.
+                unlogged += check(unchecked if last else unchecked[:-1], bad_steps)
                 unchecked = [] if last else unchecked[-1:]
-                if averages:
+                if unlogged:
+                    averages, unlogged = average(unlogged), []
                     writer.write(done, "train", averages)
                     progress.metrics(done, averages)
             calibrates, saves = (
                 done % every == 0 or last for every in (calibrate_every, save_every)
             )
-            stops = stopping() and not last
+            stops = stopping()
+            if processes.count > 1:
+                # Two steps late, when it has long been computed: the device never waits.
+                stops = len(asked) > 2 and float(asked.popleft()) > 0
+            stops = stops and not last
+            score = None
             if calibrates or saves or stops:
                 # Nothing non-finite is evaluated or saved. This waits for the device.
-                check_and_average(unchecked)
+                unlogged += check(unchecked, bad_steps)
+                unchecked = []
                 check_state(state, done)
             if calibrates:
                 values = run.calibration_metrics(state, calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
+                best = values[config.checkpoint.best_metric]
+                score = best if config.checkpoint.best_metric == "accuracy" else -best
             if saves or stops:
-                checkpoints.save(state, done)
+                writer.flush()
+                notes = {"config": config.to_dict(), "unlogged": unlogged}
+                checkpoints.save(state, done, notes=notes, score=score)
             if stops:
                 checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
@@ -162,10 +229,11 @@ def fit(
 
 
 def finish(
-    run: "Run",
+    run: Run,
     state: TrainState,
     calibration_part: Part,
     workdir: Path,
+    processes: Processes,
     stopping: Callable[[], bool],
 ) -> None:
     """Predicts on the calibration and the test split, and writes the report.
@@ -174,16 +242,27 @@ def finish(
         TerminatedError: `stopping` said so; the trained state is saved.
     """
     calibration = run.predict(state, calibration_part)
-    calibration.save(workdir / "predictions_calibration.npz")
-    if stopping():
+    if processes.first:
+        calibration.save(workdir / "predictions_calibration.npz")
+    if any(processes.share("the evaluation on test", stopping())):
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
-    test = run.predict(state, load_test(run.config.data, decode=not run.placement.on_device))
-    test.save(workdir / "predictions_test.npz")
-    evaluate_finished(run.config, workdir)
+    test_part = processes.together(
+        "reading the test split",
+        lambda: load_test(run.config.data, decode=not run.placement.on_device),
+    )
+    test = run.predict(state, test_part)
+
+    def report() -> None:
+        test.save(workdir / "predictions_test.npz")
+        evaluate_finished(run.config, workdir)
+
+    processes.from_first("the report", report)
 
 
 def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     """Makes the report of a trained run from its saved predictions; nothing is trained.
+
+    Of several processes the first does it.
 
     Args:
         config: validated; of its run, but for the `evaluation` section.
@@ -192,6 +271,8 @@ def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     Raises:
         InputError: there is no such run, or it is another experiment.
     """
+    if jax.process_index() > 0:
+        return
     check_workdir(config, workdir)
     calibration = Predictions.load(workdir / "predictions_calibration.npz")
     test = Predictions.load(workdir / "predictions_test.npz")
@@ -232,187 +313,61 @@ def place(config: ConfigDict, mesh: jax.sharding.Mesh) -> Placement:
     return placement
 
 
-class Run:
-    """What a config builds once: network, optimiser and the compiled functions.
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses batches that the devices cannot share evenly.
 
-    Attributes:
-        config: validated.
-        mesh: over which the batch is split.
-        info: the dataset's.
-        placement: of the training images.
-        steps_per_epoch: may be fractional: no example is left out at an epoch's end.
-        total_steps: of the run.
+    Raises:
+        InputError: with the arithmetic.
     """
+    sharding.check_divisible(
+        "config.train.batch_size",
+        config.train.batch_size,
+        mesh,
+        microbatches=config.train.microbatches,
+    )
+    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        mesh: jax.sharding.Mesh,
-        *,
-        train_size: int,
-        placement: Placement | None = None,
-    ):
-        self.config = config
-        self.mesh = mesh
-        self.placement = placement = placement or Placement()
-        info = catalogue.dataset_info(config.data)
-        if info is None:
-            raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
-        self.info = info
-        self.train_size = train_size
-        self.steps_per_epoch = train_size / config.train.batch_size
-        self.total_steps = self.steps_of(config.train.epochs)
-        self.size = info.image_shape[0] if config.data.name in pictures.NAMES else None
-        method = METHODS[config.method]
-        self.network = make_network(
-            config.model,
-            heads=method.heads,
-            num_classes=self.info.num_classes,
-            target_coverage=config.target_coverage,
-        )
-        schedule = learning_rate_schedule(
-            config.optimizer, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
-        )
-        self.optimizer = make_optimizer(config.optimizer, schedule)
-        copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-        normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
-        self.augmentation = Augmentation.of(config.data)
-        warmup_epochs = config.loss.warmup_epochs
-        if warmup_epochs < 0:
-            warmup_epochs = method.warmup * config.train.epochs
-        warmup_steps = self.steps_of(warmup_epochs) if warmup_epochs else 0
-        objective = training_objective(
-            method, config, train_size=train_size, warmup_steps=warmup_steps
-        )
 
-        def resident_batch(state: TrainState, data: ResidentSplit, seed: Array) -> Batch:
-            return training_batch(
-                data,
-                seed,
-                state.step,
-                batch_size=config.train.batch_size,
-                augmentation=self.augmentation,
-                size=self.size,
-                mesh=mesh if placement.sharded else None,
-            )
+def is_finished(config: ConfigDict, workdir: Path) -> bool:
+    """Whether the folder holds the run's report, which is shown then.
 
-        def step(
-            state: TrainState, data: ResidentSplit | Batch, seed: Array
-        ) -> tuple[TrainState, Terms]:
-            batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
-            batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
-            return train_step(
-                state,
-                batch,
-                network=self.network,
-                objective=objective,
-                optimizer=self.optimizer,
-                # Of a seed's three streams of randomness this is the third; see training_batch.
-                dropout_key=jax.random.fold_in(
-                    jax.random.split(jax.random.key(seed), 3)[2], state.step
-                ),
-            )
+    Raises:
+        InputError: the folder cannot be the run's.
+    """
+    check_workdir(config, workdir)
+    if (report := read_report(workdir)) is None:
+        return False
+    print(f"{workdir} holds a finished run: nothing to train. Its report:")
+    if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
+        show_report(report, workdir)
+    else:  # other coverages, target risks or delta than it was made with
+        evaluate_finished(config, workdir)
+    return True
 
-        def outputs(state: TrainState, images: Array) -> dict[str, Array]:
-            return eval_step(state, normal(images), network=self.network)
 
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=copied)
-        # An argument and no constant: runs that differ in it alone share the compilation cache.
-        seed = np.uint32(config.seed)
-        self.step = sharding.one_at_a_time(lambda state, data: compiled(state, data, seed), mesh)
-        self._outputs = sharding.one_at_a_time(
-            jax.jit(outputs, in_shardings=(copied, split), out_shardings=copied), mesh
-        )
+def load_data(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Placement, Part, Part]:
+    """Where the training images are to be, and the training and the calibration part.
 
-    def steps_of(self, epochs: float) -> int:
-        """Epochs as a number of steps, at least one."""
-        return max(round(epochs * self.steps_per_epoch), 1)
+    Raises:
+        InputError: they cannot be had, or the config does not fit them.
+    """
+    if not catalogue.is_ready(config.data):
+        catalogue.make_ready(config.data)
+    check_sizes(config)
+    placement = place(config, mesh)
+    return placement, *load_train_and_calibration(config.data, decode=not placement.on_device)
 
-    def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
-        """What each step from `start` on takes: the resident split, or the host's batches."""
-        if self.placement.on_device:
-            images = part.images.uncut() if isinstance(part.images, Squares) else part.images
-            split = put_on_devices(images, part.labels, self.mesh, sharded=self.placement.sharded)
-            yield from itertools.repeat(split)
-            return
-        batch_size, size = self.config.train.batch_size, len(part.labels)
-        assert not isinstance(part.images, Squares)
-        examples = host.Examples(
-            part.images,
-            part.labels,
-            epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
-            self.config.seed,
-            self.augmentation,
-            self.info.image_shape[0],
-        )
-        split_batch = sharding.batch_sharding(self.mesh)
-        for batch in host.batches(
-            examples,
-            start=start,
-            stop=self.total_steps,
-            batch_size=batch_size,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            workers=self.config.data.workers,
-        ):
-            whole = batch | {"mask": np.ones(len(batch["label"]), np.float32)}
-            yield {
-                name: jax.make_array_from_process_local_data(split_batch, array)
-                for name, array in whole.items()
-            }
 
-    def create_state(self) -> TrainState:
-        """The state before the first step, on every device."""
-        create = functools.partial(
-            create_train_state,
-            network=self.network,
-            optimizer=self.optimizer,
-            image_shape=self.info.image_shape,
-            create_memory=self._create_memory,
-        )
-        copied = sharding.replicated(self.mesh)
-        return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))
+@contextlib.contextmanager
+def owned(workdir: Path, processes: Processes) -> Iterator[None]:
+    """Holds the folder's lock, by the first process for all.
 
-    def load_pretrained(self, state: TrainState) -> tuple[TrainState, str]:
-        """The state with the weights of `config.model.pretrained`, and a line on what matched.
-
-        Raises:
-            InputError: the file cannot be read, or nothing in it fits.
-        """
-        path = Path(self.config.model.pretrained).expanduser()
-        params, batch_stats, message = load_pretrained(path, state.params, state.batch_stats)
-        copied = sharding.replicated(self.mesh)
-        params, batch_stats = jax.device_put((params, batch_stats), copied)
-        memory = jax.jit(self._create_memory, out_shardings=copied)(params)
-        return state.replace(params=params, batch_stats=batch_stats, memory=memory), message
-
-    def _create_memory(self, params: optax.Params) -> Any:
-        memory = METHODS[self.config.method].memory
-        return memory.create(params, self.train_size, self.config) if memory else {}
-
-    def predict(self, state: TrainState, part: Part) -> Predictions:
-        """The network's outputs for every example of a part."""
-        outputs_of = functools.partial(self._outputs, state)
-        return predict(part, outputs_of, self.config.evaluation.batch_size)
-
-    def calibration_metrics(self, state: TrainState, part: Part) -> dict[str, float]:
-        """What is logged of the calibration split while training."""
-        predictions = self.predict(state, part)
-        values = summary(predictions)
-        names = ("accuracy", "negative_log_likelihood", "mean_selection")
-        return {name: values[name] for name in names if name in values}
-
-    def describe(self, state: TrainState, calibration_size: int) -> str:
-        """One line on what will run."""
-        config = self.config
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        devices = f"{self.mesh.size} {jax.devices()[0].platform.upper()} device"
-        return (
-            f"{config.method} on {config.data.name}: {self.train_size:,} training and "
-            f"{calibration_size:,} calibration images; {config.model.name} with {parameters:,} "
-            f"parameters; {self.total_steps:,} steps of {config.train.batch_size} on {devices}"
-            f"{'s' if self.mesh.size > 1 else ''}"
-        )
+    Raises:
+        InputError: another run holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        processes.from_first("the workdir's lock", lambda: held.enter_context(exclusive(workdir)))
+        yield
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -425,12 +380,26 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"--workdir={workdir} is not a folder")
     path = workdir / "config.json"
     if path.exists():
-        differing = describe_differences(config, path)
-        if differing:
-            raise InputError(
-                f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
-                "another --workdir, or the same values"
-            )
+        refuse_differences(config, read_config(path), workdir)
+
+
+def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with another experiment.
+
+    Args:
+        config: this one's.
+        saved: that of the run in `workdir`.
+        workdir: the folder.
+
+    Raises:
+        InputError: naming the fields that differ.
+    """
+    differing = describe_differences(config, saved)
+    if differing:
+        raise InputError(
+            f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
+            "another --workdir, or the same values"
+        )
 
 
 def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -444,26 +413,30 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
-def check_and_average(unchecked: list[tuple[int, Terms]]) -> dict[str, float]:
-    """Fetches metrics, makes sure that they are finite, and averages them.
+def check(
+    unchecked: list[tuple[int, Terms]], bad_steps: NonFiniteSteps
+) -> list[tuple[int, dict[str, float]]]:
+    """Fetches metrics; those of steps that were not finite are dealt with, and left out.
 
     Raises:
-        NonFiniteError: naming the first bad step and the terms that are not finite then.
+        NonFiniteError, RollbackError: as `bad_steps` decides.
     """
+    good = []
     fetched = jax.device_get([metrics for _, metrics in unchecked])
     for (done, _), metrics in zip(unchecked, fetched, strict=True):
-        bad = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            good = [
-                f"{name}={value:.4g}" for name, value in metrics.items() if math.isfinite(value)
-            ]
-            raise NonFiniteError(
-                f"step {done}: {', '.join(bad)} (finite: {', '.join(good) or 'nothing'}); a"
-                " smaller config.optimizer.learning_rate or a longer warm-up usually helps"
-            )
-    if not fetched:
-        return {}
-    return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+        values = {name: float(value) for name, value in metrics.items()}
+        if done in bad_steps.skipped:
+            continue
+        if all(map(math.isfinite, values.values())):
+            good.append((done, values))
+        else:
+            bad_steps.meet(done, values)
+    return good
+
+
+def average(entries: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each metric over some steps."""
+    return {name: float(np.mean([values[name] for _, values in entries])) for name in entries[0][1]}
 
 
 def check_state(state: TrainState, done: int) -> None:

@@ -1,17 +1,24 @@
+import gc
+import random
 import re
+import resource
 import shutil
+import signal
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from sync_jax import checkpoint
+from sync_jax import checkpoint, sharding
 from sync_jax.checkpoint import Checkpoints
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, WriteError
 from sync_jax.steps import TrainState
 
-digests = checkpoint._digests
+fingerprints = checkpoint.fingerprints
 
 
 def state(value: float) -> TrainState:
@@ -35,7 +42,7 @@ def test_restores_the_latest_bit_for_bit_and_keeps_so_many(tmp_path):
         checkpoints.wait()
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest_step() == 3
-        restored, step = checkpoints.restore(state(0.0))
+        restored, step, _ = checkpoints.restore(state(0.0))
         assert step == 3
         chex.assert_trees_all_equal(restored, state(3 / 3))
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3"}
@@ -56,7 +63,7 @@ def test_saved_state_may_be_donated(tmp_path):
         checkpoints.save(current, 1)
         change(current)
         checkpoints.wait()
-        chex.assert_trees_all_equal(checkpoints.restore(state(0.0))[0], state(1.0))
+        chex.assert_trees_all_equal(checkpoints.restore(state(0.0)).state, state(1.0))
 
 
 def test_nothing_to_restore(tmp_path):
@@ -104,7 +111,7 @@ def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, h
     spoil(tmp_path / "2", how)
     lines = []
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        restored, step = checkpoints.restore(state(0.0), lines.append)
+        restored, step, _ = checkpoints.restore(state(0.0), lines.append)
         assert step == 1
         chex.assert_trees_all_equal(restored, state(1.0))
         checkpoints.save(state(2.0), 2)
@@ -113,7 +120,7 @@ def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, h
         assert line.startswith(f"checkpoint {tmp_path}/2 is damaged and put aside as 2.damaged: ")
         assert (tmp_path / "2.damaged").is_dir()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        restored, step = checkpoints.restore(state(0.0), lines.append)
+        restored, step, _ = checkpoints.restore(state(0.0), lines.append)
         assert step == 2
         chex.assert_trees_all_equal(restored, state(2.0))
 
@@ -123,11 +130,11 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(state(1.0), 1)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_digests", lambda saved: digests(state(2.5)))
+            patch.setattr(checkpoint, "fingerprints", lambda saved: fingerprints(state(2.5)))
             checkpoints.save(state(2.0), 2)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         lines = []
-        assert checkpoints.restore(state(0.0), lines.append)[1] == 1
+        assert checkpoints.restore(state(0.0), lines.append).step == 1
     assert re.search(r"2\.damaged: .*(kernel|bias|memory|step).* is not what was saved", lines[0])
 
 
@@ -143,3 +150,115 @@ def test_if_none_is_whole_all_are_left_as_they_are(tmp_path):
     ):
         checkpoints.restore(state(0.0))
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+# --- Fingerprints ---------------------------------------------------------------------------------
+
+DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool")
+
+
+@hypothesis.given(st.sampled_from(DTYPES), st.integers(0, 2**31), st.integers(0, 2**31))
+def test_any_flipped_bit_changes_the_fingerprint(dtype, place, bit):
+    rng = np.random.default_rng(0)
+    array = jnp.asarray(rng.integers(-100, 100, (5, 7)), dtype)
+    before = np.asarray(checkpoint._fingerprint(array))
+    data = np.array(array)
+    if dtype == "bool":
+        data.flat[place % 35] ^= True
+    else:
+        size = data.dtype.itemsize
+        data.view(f"u{size}").flat[place % 35] ^= 1 << (bit % (8 * size))
+    after = np.asarray(checkpoint._fingerprint(jnp.asarray(data)))
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_the_fingerprint_depends_on_places_and_on_no_sharding():
+    mesh = sharding.make_mesh()
+    array = jnp.arange(64.0).reshape(16, 4)
+    expected = checkpoint._fingerprint(array)
+    for place in (sharding.replicated(mesh), sharding.batch_sharding(mesh)):
+        chex.assert_trees_all_equal(checkpoint._fingerprint(jax.device_put(array, place)), expected)
+    swapped = array.at[0, 0].set(1.0).at[0, 1].set(0.0)
+    assert not np.array_equal(checkpoint._fingerprint(swapped), expected)
+
+
+def test_a_bit_flipped_anywhere_never_gives_other_numbers(tmp_path):
+    """In any file of a checkpoint: it is put aside, or what is restored is what was saved."""
+    with Checkpoints(tmp_path / "whole", keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step + 0.1), step, notes={"loss": 0.5 + step})
+    rng = random.Random(0)
+    files = sorted(p for p in (tmp_path / "whole" / "2").rglob("*") if p.stat().st_size)
+    files = [path for path in files if path.is_file()]
+    outcomes = []
+    for path in files:
+        folder = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", folder)
+        damaged = folder / path.relative_to(tmp_path / "whole")
+        data = bytearray(damaged.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(bytes(data))
+        with Checkpoints(folder, keep=3) as checkpoints:
+            restored = checkpoints.restore(state(0.0), lambda line: None)
+        chex.assert_trees_all_equal(restored.state, state(restored.step + 0.1))
+        assert restored.notes == {"loss": 0.5 + restored.step}
+        outcomes.append(restored.step)
+        shutil.rmtree(folder)
+    assert outcomes.count(1) >= 3  # most files matter
+
+
+# --- Which are kept -------------------------------------------------------------------------------
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.8, 5: None, 6: 0.1, 7: 0.2}
+    with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
+        for step, score in scores.items():
+            checkpoints.save(state(step / 3), step, score=score)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "6", "7"}
+    # A run that goes on remembers the scores of those before.
+    with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
+        assert checkpoints.restore(state(0.0)).step == 7
+        checkpoints.save(state(8 / 3), 8, score=0.85)
+        checkpoints.save(state(9 / 3), 9, score=0.0)
+        checkpoints.save(state(10 / 3), 10, score=0.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "8", "9", "10"}
+
+
+def test_notes_come_back_as_they_were(tmp_path):
+    notes = {"config": {"a": [1, 2.5, "x", None, True]}, "unlogged": [[3, {"loss": 0.1 + 0.2}]]}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(1.0), 1, notes=notes)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(state(0.0)).notes == notes
+
+
+def save_and_wait(checkpoints, state, step):
+    checkpoints.save(state, step)
+    checkpoints.wait()
+
+
+# Of the many writes under way Orbax awaits the first that fails; the others' errors go nowhere.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_write_that_fails_is_one_line_and_the_earlier_checkpoint_stays(tmp_path):
+    """The system refuses files of more than so many bytes, as a full disk does."""
+    big = state(1.0).replace(memory=jnp.asarray(np.random.default_rng(0).normal(size=200_000)))
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(big, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        checkpoints = Checkpoints(tmp_path, keep=3)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(WriteError, match=rf"^{tmp_path} cannot be written: ") as caught:
+            save_and_wait(checkpoints, big, 2)
+        assert "\n" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        restored = checkpoints.restore(big)
+        assert restored.step == 1
+        chex.assert_trees_all_equal(restored.state, big)
+    gc.collect()

@@ -10,6 +10,7 @@ from sync_jax.config import (
     OPERATIONAL,
     default_config,
     describe_differences,
+    read_config,
     to_json,
     unknown_field,
     validate,
@@ -57,6 +58,13 @@ BAD = {
     "train.epochs": ((0.0, -1.0, NAN, INFINITY), "above 0"),
     "checkpoint.every_epochs": ((0.0, NAN, INFINITY), "above 0"),
     "log.calibration_every_epochs": ((0.0, NAN, INFINITY), "above 0"),
+    "checkpoint.keep_best": ((-1,), "at least 0"),
+    "checkpoint.best_metric": (("auc", ""), "choose from accuracy, aurc, negative_log_likelihood"),
+    "train.microbatches": ((0, -2), "at least 1"),
+    "train.on_nonfinite": (("ignore", ""), "choose from rollback, skip, stop"),
+    "train.nonfinite_budget": ((-1,), "at least 0"),
+    "process.wait_seconds": ((0.0, -1.0, NAN, INFINITY), "above 0"),
+    "process.watchdog_seconds": ((-1.0, NAN, INFINITY), "at least 0"),
     "data.placement": (("gpu", ""), "choose from auto, device, host"),
     "data.workers": ((-1, 257), "between 0 and 256"),
     "data.short_side": ((-1, 1025), "between 0 and 1024"),
@@ -97,6 +105,7 @@ FREE = {
     "data.source",
     "data.flip",
     "optimizer.nesterov",
+    "optimizer.sharded",
     "model.channel_dropout",
     "model.norm_first",
 }
@@ -245,12 +254,12 @@ def saved(tmp_path):
 
 
 def test_a_config_does_not_differ_from_itself(saved):
-    assert describe_differences(default_config(), saved) == []
+    assert describe_differences(default_config(), read_config(saved)) == []
 
 
 def test_differences_are_named(saved):
     config = changed(seed=1, loss__divergence="mse", train__epochs=2.0)
-    assert describe_differences(config, saved) == [
+    assert describe_differences(config, read_config(saved)) == [
         "config.loss.divergence is 'bce' there and 'mse' here",
         "config.seed is 0 there and 1 here",
         "config.train.epochs is 30.0 there and 2.0 here",
@@ -262,7 +271,10 @@ def test_which_fields_make_another_experiment(saved):
     operational = {
         "data.data_dir", "data.source", "data.workers", "log.every_steps",
         "log.calibration_every_epochs",
-        "checkpoint.every_epochs", "checkpoint.keep", "evaluation.batch_size",
+        "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.keep_best",
+        "checkpoint.best_metric", "process.wait_seconds", "process.watchdog_seconds",
+        "optimizer.sharded", "train.on_nonfinite", "train.nonfinite_budget",
+        "evaluation.batch_size",
         "evaluation.coverages", "evaluation.target_risks", "evaluation.delta",
     }  # fmt: skip
     assert {field for field in fields(default_config()) if field.startswith(OPERATIONAL)} == (
@@ -274,7 +286,7 @@ def test_which_fields_make_another_experiment(saved):
             value = value[name]
         other = {str: "other", bool: not value, tuple: (7,)}.get(type(value))
         config = with_field(field, value + 1 if other is None else other)
-        differences = describe_differences(config, saved)
+        differences = describe_differences(config, read_config(saved))
         assert len(differences) == (field not in operational), field
         assert all(difference.startswith(f"config.{field} ") for difference in differences)
 
@@ -285,7 +297,7 @@ def test_fields_that_only_one_side_has(saved):
     theirs["loss"]["temperature"] = 2.0
     theirs["extra"] = {"x": 1}
     saved.write_text(json.dumps(theirs))
-    assert describe_differences(default_config(), saved) == [
+    assert describe_differences(default_config(), read_config(saved)) == [
         "config.extra.x is 1 there and None here",
         "config.loss.sync_weight is None there and 0.5 here",
         "config.loss.temperature is 2.0 there and None here",
@@ -296,7 +308,7 @@ def test_fields_that_only_one_side_has(saved):
 def test_a_damaged_file(saved, content):
     saved.write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
-        describe_differences(default_config(), saved)
+        describe_differences(default_config(), read_config(saved))
 
 
 # --- Unknown fields -------------------------------------------------------------------------------
@@ -310,12 +322,14 @@ def test_every_field_is_known():
 @pytest.mark.parametrize(("path", "expected"), [
     ("config.train.epoch",
      "config.train.epoch: config.train has no field 'epoch' (did you mean 'epochs'?); choose from "
-     "batch_size, epochs"),
+     "batch_size, epochs, microbatches, nonfinite_budget, on_nonfinite"),
     ("config.qqq.x",
      "config.qqq.x: config has no field 'qqq'; choose from checkpoint, data, evaluation, log, "
-     "loss, method, model, optimizer, seed, target_coverage, train"),
+     "loss, method, model, optimizer, process, seed, target_coverage, train"),
     ("config.seed.x", "config.seed.x: config.seed is a value and has no fields"),
-    ("config.train", "config.train is no value; choose from its fields batch_size, epochs"),
+    ("config.train",
+     "config.train is no value; choose from its fields batch_size, epochs, microbatches, "
+     "nonfinite_budget, on_nonfinite"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_path(path, expected):
     assert unknown_field(path) == expected

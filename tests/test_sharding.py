@@ -77,3 +77,39 @@ def test_what_cannot_be_split_is_refused_with_the_sum(devices, batch_size, messa
     with pytest.raises(InputError) as error:
         sharding.check_divisible("config.f", batch_size, mesh)
     assert str(error.value) == message
+
+
+def test_microbatches_divide_each_devices_share(mesh):
+    sharding.check_divisible("config.f", 32, mesh, microbatches=4)
+    message = (
+        "config.f=40 cannot be split over 8 devices with 4 microbatches each: 40 / (8 * 4) = 1.25; "
+        "use 32 or 64"
+    )
+    with pytest.raises(InputError) as error:
+        sharding.check_divisible("config.f", 40, mesh, microbatches=4)
+    assert str(error.value) == message
+
+
+def test_large_arrays_are_divided_along_their_longest_axis_that_can_be(mesh):
+    shapes = {
+        "kernel": jax.ShapeDtypeStruct((3, 3, 16, 64), jnp.float32),
+        "rows": jax.ShapeDtypeStruct((800, 9), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((1001, 3), jnp.float32),
+        "small": jax.ShapeDtypeStruct((64,), jnp.float32),
+        "count": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    specs = {name: place.spec for name, place in sharding.split_over(mesh, shapes).items()}
+    whole = jax.sharding.PartitionSpec()
+    assert specs == {
+        "kernel": jax.sharding.PartitionSpec(None, None, None, "batch"),
+        "rows": jax.sharding.PartitionSpec("batch"),
+        "odd": whole,
+        "small": whole,
+        "count": whole,
+    }
+
+
+def test_the_share_of_one_process_is_the_whole_batch(mesh):
+    assert sharding.share(24, mesh) == slice(0, 24)
+    batch = {"image": np.zeros((4, 2))}
+    assert sharding.from_shares(batch, mesh) is batch

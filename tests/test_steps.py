@@ -169,7 +169,7 @@ def test_initial_state_is_a_function_of_the_seed():
 ])  # fmt: skip
 def test_metrics(method, terms):
     _, metrics = run(method, 1)
-    assert metrics.keys() == {"loss", "accuracy", "gradient_norm"} | terms
+    assert metrics.keys() == {"loss", "accuracy", "gradient_norm", "parameter_norm"} | terms
     chex.assert_shape(list(metrics.values()), ())
     chex.assert_type(list(metrics.values()), jnp.float32)
     chex.assert_tree_all_finite(metrics)
@@ -193,7 +193,8 @@ def test_metrics_are_those_of_the_batch_before_the_step():
         "coverage": np.mean(outputs["selection_logits"][real] >= 0),
     }
     assert 0 < expected["coverage"] < 1
-    _, metrics = compiled_step("sync", 1)(state, batch)
+    after, metrics = compiled_step("sync", 1)(state, batch)
+    expected["parameter_norm"] = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(after.params)))
     del metrics["gradient_norm"]
     chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
 
@@ -234,6 +235,110 @@ def test_a_step_by_hand():
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     nll = -np.log(p[np.arange(len(p)), batch["label"][real]]).mean()
     np.testing.assert_allclose(metrics["loss"], nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sync", "self_adaptive", "ccl_sc"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(method):
+    batch, state = make_batch(), initial_state(method)
+    batch["image"][3, 2, 2, 0] = np.nan
+    after, metrics = compiled_step(method, 1)(state, batch)
+    assert not np.isfinite(metrics["loss"])
+    assert after.step == 1
+    chex.assert_trees_all_equal(after.replace(step=state.step), state)
+    # Negative control: without the one NaN everything moves.
+    after, metrics = compiled_step(method, 1)(state, make_batch())
+    assert np.isfinite(metrics["loss"])
+    assert distance(after.params, state.params) > 0
+
+
+def test_parameters_that_overflow_are_not_kept():
+    """Loss and gradient are finite; where the step would lead is not."""
+    parts = setting("sync") | {"optimizer": optax.sgd(1e38)}
+    state = initial_state("sync")
+    state = state.replace(opt_state=parts["optimizer"].init(state.params))
+    after, metrics = jax.jit(functools.partial(train_step, **parts))(state, make_batch())
+    assert np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all()
+    assert not np.isfinite(metrics["parameter_norm"])
+    chex.assert_trees_all_equal(after.params, state.params)
+
+
+def test_a_step_may_be_left_out():
+    step = jax.jit(functools.partial(train_step, **setting("sync")))
+    state = initial_state("sync")
+    after, metrics = step(state, make_batch(), skip=True)
+    assert np.isfinite(metrics["loss"])
+    assert after.step == 1
+    chex.assert_trees_all_equal(after.replace(step=state.step), state)
+    chex.assert_trees_all_equal(step(state, make_batch(), skip=False), step(state, make_batch()))
+
+
+# --- Gradient accumulation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("sync", "unrolled"), ("sync", "looped"), ("ccl_sc", "unrolled")]
+)
+def test_without_batch_norm_microbatches_change_nothing(method, kind, monkeypatch):
+    """The objectives are no means of the parts' objectives, and yet are those of the whole batch.
+
+    An accelerator loops over the parts, a CPU does not.
+    """
+    if kind == "looped":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    parts, state = setting(method), initial_state(method)
+    frozen = FrozenNorm(parts["network"])
+    step = functools.partial(train_step, **parts | {"network": frozen})
+    batch = make_batch(masked=(0, 4, 8, 1))
+    whole = jax.jit(step)(state, batch)
+    split = jax.jit(functools.partial(step, microbatches=4))(state, batch)
+    chex.assert_trees_all_close(whole, split, rtol=1e-4, atol=1e-6)
+    # Negative control: the mean of the parts' objectives, which accumulated gradients would give.
+    if method == "sync":
+        rows = [{k: v[i::4] for k, v in batch.items()} for i in range(4)]
+        means = np.mean([jax.jit(step)(state, part)[1]["loss"] for part in rows])
+        assert abs(means - whole[1]["loss"]) > 1e-3 * whole[1]["loss"]
+
+
+class FrozenNorm(nn.Module):
+    """A network whose BatchNorm uses the running statistics, in training too."""
+
+    network: nn.Module
+
+    def apply(self, variables, images, *, train, mutable=(), rngs=None):
+        del train, rngs
+        outputs = self.network.apply(variables, images, train=False)
+        # Any of the right shape will do; ccl_sc reads them.
+        outputs["features"] = jnp.tile(outputs["logits"], 3)[:, :8] ** 2
+        return outputs, {"batch_stats": variables["batch_stats"]}
+
+
+def test_batch_norm_sees_one_microbatch_after_the_other():
+    state, batch, parts = initial_state("ce"), make_batch(), setting("ce")
+    step = jax.jit(functools.partial(train_step, **parts, microbatches=2))
+    after, _ = step(state, batch)
+    stats = state.batch_stats
+    for i in range(2):
+        _, updated = parts["network"].apply(
+            {"params": state.params, "batch_stats": stats},
+            batch["image"][i::2],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        stats = updated["batch_stats"]
+    chex.assert_trees_all_close(after.batch_stats, stats, rtol=1e-5, atol=1e-7)
+
+
+def test_microbatches_of_eight_devices_are_those_of_one():
+    results = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        step = jax.jit(
+            functools.partial(train_step, **setting("sync"), microbatches=2),
+            in_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+            out_shardings=sharding.replicated(mesh),
+        )
+        results.append(jax.device_get(step(initial_state("sync"), make_batch())))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_several_steps_learn():

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from sync_jax.hashing import mix
+
 ROUNDS = 32  # of the shuffle: twice as many as pass every statistical test that we tried
 
 
@@ -29,13 +31,6 @@ def shuffled(place: Any, constants: Any, size: int) -> Any:
         pivot, salt = constants[..., i, 0] % modulus, constants[..., i, 1]
         # A round pairs x with pivot - x and swaps the pair or not, by one hashed bit of the pair.
         partner = (pivot + (modulus - place)) % modulus
-        swap = _mix(xp.maximum(place, partner) ^ salt) & np.uint32(1)
+        swap = mix(xp.maximum(place, partner) ^ salt) & np.uint32(1)
         place = xp.where(swap == 1, partner, place)
     return place
-
-
-def _mix(x: Any) -> Any:
-    """A 32-bit integer hash: the finaliser of MurmurHash3 (Appleby)."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))

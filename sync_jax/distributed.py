@@ -1,0 +1,202 @@
+"""Several processes that train one network: how they find each other, and agree.
+
+Devices exchange arrays by XLA's collectives. What is here goes over JAX's coordination service
+instead, which needs no device: who has arrived, and whether all may go on. A process that fails
+where the others do not would otherwise leave them waiting in a collective for ever.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed as jax_distributed  # the service has no public client
+
+from sync_jax.errors import (
+    FailedError,
+    InputError,
+    NonFiniteError,
+    TerminatedError,
+    WriteError,
+)
+
+T = TypeVar("T")
+
+# What Slurm's srun gives each process; a script under sbatch alone has not all of them.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_AGREED = (InputError, WriteError, TerminatedError, NonFiniteError, FailedError)
+
+
+def initialize(
+    coordinator: str | None, processes: int | None, process: int | None, *, seconds: float
+) -> None:
+    """Joins the other processes; before JAX computes anything.
+
+    By itself where a TPU slice or Slurm's `srun` says who they are, else by the three arguments;
+    with neither, this process is alone.
+
+    Args:
+        coordinator: HOST:PORT, a free port of process 0's host; the same for all.
+        processes: how many there are.
+        process: which one this is, from 0.
+        seconds: how long to wait for the others.
+
+    Raises:
+        InputError: the arguments are incomplete, or not all processes came.
+    """
+    given = (coordinator, processes, process)
+    automatic = all(name in os.environ for name in _SLURM) or _on_tpu()
+    if given == (None, None, None):
+        if not automatic:
+            return
+    elif None in given:
+        raise InputError("--coordinator, --processes and --process belong together")
+    elif not 0 <= process < processes:  # type: ignore[operator]
+        raise InputError(f"--process={process} must be between 0 and --processes={processes} - 1")
+    elif ":" not in str(coordinator) or not str(coordinator).rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator={coordinator} must be HOST:PORT")
+    # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method=None if given == (None, None, None) else "deactivate",
+            initialization_timeout=max(int(seconds), 1),
+            # A process that died is noticed within this time, and the others are ended.
+            heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
+            shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the {processes or 'other'} processes did not all come together within {seconds:g} s: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _on_tpu() -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+
+
+class Processes:
+    """The processes of a run, and how they agree. All must make the same calls in the same order.
+
+    Attributes:
+        index: which one this is.
+        count: how many there are.
+        first: whether this one writes what there is one of: logs, reports.
+    """
+
+    def __init__(self, *, seconds: float = 600.0, name: str = ""):
+        """Finds out who is there.
+
+        Args:
+            seconds: how long each call waits for the others.
+            name: of the run, if one process has several after each other.
+        """
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self.first = self.index == 0
+        self._seconds = seconds
+        self._name = name
+        self._calls = 0
+
+    def print(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.first:
+            print(text, flush=True)
+
+    def share(self, what: str, value: Any = None) -> list[Any]:
+        """Every process's value, in order; waits until all have come.
+
+        Args:
+            what: is being waited for, for the error.
+            value: of JSON's types.
+
+        Raises:
+            FailedError: naming those that did not come in time.
+        """
+        if self.count == 1:
+            return [value]
+        client: Any = jax_distributed.global_state.client
+        self._calls += 1
+        key = f"sync_jax/{self._name}/{self._calls}/{what}"
+        client.key_value_set(f"{key}/{self.index}", json.dumps(value))
+        deadline = time.monotonic() + self._seconds
+        values, missing = [], []
+        for process in range(self.count):
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                text = client.blocking_key_value_get(f"{key}/{process}", int(1000 * left) + 1)
+                values.append(json.loads(text))
+            except jax.errors.JaxRuntimeError:
+                missing.append(str(process))
+        if missing:
+            raise FailedError(
+                f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
+                f"{self._seconds:g} s; its own log says why"
+            )
+        return values
+
+    def together(self, what: str, function: Callable[[], T]) -> T:
+        """Calls a function on every process; if it fails on one, it fails on all.
+
+        Args:
+            what: it does, for errors.
+            function: may raise one of our errors.
+
+        Returns:
+            What it returned on this process.
+        """
+        if self.count == 1:
+            return function()
+        result, failure, failed = None, None, None
+        try:
+            result = function()
+        except _AGREED as error:
+            failed, failure = error, _described(error)
+        failures = self.share(what, failure)
+        if failed is not None:
+            raise failed
+        for process, other in enumerate(failures):
+            if other is not None:
+                raise _error(f"process {process}: ", other)
+        return result  # type: ignore[return-value]
+
+    def from_first(self, what: str, function: Callable[[], Any]) -> Any:
+        """Calls a function on the first process; all get what it returned, or fail as it did.
+
+        Args:
+            what: it does, for errors.
+            function: returns a value of JSON's types; may raise one of our errors.
+        """
+        if self.count == 1:
+            return function()
+        result, failure, failed = None, None, None
+        if self.first:
+            try:
+                result = function()
+            except _AGREED as error:
+                failed, failure = error, _described(error)
+        result, failure = self.share(what, [result, failure])[0]
+        if failed is not None:
+            raise failed
+        if failure is not None:
+            raise _error("", failure)
+        return result
+
+
+def _described(error: Exception) -> list[str]:
+    kind = next(kind for kind in _AGREED if isinstance(error, kind))
+    return [kind.__name__, str(error)]
+
+
+def _error(prefix: str, failure: list[str]) -> Exception:
+    name, message = failure
+    kind = next(kind for kind in _AGREED if kind.__name__ == name)
+    return kind(prefix + message)

@@ -1,0 +1,311 @@
+"""What a config builds once: the network, the optimiser and the functions that are compiled."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from sync_jax import sharding
+from sync_jax.data import catalogue, host, pictures
+from sync_jax.data.augmentation import normalise
+from sync_jax.data.parts import Part
+from sync_jax.data.placement import Placement
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.resident import (
+    ResidentSplit,
+    epoch_constants,
+    epoch_index,
+    put_on_devices,
+    training_batch,
+)
+from sync_jax.data.squares import Squares
+from sync_jax.errors import InputError
+from sync_jax.evaluate import Predictions, predict, summary
+from sync_jax.losses import Terms
+from sync_jax.methods import METHODS, training_objective
+from sync_jax.metrics import aurc
+from sync_jax.models import make_network
+from sync_jax.models.pretrained import load_pretrained
+from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
+
+STOPS = "stops"  # the metric that says whether any process was asked to stop
+
+
+class Run:
+    """What a config builds once: network, optimiser and the compiled functions.
+
+    Attributes:
+        config: validated.
+        mesh: over which the batch is split.
+        info: the dataset's.
+        placement: of the training images.
+        steps_per_epoch: may be fractional: no example is left out at an epoch's end.
+        total_steps: of the run.
+        state_like: shapes, dtypes and shardings of the training state.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: jax.sharding.Mesh,
+        *,
+        train_size: int,
+        placement: Placement | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ):
+        """Builds them; nothing is compiled yet.
+
+        Args:
+            config: validated.
+            mesh: over all devices of all processes.
+            train_size: number of training examples.
+            placement: of their images.
+            alive: called whenever a step or a batch of predictions is done.
+
+        Raises:
+            InputError: the dataset is not prepared.
+        """
+        self.config = config
+        self.mesh = mesh
+        self.placement = placement = placement or Placement()
+        info = catalogue.dataset_info(config.data)
+        if info is None:
+            raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+        self.info = info
+        self.train_size = train_size
+        self.steps_per_epoch = train_size / config.train.batch_size
+        self.total_steps = self.steps_of(config.train.epochs)
+        self.size = info.image_shape[0] if config.data.name in pictures.NAMES else None
+        method = METHODS[config.method]
+        self.network = make_network(
+            config.model,
+            heads=method.heads,
+            num_classes=self.info.num_classes,
+            target_coverage=config.target_coverage,
+        )
+        schedule = learning_rate_schedule(
+            config.optimizer, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+        self.optimizer = make_optimizer(config.optimizer, schedule)
+        copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
+        self.augmentation = Augmentation.of(config.data)
+        warmup_epochs = config.loss.warmup_epochs
+        if warmup_epochs < 0:
+            warmup_epochs = method.warmup * config.train.epochs
+        warmup_steps = self.steps_of(warmup_epochs) if warmup_epochs else 0
+        objective = training_objective(
+            method, config, train_size=train_size, warmup_steps=warmup_steps
+        )
+
+        self._create = functools.partial(
+            create_train_state,
+            network=self.network,
+            optimizer=self.optimizer,
+            image_shape=self.info.image_shape,
+            create_memory=self._create_memory,
+        )
+        self.state_like = self._with_shardings(jax.eval_shape(self._create, jnp.uint32(0)))
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_like)
+
+        def resident_batch(state: TrainState, data: ResidentSplit, seed: Array) -> Batch:
+            return training_batch(
+                data,
+                seed,
+                state.step,
+                batch_size=config.train.batch_size,
+                augmentation=self.augmentation,
+                size=self.size,
+                mesh=mesh if placement.sharded else None,
+            )
+
+        def step(
+            state: TrainState,
+            data: ResidentSplit | Batch,
+            seed: Array,
+            skip: Array,
+            stops: Array | None,
+        ) -> tuple[TrainState, Terms]:
+            batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
+            batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
+            state, metrics = train_step(
+                state,
+                batch,
+                network=self.network,
+                objective=objective,
+                optimizer=self.optimizer,
+                # Of a seed's three streams of randomness this is the third; see training_batch.
+                dropout_key=jax.random.fold_in(
+                    jax.random.split(jax.random.key(seed), 3)[2], state.step
+                ),
+                microbatches=config.train.microbatches,
+                skip=skip,
+            )
+            return state, metrics if stops is None else metrics | {STOPS: jnp.max(stops)}
+
+        def outputs(state: TrainState, images: Array) -> dict[str, Array]:
+            return eval_step(state, normal(images), network=self.network)
+
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, copied))
+        self._compiled = sharding.one_at_a_time(compiled, mesh)
+        # An argument and no constant: runs that differ in it alone share the compilation cache.
+        self._seed = np.uint32(config.seed)
+        # Whether this process was asked to stop, on each of its devices; see `step`.
+        self._asked: dict[bool, Any] = {False: None, True: None}
+        if mesh.is_multi_process:
+            own = len(mesh.local_devices)
+            self._asked = {
+                asked: sharding.from_shares(np.full(own, asked, np.float32), mesh)
+                for asked in (False, True)
+            }
+        self._outputs = sharding.one_at_a_time(
+            jax.jit(outputs, in_shardings=(shardings, split), out_shardings=copied), mesh
+        )
+        self._alive = alive
+
+    def step(
+        self,
+        state: TrainState,
+        data: ResidentSplit | Batch,
+        *,
+        skip: bool = False,
+        stopping: bool = False,
+    ) -> tuple[TrainState, Terms]:
+        """One training step, under way when this returns.
+
+        Args:
+            state: before it; donated.
+            data: of `feed`.
+            skip: whether it is to change nothing.
+            stopping: whether this process was asked to stop.
+
+        Returns:
+            The state after it and `steps.train_step`'s metrics; of several processes also STOPS,
+            above 0 where any was asked to stop: the one way to tell all of them the same, at the
+            same step, without waiting for each other.
+        """
+        asked = self._asked[stopping]
+        result = self._compiled(state, data, self._seed, np.bool_(skip), asked)
+        self._alive()
+        return result
+
+    def steps_of(self, epochs: float) -> int:
+        """Epochs as a number of steps, at least one."""
+        return max(round(epochs * self.steps_per_epoch), 1)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Which training examples a step sees, counted from 1: `[batch]`, positions in its part."""
+        key, _ = jax.random.split(jax.random.key(self._seed))
+        batch_size = self.config.train.batch_size
+        return np.asarray(epoch_index(key, jnp.uint32(step - 1), batch_size, self.train_size))
+
+    def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
+        """What each step from `start` on takes: the resident split, or the host's batches."""
+        if self.placement.on_device:
+            images = part.images.uncut() if isinstance(part.images, Squares) else part.images
+            split = put_on_devices(images, part.labels, self.mesh, sharded=self.placement.sharded)
+            yield from itertools.repeat(split)
+            return
+        batch_size, size = self.config.train.batch_size, len(part.labels)
+        assert not isinstance(part.images, Squares)
+        examples = host.Examples(
+            part.images,
+            part.labels,
+            epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
+            self.config.seed,
+            self.augmentation,
+            self.info.image_shape[0],
+        )
+        for batch in host.batches(
+            examples,
+            start=start,
+            stop=self.total_steps,
+            batch_size=batch_size,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=self.config.data.workers,
+        ):
+            whole = batch | {"mask": np.ones(len(batch["label"]), np.float32)}
+            split_batch = sharding.batch_sharding(self.mesh)
+            yield {
+                name: jax.make_array_from_process_local_data(split_batch, array)
+                for name, array in whole.items()
+            }
+
+    def create_state(self) -> TrainState:
+        """The state before the first step, on every device."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_like)
+        return jax.jit(self._create, out_shardings=shardings)(self._seed)
+
+    def load_pretrained(self, state: TrainState) -> tuple[TrainState, str]:
+        """The state with the weights of `config.model.pretrained`, and a line on what matched.
+
+        Raises:
+            InputError: the file cannot be read, or nothing in it fits.
+        """
+        path = Path(self.config.model.pretrained).expanduser()
+        params, batch_stats, message = load_pretrained(path, state.params, state.batch_stats)
+        copied = sharding.replicated(self.mesh)
+        params, batch_stats = jax.device_put((params, batch_stats), copied)
+        memory = jax.jit(self._create_memory, out_shardings=copied)(params)
+        return state.replace(params=params, batch_stats=batch_stats, memory=memory), message
+
+    def _with_shardings(self, shapes: TrainState) -> TrainState:
+        """Copied to each device; the optimiser's state divided between them if so configured."""
+        copied = sharding.replicated(self.mesh)
+        shardings = jax.tree.map(lambda x: copied, shapes)
+        if self.config.optimizer.sharded:
+            divided = sharding.split_over(self.mesh, shapes.opt_state)
+            shardings = shardings.replace(opt_state=divided)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+
+    def _create_memory(self, params: optax.Params) -> Any:
+        memory = METHODS[self.config.method].memory
+        return memory.create(params, self.train_size, self.config) if memory else {}
+
+    def predict(self, state: TrainState, part: Part) -> Predictions:
+        """The network's outputs for every example of a part; each process reads its share."""
+
+        def outputs_of(images: np.ndarray) -> dict[str, Array]:
+            outputs = self._outputs(state, sharding.from_shares(images, self.mesh))
+            self._alive()
+            return outputs
+
+        batch_size = self.config.evaluation.batch_size
+        share = sharding.share(batch_size, self.mesh)
+        return predict(part, outputs_of, batch_size, share=share)
+
+    def calibration_metrics(self, state: TrainState, part: Part) -> dict[str, float]:
+        """What is logged of the calibration split while training."""
+        predictions = self.predict(state, part)
+        values = summary(predictions)
+        values["aurc"] = aurc(predictions.confidence("softmax_response"), predictions.wrong)
+        names = ("accuracy", "negative_log_likelihood", "aurc", "mean_selection")
+        return {name: values[name] for name in names if name in values}
+
+    def describe(self, calibration_size: int) -> str:
+        """One line on what will run."""
+        config = self.config
+        parameters = sum(x.size for x in jax.tree.leaves(self.state_like.params))
+        count = jax.process_count()
+        processes = f" of {count} processes" if count > 1 else ""
+        devices = f"{self.mesh.size} {jax.devices()[0].platform.upper()} device"
+        return (
+            f"{config.method} on {config.data.name}: {self.train_size:,} training and "
+            f"{calibration_size:,} calibration images; {config.model.name} with {parameters:,} "
+            f"parameters; {self.total_steps:,} steps of {config.train.batch_size} on {devices}"
+            f"{'s' if self.mesh.size > 1 else ''}{processes}"
+        )

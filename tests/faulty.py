@@ -1,0 +1,84 @@
+"""`sync_jax.main` in a process that comes to harm at a moment of the test's choosing.
+
+    python -m tests.faulty HARM:MOMENT:NUMBER ARGUMENT...
+
+HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM); MOMENT 'step' (that step is under
+way), 'saving' (the so-manyth checkpoint is being written), 'saved' (it is complete) or
+'predictions' (the so-manyth predictions are about to be written). 'nan:step:N' spoils a pixel of
+that step's batch instead, and 'none:never:0' does no harm.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+from absl import app
+
+from sync_jax import main, run
+from sync_jax.checkpoint import Checkpoints
+from sync_jax.evaluate import Predictions
+from sync_jax.progress import Progress
+
+
+def harm(how: str) -> None:
+    """Sends this process the signal."""
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
+
+
+def prepare(how: str, moment: str, number: int) -> None:
+    """Makes sure that it will come to that."""
+    if how == "nan":
+        spoil(number)
+    elif moment == "step":
+        step = Progress.step
+
+        def stepped(self: Progress, done: int) -> None:
+            step(self, done)
+            if done == number:
+                harm(how)
+
+        Progress.step = stepped  # type: ignore[method-assign]
+    elif moment in ("saving", "saved"):
+        save, count = Checkpoints.save, 0
+
+        def saved(self: Checkpoints, *arguments: Any, **options: Any) -> None:
+            nonlocal count
+            save(self, *arguments, **options)
+            count += 1
+            if count == number:
+                if moment == "saved":
+                    self.wait()
+                harm(how)
+
+        Checkpoints.save = saved  # type: ignore[method-assign]
+    elif moment == "predictions":
+        write, written = Predictions.save, 0
+
+        def wrote(self: Predictions, *arguments: Any) -> None:
+            nonlocal written
+            written += 1
+            if written == number:
+                harm(how)
+            write(self, *arguments)
+
+        Predictions.save = wrote  # type: ignore[method-assign]
+
+
+def spoil(*numbers: int) -> None:
+    """Spoils the batches of some steps, counted from 1."""
+    train_step = run.train_step
+
+    def spoilt(state: Any, batch: Any, **options: Any) -> Any:
+        bad = jnp.isin(state.step + 1, jnp.asarray(numbers))
+        image = batch["image"].at[0, 0, 0, 0].add(jnp.where(bad, jnp.nan, 0.0))
+        return train_step(state, batch | {"image": image}, **options)
+
+    run.train_step = spoilt
+
+
+if __name__ == "__main__":
+    chosen = sys.argv.pop(1).split(":")
+    prepare(chosen[0], chosen[1], int(chosen[2]))
+    app.run(main.main, flags_parser=main.parse_flags)

@@ -1,0 +1,36 @@
+import re
+import threading
+import time
+
+from sync_jax.process import watchdog
+
+
+def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
+    with watchdog(0.2) as happened:
+        for _ in range(8):  # 0.4 s, but never 0.2 s without anything
+            time.sleep(0.05)
+            happened()
+        assert capfd.readouterr().err == ""
+        deadline = time.monotonic() + 10
+        shown = ""
+        while "Thread" not in shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            shown += capfd.readouterr().err
+    assert re.search(r"sync_jax: no step has finished for \d+ s; what each thread is doing:", shown)
+    assert "test_the_watchdog_prints_stacks" in shown  # this thread's, among others
+
+
+def test_a_watchdog_of_zero_seconds_does_nothing(capfd):
+    with watchdog(0.0) as happened:
+        happened()
+        time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_watchdog_ends_with_its_block():
+    def watched() -> bool:
+        return any(thread.name == "watchdog" for thread in threading.enumerate())
+
+    with watchdog(5.0):
+        assert watched()
+    assert not watched()

@@ -1,0 +1,209 @@
+"""The same training curve on one device, on eight, and on two processes of two devices each."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sync_jax import sharding, train
+from sync_jax.checkpoint import Checkpoints
+from sync_jax.distributed import initialize
+from sync_jax.errors import InputError
+from sync_jax.progress import Progress, read_metrics
+from sync_jax.run import Run
+from sync_jax.sweep import sweep
+from tests import processes, tiny
+
+METHODS = ["ce", "selectivenet", "sync", "self_adaptive"]
+MAKE_MESH = sharding.make_mesh
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.prepare(tmp_path_factory.mktemp("tiny"))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+    mesh = MAKE_MESH(jax.devices()[:devices])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+
+
+def curve(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_metrics(workdir)]
+
+
+def check_close(first: Path, second: Path) -> None:
+    """All that is logged, up to the order of float32 sums and what a dozen steps make of it."""
+    one, other = curve(first), curve(second)
+    assert [(e["step"], e["part"]) for e in one] == [(e["step"], e["part"]) for e in other]
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"part"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monkeypatch):
+    """With BatchNorm, batches that straddle epochs, and a last batch of 40 examples by 16."""
+    vary = [f"method={','.join(METHODS)}"]
+    children = processes.start(
+        [
+            tiny.command(
+                data_dir, tmp_path / "two", "--config.train.epochs=1.0",
+                "--mode=sweep", f"--vary={vary[0]}",
+            )
+        ] * 2,
+        devices=2,
+        XLA_FLAGS=os.environ["XLA_FLAGS"],
+    )  # fmt: skip
+    for devices in (1, 8):
+        use(monkeypatch, devices)
+        config = tiny.config(data_dir, train__epochs=1.0)
+        assert sweep(config, vary, tmp_path / str(devices), name="quickstart")
+    printed = processes.finish(children, timeout=400)
+    assert [child.returncode for child in children] == [0, 0], printed
+    assert "4 CPU devices of 2 processes" in printed[0]
+    for method in METHODS:
+        name = f"quickstart-{method}-seed0"
+        for other in ("8", "two"):
+            check_close(tmp_path / "1" / name, tmp_path / other / name)
+    # Negative control: another seed's curve is not close.
+    name = "quickstart-ce-seed0"
+    use(monkeypatch, 1)
+    train.train_and_evaluate(
+        tiny.config(data_dir, method="ce", train__epochs=1.0, seed=1), tmp_path / "seed1"
+    )
+    with pytest.raises(AssertionError):
+        check_close(tmp_path / "1" / name, tmp_path / "seed1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1)])
+def test_another_topology_goes_on_at_the_right_data(
+    before, after, data_dir, tmp_path, monkeypatch, capsys
+):
+    """Eight devices divide the optimiser's state between them; a checkpoint of it fits one."""
+
+    def config(devices: int):
+        return tiny.config(
+            data_dir, method="self_adaptive", train__epochs=1.0, model__width=8,
+            optimizer__sharded=devices > 1,
+        )  # fmt: skip
+
+    use(monkeypatch, 1)
+    train.train_and_evaluate(config(1), tmp_path / "whole")
+    step = Progress.step
+
+    def stop_at_eight(self, done):
+        if done == 8:
+            raise KeyboardInterrupt
+        step(self, done)
+
+    use(monkeypatch, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", stop_at_eight)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config(before), tmp_path / "moved")
+    use(monkeypatch, after)
+    train.train_and_evaluate(config(after), tmp_path / "moved")
+    assert "resuming at step 6 of 12" in capsys.readouterr().out
+    check_close(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_dir, tmp_path):
+    states = []
+    for sharded in (False, True):
+        config = tiny.config(data_dir, method="ce", optimizer__sharded=sharded)
+        run = Run(config, MAKE_MESH(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
+        _, part, _ = train.load_data(config, run.mesh)
+        state, _ = run.step(run.create_state(), next(run.feed(part, 0)))
+        states.append(state)
+    momentum = [jax.tree.leaves(state.opt_state)[3] for state in states]
+    assert momentum[0].size > 1024
+    rows = [x.addressable_shards[0].data.size for x in momentum]
+    assert rows == [momentum[0].size, momentum[0].size // 8]
+    copied, divided = (jax.device_get(state) for state in states)
+    chex.assert_trees_all_close(copied, divided, rtol=1e-5, atol=1e-7)
+    # And a checkpoint of the parts is one of the whole.
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(states[1], 1)
+        checkpoints.wait()
+        restored = checkpoints.restore(states[0]).state
+    chex.assert_trees_all_equal(jax.device_get(restored), divided)
+
+
+AGREEING = """
+import sys
+from sync_jax import distributed, errors
+
+i, port = int(sys.argv[1]), sys.argv[2]
+distributed.initialize(f"localhost:{port}", 2, i, seconds=60)
+processes = distributed.Processes(seconds=60)
+print(processes.share("a", {"i": i}))
+
+def fails():
+    if processes.index == 1:
+        raise errors.InputError("no such file")
+    return "fine"
+
+for function in (processes.together, processes.from_first):
+    try:
+        print(function("b", fails))
+    except errors.InputError as error:
+        print("InputError", error)
+print(processes.from_first("c", lambda: [processes.index, "first"]))
+if processes.first:
+    try:
+        distributed.Processes(seconds=1, name="again").share("the end")
+    except errors.FailedError as error:
+        print("FailedError", error)
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_and_name_those_that_are_missing():
+    script = [sys.executable, "-c", AGREEING]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = [processes.start([[*script, str(i), port]])[0] for i in range(2)]
+    first, second = processes.finish(children)
+    assert [child.returncode for child in children] == [0, 0], (first, second)
+    shared = "[{'i': 0}, {'i': 1}]"
+    assert first.splitlines() == [
+        shared,
+        "InputError process 1: no such file",
+        "fine",
+        "[0, 'first']",
+        "FailedError process 1 of 2 did not come to 'the end' within 1 s; its own log says why",
+    ]
+    assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", 2, None), "--coordinator, --processes and --process belong together"),
+        (("localhost:1", 2, 2), "--process=2 must be between 0 and --processes=2 - 1"),
+        (("localhost", 2, 0), "--coordinator=localhost must be HOST:PORT"),
+    ],
+)
+def test_incomplete_arguments_are_refused(arguments, message):
+    with pytest.raises(InputError) as error:
+        initialize(*arguments, seconds=1)
+    assert str(error.value) == message
+
+
+def test_one_process_needs_nothing(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    initialize(None, None, None, seconds=1)
+    assert jax.process_count() == 1
+    assert json.dumps(jax.process_index()) == "0"
+    assert jnp.zeros(1).sum() == 0
