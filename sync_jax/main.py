@@ -16,6 +16,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sync_jax.printable import printable
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(). --config.x.y=z changes one of its fields."
 )
@@ -60,6 +62,12 @@ def main(arguments: list[str]) -> None:
     # Imported here, for --helpshort need not wait for JAX.
     from sync_jax import config as config_lib
     from sync_jax import errors, train
+
+    try:
+        if _MODE.value != "compare":
+            train.check_devices()
+    except errors.InputError as error:
+        _stop(error, 2)
 
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
@@ -121,14 +129,14 @@ def parse_flags(arguments: list[str]) -> list[str]:
         if "Traceback" in message:
             message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
         _stop(message, 2)
-    except Exception as error:  # config_flags raises what it likes, a config file anything
+    except (Exception, SystemExit) as error:  # config_flags raises what it likes, a file anything
         _stop(_explain(arguments, error), 2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate
     return rest
 
 
-def _explain(arguments: list[str], error: Exception) -> str:
+def _explain(arguments: list[str], error: BaseException) -> str:
     """What is wrong with --config or one of its overrides."""
     from sync_jax.config import unknown_field
 
@@ -156,7 +164,7 @@ def _stop(message: object, status: int) -> NoReturn:
     """Ends the program with one line; with --verbosity=1 after the traceback."""
     if sys.exc_info()[0] is not None and logging.get_verbosity() >= logging.DEBUG:
         traceback.print_exc()
-    print(f"sync_jax: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"sync_jax: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(status)
 
 

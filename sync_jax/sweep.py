@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from sync_jax.compare import compare
 from sync_jax.config import default_config, flatten, suggestion, validate
 from sync_jax.errors import InputError
+from sync_jax.printable import say
 from sync_jax.report import read_report
-from sync_jax.train import NonFiniteError, train_and_evaluate
+from sync_jax.train import NonFiniteError, check_run, train_and_evaluate
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
@@ -36,10 +37,11 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         InputError: in `vary`, or a combination is no valid config; nothing is trained then.
     """
     runs = combinations(config, vary, name=name)
-    for _, run in runs:
+    for folder, run in runs:
         validate(run)
+        check_run(run, out / folder)
     done = [folder for folder, _ in runs if read_report(out / folder) is not None]
-    print(
+    say(
         f"{len(runs)} runs in {out}, each a training of its own: "
         f"{len(done)} finished, {len(runs) - len(done)} to do"
     )
@@ -48,12 +50,12 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         if folder in done:
             continue
         left = "" if not trained else _left(began, trained, len(runs) - len(done) - trained)
-        print(f"=== run {i} of {len(runs)}: {folder}{left}", flush=True)
+        say(f"=== run {i} of {len(runs)}: {folder}{left}")
         try:
             train_and_evaluate(run, out / folder)
         except NonFiniteError as error:
             failed.append(folder)
-            print(f"{folder} stopped at {error}", flush=True)
+            say(f"{folder} stopped at {error}")
         trained += 1
         jax.clear_caches()  # every run compiles functions of its own
     finished = [out / folder for folder, _ in runs if folder not in failed]
@@ -61,7 +63,7 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         # A field that was varied on purpose may differ.
         compare([str(folder) for folder in finished], out / "compare", mixed=True)
     for folder in failed:
-        print(f"{folder} diverged and is not in the table")
+        say(f"{folder} diverged and is not in the table")
     return not failed
 
 

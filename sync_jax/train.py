@@ -38,6 +38,7 @@ from sync_jax.methods import METHODS, training_objective
 from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.printable import say
 from sync_jax.process import exclusive, terminated
 from sync_jax.progress import MetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
@@ -64,9 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         WriteError: a checkpoint cannot be written.
     """
     mesh = sharding.make_mesh()
-    sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
-    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    check_workdir(config, workdir)
+    check_run(config, workdir)
     if (report := read_report(workdir)) is not None:
         print(f"{workdir} holds a finished run: nothing to train. Its report:")
         if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
@@ -81,9 +80,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     train_part, calibration_part = load_train_and_calibration(
         config.data, decode=not placement.on_device
     )
+    run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
+    if config.model.pretrained:
+        run.check_pretrained()
     with exclusive(workdir), terminated() as stopping:
         prepare_workdir(config, workdir)
-        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
         state, start = run.create_state(), 0
         print(run.describe(state, len(calibration_part.labels)))
         print(placement.reason)
@@ -93,7 +94,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 print(f"resuming at step {start} of {run.total_steps}")
             elif config.model.pretrained:
                 state, message = run.load_pretrained(state)
-                print(message)
+                say(message)
             state = fit(
                 run, state, start, train_part, calibration_part, checkpoints, workdir, stopping
             )
@@ -363,15 +364,27 @@ class Run:
 
     def create_state(self) -> TrainState:
         """The state before the first step, on every device."""
-        create = functools.partial(
+        copied = sharding.replicated(self.mesh)
+        return jax.jit(self._creator(), out_shardings=copied)(jnp.uint32(self.config.seed))
+
+    def _creator(self) -> Callable[..., TrainState]:
+        return functools.partial(
             create_train_state,
             network=self.network,
             optimizer=self.optimizer,
             image_shape=self.info.image_shape,
             create_memory=self._create_memory,
         )
-        copied = sharding.replicated(self.mesh)
-        return jax.jit(create, out_shardings=copied)(jnp.uint32(self.config.seed))
+
+    def check_pretrained(self) -> None:
+        """Makes sure, before anything is written, that `load_pretrained` will do.
+
+        Raises:
+            InputError: the file cannot be read, or nothing in it fits.
+        """
+        path = Path(self.config.model.pretrained).expanduser()
+        state = jax.eval_shape(self._creator(), jnp.uint32(0))
+        load_pretrained(path, state.params, state.batch_stats)
 
     def load_pretrained(self, state: TrainState) -> tuple[TrainState, str]:
         """The state with the weights of `config.model.pretrained`, and a line on what matched.
@@ -415,15 +428,57 @@ class Run:
         )
 
 
+def check_devices() -> None:
+    """Makes sure that JAX finds a device.
+
+    Raises:
+        InputError: it does not; says what it was told to look for.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        told = f" (JAX_PLATFORMS={platforms})" if platforms else ""
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise InputError(
+            f"JAX finds no device{told}: {reason}; JAX_PLATFORMS=cpu always works"
+        ) from (error)
+
+
+def check_run(config: ConfigDict, workdir: Path) -> None:
+    """Refuses what `train_and_evaluate` could not begin with, whatever the data are.
+
+    Raises:
+        InputError: the batch cannot be split over the devices, or `workdir` cannot be the run's.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
+    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_workdir(config, workdir)
+    read_metrics(workdir)
+
+
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be the run's, or is another run's.
 
     Raises:
         InputError: naming the fields that differ.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is not a folder")
+    try:
+        nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # a name too long
+        raise InputError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    if not nearest.is_dir():
+        whose = (
+            "is not a folder" if nearest == workdir else f"is below {nearest}, which is no folder"
+        )
+        raise InputError(f"--workdir={workdir} {whose}")
     path = workdir / "config.json"
+    if not path.exists() and (workdir / "report.json").exists():
+        raise InputError(
+            f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
+            "another --workdir"
+        )
     if path.exists():
         differing = describe_differences(config, path)
         if differing:

@@ -189,7 +189,8 @@ def test_damage_is_noticed(tmp_path):
     data = section(tmp_path)
     prepare(data)
     target = pictures.prepared_folder(data)
-    (target / "features.json").write_text("{")
+    (shard,) = target.glob("*-train.array_record-*")
+    shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match="delete it and prepare again"):
         catalogue.load(data, "train", decode=True)[0][:1]
     (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
@@ -223,7 +224,9 @@ def test_sizes_are_checked_once_they_are_known(tmp_path):
     write_pictures(tmp_path / "pictures", {"train": 20, "test": 1})
     config = default_config()
     config.data = section(tmp_path)
-    validate(config)  # not prepared: nothing is known
+    for check in (validate, check_sizes):  # not prepared: as the files' names say
+        with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
+            check(config)
     prepare(config.data)
     with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
         check_sizes(config)
