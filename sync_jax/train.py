@@ -67,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     mesh = sharding.make_mesh()
     check_run(config, workdir)
     if (report := read_report(workdir)) is not None:
-        print(f"{workdir} holds a finished run: nothing to train. Its report:")
+        say(f"{workdir} holds a finished run: nothing to train. Its report:")
         if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
             show_report(report, workdir)
         else:  # other coverages, target risks or delta than it was made with
