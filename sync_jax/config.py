@@ -235,7 +235,12 @@ def validate(config: ConfigDict) -> None:
     for field in ("loss.target_momentum", "loss.encoder_momentum", "model.dropout"):
         _range("in [0, 1)", lambda x: 0 <= x < 1)(config, field)
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
-    _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
+    _each(
+        config,
+        "evaluation.target_risks",
+        "error rates in (0, 1), from 1e-6",
+        lambda x: 1e-6 <= x < 1,
+    )
 
     _range("above 1", lambda x: x > 1)(config, "loss.payoff")
     for field, value in ours.items():  # the devices compute in float32

@@ -8,6 +8,7 @@ A run that was stopped goes on with the same command. Exit status: 0 done, 1 tra
 config or input (nothing is written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -77,6 +78,8 @@ def main(arguments: list[str]) -> None:
             do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
         except errors.InputError as error:
             _stop(error, 2)
+        except OSError as error:
+            _stop(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 2)
         return
     if _RUNS.value or _MIXED.value:
         _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
@@ -169,6 +172,9 @@ def _stop(message: object, status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # or tables could not be printed as ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:  # before main's own

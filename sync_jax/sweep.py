@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.compare import compare
+from sync_jax.compare import FREE, compare
 from sync_jax.config import default_config, flatten, suggestion, validate
 from sync_jax.errors import InputError
 from sync_jax.printable import say
@@ -86,6 +87,8 @@ def combinations(
         field = field.removeprefix("config.")
         if field not in known:
             raise InputError(f"--vary={entry}: no field {field!r}{suggestion(field, known)}")
+        if field.startswith(FREE) and field != "seed":
+            raise InputError(f"--vary={entry}: {field} changes no training, so nothing to compare")
         if field in fields:
             raise InputError(f"--vary={entry}: {field} is varied twice")
         if not equals or not values:
@@ -102,7 +105,9 @@ def combinations(
         for field in fields:
             if field not in ("method", "seed"):
                 folder += f"-{field}={values_by_field[field]}"
-        runs.append((folder, run))
+        runs.append((folder.replace(os.sep, "-"), run))
+    if len({folder for folder, _ in runs}) < len(runs):
+        raise InputError(f"--vary={', '.join(vary)}: two runs would have the same folder")
     return runs
 
 

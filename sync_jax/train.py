@@ -22,7 +22,7 @@ from sync_jax.config import check_sizes, describe_differences, to_json
 from sync_jax.data import catalogue, host, pictures
 from sync_jax.data.augmentation import normalise
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
-from sync_jax.data.placement import Placement, choose
+from sync_jax.data.placement import Placement, choose, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
     ResidentSplit,
@@ -81,8 +81,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         config.data, decode=not placement.on_device
     )
     run = Run(config, mesh, train_size=len(train_part.labels), placement=placement)
-    if config.model.pretrained:
-        run.check_pretrained()
+    run.check()
     with exclusive(workdir), terminated() as stopping:
         prepare_workdir(config, workdir)
         state, start = run.create_state(), 0
@@ -376,15 +375,27 @@ class Run:
             create_memory=self._create_memory,
         )
 
-    def check_pretrained(self) -> None:
-        """Makes sure, before anything is written, that `load_pretrained` will do.
+    def check(self) -> None:
+        """Makes sure, before anything is written, that the state fits and that the weights do.
 
         Raises:
-            InputError: the file cannot be read, or nothing in it fits.
+            InputError: it takes more memory than is free, or the file cannot be used.
         """
-        path = Path(self.config.model.pretrained).expanduser()
+        config = self.config
         state = jax.eval_shape(self._creator(), jnp.uint32(0))
-        load_pretrained(path, state.params, state.batch_stats)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        free = free_memory(self.mesh)
+        if size * self.mesh.size > free:
+            parameters = sum(x.size for x in jax.tree.leaves(state.params))
+            raise InputError(
+                f"config.model.name={config.model.name!r} of width={config.model.width} and "
+                f"features={config.model.features} has {parameters:,} parameters: the state takes "
+                f"{size / 1e9:,.1f} GB on each of {self.mesh.size} devices, and {free / 1e9:,.1f} "
+                "GB are free on all; make it smaller, or config.loss.queue_size"
+            )
+        if config.model.pretrained:
+            path = Path(config.model.pretrained).expanduser()
+            load_pretrained(path, state.params, state.batch_stats)
 
     def load_pretrained(self, state: TrainState) -> tuple[TrainState, str]:
         """The state with the weights of `config.model.pretrained`, and a line on what matched.
@@ -455,6 +466,9 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
     sharding.check_divisible("config.train.batch_size", config.train.batch_size, mesh)
     sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     check_workdir(config, workdir)
+    for name in ("checkpoints", "tensorboard"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise InputError(f"{workdir / name} is not a folder; name another --workdir")
     read_metrics(workdir)
 
 
@@ -466,20 +480,21 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    except OSError as error:  # a name too long
+        path, report = workdir / "config.json", workdir / "report.json"
+        has_config, has_report = path.exists(), report.exists()
+    except OSError as error:  # a name too long, a folder that is another user's
         raise InputError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if not nearest.is_dir():
         whose = (
             "is not a folder" if nearest == workdir else f"is below {nearest}, which is no folder"
         )
         raise InputError(f"--workdir={workdir} {whose}")
-    path = workdir / "config.json"
-    if not path.exists() and (workdir / "report.json").exists():
+    if has_report and not has_config:
         raise InputError(
             f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
             "another --workdir"
         )
-    if path.exists():
+    if has_config:
         differing = describe_differences(config, path)
         if differing:
             raise InputError(

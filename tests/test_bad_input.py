@@ -23,6 +23,7 @@ import scipy.io
 from PIL import Image
 from safetensors.numpy import save_file
 
+from sync_jax import train
 from sync_jax.config import to_json
 from sync_jax.data import catalogue, cifar, fashion_mnist, pictures, svhn
 from sync_jax.evaluate import Predictions, evaluation_record
@@ -103,6 +104,17 @@ def remove(pattern: str) -> Callable[[pytest.MonkeyPatch], object]:
     def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
         for path in Path().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return spoil
+
+
+def folder(*names: str) -> Callable[[pytest.MonkeyPatch], object]:
+    """Folders where a run has files."""
+
+    def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+        for path in (Path("runs/done", name) for name in names):
+            path.unlink(missing_ok=True)
+            path.mkdir()
 
     return spoil
 
@@ -256,6 +268,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     free = types.SimpleNamespace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+
+
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "free_memory", lambda mesh: 1e5)
+
+
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, path in enumerate(Path("pictures/bee").iterdir()):
+        path.unlink()
+        os.mkfifo(path) if number % 2 else path.symlink_to("nowhere")
 
 
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +538,22 @@ BAD = {
     "more steps than can be counted": Bad(
         [QUICKSTART, "--config.train.epochs=1000000"], "epochs=1e.06 must be less than 39768"
     ),
+    "a risk that nothing proves": Bad(
+        [*EVALUATE, "--config.evaluation.target_risks=(1e-300,)"], "target_risks=.*from 1e-6"
+    ),
+    "a bracket too few": Bad(
+        [QUICKSTART, "--config.evaluation.coverages=(50"], r"coverages=\('\(50',\) must be a list"
+    ),
+    "an argument of the config": Bad(
+        ["--config=configs/quickstart.py:7"], "configs/quickstart.py:7: TypeError: get_config"
+    ),
+    "no value": Bad([QUICKSTART, "--config.seed="], "config.seed=: invalid literal for int"),
     # Folders for data, and the machine.
+    "a network of more than the memory": Bad(
+        [*TRAIN, "--workdir=new"],
+        r"model.name='cnn' of width=4 and features=16 has .* parameters: the state takes",
+        little_memory,
+    ),
     "data_dir is empty": Bad([QUICKSTART, "--config.data.data_dir="], "data.data_dir is empty"),
     "data_dir is a file": Bad(
         [QUICKSTART, "--config.data.data_dir=notes.txt", "--workdir=new"],
@@ -571,6 +608,25 @@ BAD = {
     ),
     "an ensemble's folder, evaluated": Bad(
         EVALUATE, "holds a report and no config.json", remove("runs/done/config.json")
+    ),
+    "checkpoints are a file": Bad(
+        DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
+    ),
+    "tensorboard is a file": Bad(
+        DONE, "done/tensorboard is not a folder; name another", write("runs/done/tensorboard", "")
+    ),
+    "config.json is a folder": Bad(DONE, "config.json cannot be read", folder("config.json")),
+    "report.json is a folder": Bad(DONE, "report.json is damaged", folder("report.json")),
+    "metrics.jsonl is a folder": Bad(DONE, "metrics.jsonl cannot be read", folder("metrics.jsonl")),
+    "the lock is a folder": Bad(
+        [*TRAIN, "--workdir=begun"],
+        "workdir=begun cannot be written: Is a directory",
+        lambda monkeypatch: os.makedirs("begun/.lock"),
+    ),
+    "workdir is a link to itself": Bad(
+        [*TRAIN, "--workdir=loop"],
+        "workdir=loop cannot be written: File exists",
+        lambda monkeypatch: os.symlink("loop", "loop"),
     ),
     "config.json cut short": Bad(DONE, "config.json cannot be read", cut("runs/done/config.json")),
     "config.json of something else": Bad(
@@ -718,12 +774,36 @@ BAD = {
         "workdir=sweep/quickstart-sync-seed0 holds another experiment: config.seed is 1 there",
         lambda monkeypatch: shutil.copytree("runs/two", "sweep/quickstart-sync-seed0"),
     ),
+    "a sweep of what changes nothing": Bad(
+        [*TRAIN, "--mode=sweep", "--vary=data.source=../a,../b", "--workdir=sweep"],
+        "vary=data.source=../a,../b: data.source changes no training",
+    ),
+    "a sweep of folders of one name": Bad(
+        [*TRAIN, "--mode=sweep", "--vary=data.folder=a/b,a-b", "--workdir=sweep"],
+        "two runs would have the same folder",
+    ),
+    "a sweep over a list": Bad(
+        [*TRAIN, "--mode=sweep", "--vary=data.flip=1,2"], "data.flip=1,2: '1' must be of type bool"
+    ),
+    "a sweep into a file": Bad(
+        [*TRAIN, "--mode=sweep", "--vary=seed=0,1", "--workdir=notes.txt"],
+        "workdir=notes.txt/quickstart-sync-seed0 is below .*notes.txt, which is no folder",
+    ),
     "a sweep over batches for other devices": Bad(
         [*TRAIN, "--mode=sweep", "--vary=train.batch_size=16,12", "--workdir=sweep"],
         "train.batch_size=12 cannot be split over 8 devices",
     ),
     # Pictures.
     "pictures nowhere": Bad([*NEW_ALBUM, "--config.data.folder=x"], "folder='.*x' does not exist"),
+    "pictures of too long a name": Bad(
+        [*NEW_ALBUM, f"--config.data.folder={'x' * 300}"], "data.folder='.*x' does not exist"
+    ),
+    "a source of too long a name": Bad(
+        [*prepare("food101"), f"--config.data.source={'x' * 300}"], "source='x*' does not exist"
+    ),
+    "a source of clothes of too long a name": Bad(
+        [*prepare("fashion_mnist"), f"--config.data.source={'x' * 300}"], "source='x*': .* does not"
+    ),
     "pictures are a file": Bad(
         [*NEW_ALBUM, "--config.data.folder=notes.txt"], "folder='.*notes.txt' is not a folder"
     ),
@@ -738,6 +818,9 @@ BAD = {
     "pictures beside each other": Bad(NEW_ALBUM, "has 9 pictures directly in it", album({".": 9})),
     "an empty class": Bad(
         NEW_ALBUM, "train has no picture of 'bee'; known are .jpg", album({"ant": 20, "bee": 0})
+    ),
+    "pictures that are pipes and links to nothing": Bad(
+        NEW_ALBUM, "train has no picture of 'bee'", no_files
     ),
     "a class of too few": Bad(NEW_ALBUM, "a class has 4 pictures", album({"ant": 20, "bee": 4})),
     "a class of test alone": Bad(

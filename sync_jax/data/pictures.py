@@ -136,7 +136,7 @@ def dataset_info(section: ConfigDict) -> DatasetInfo | None:
     info, digest = known
     folder = expand(section.folder)
     # The pictures need not be there any more; if they are, they must be the same.
-    if folder.is_dir() and image_folder.scan(folder).listing.digest() != digest:
+    if os.path.isdir(folder) and image_folder.scan(folder).listing.digest() != digest:
         raise DataError(
             f"the pictures in {folder} have changed since they were prepared; delete "
             f"{prepared_folder(section)} to prepare them again, or name another "
@@ -154,7 +154,7 @@ def listed_info(section: ConfigDict) -> DatasetInfo | None:
         DataError: the folder is not laid out as it should be.
     """
     folder = expand(section.folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     listing = image_folder.scan(folder).listing
     return DatasetInfo(
@@ -306,8 +306,8 @@ def _find(
     if not section.source:
         raise DataError(_absent(section))
     published, folder = PUBLISHED[section.name], expand(section.source)
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(
             f"data.source={section.source!r} {problem}; it must hold {published.needed}"
         )
