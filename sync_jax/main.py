@@ -64,17 +64,13 @@ def main(arguments: list[str]) -> None:
     from sync_jax import config as config_lib
     from sync_jax import errors, train
 
-    try:
-        if _MODE.value != "compare":
-            train.check_devices()
-    except errors.InputError as error:
-        _stop(error, 2)
-
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
 
         do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
         try:
+            if _MODE.value == "ensemble":
+                train.check_devices()
             do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
         except errors.InputError as error:
             _stop(error, 2)
@@ -91,6 +87,7 @@ def main(arguments: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         config_lib.validate(config)
+        train.check_devices()
         if _MODE.value == "sweep":
             from sync_jax import sweep
 

@@ -453,7 +453,7 @@ def check_devices() -> None:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise InputError(
             f"JAX finds no device{told}: {reason}; JAX_PLATFORMS=cpu always works"
-        ) from (error)
+        ) from error
 
 
 def check_run(config: ConfigDict, workdir: Path) -> None:

@@ -315,7 +315,10 @@ class Records:
         if self._source is None:
             # Not by TFDS, which imports the Python modules that a prepared folder names.
             paths = sorted(map(str, self.prepared.glob(f"*-{self.split}.array_record-*-of-*")))
-            self._source = array_record_data_source.ArrayRecordDataSource(paths)
+            source = array_record_data_source.ArrayRecordDataSource(paths)
+            if len(source) != len(self._read_labels()):  # a file that is missing shifts the others
+                raise ValueError(f"it has {len(source)} records, not one for each label")
+            self._source = source
         feature = tf_example_pb2.Example.FromString(self._source[position]).features.feature
         data: bytes = feature["image"].bytes_list.value[0]
         return data
