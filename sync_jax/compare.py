@@ -27,7 +27,8 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from sync_jax import metrics
 from sync_jax.config import default_config, flatten
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
+from sync_jax.printable import printable
 from sync_jax.report import LABELS, read_report, strict
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
@@ -77,6 +79,24 @@ class FinishedRun:
         """Confidence and error of the test examples, `[n]` each."""
         parameters = self.report["scores"][score]["parameters"]
         return self.test.confidence(score, **parameters), self.test.wrong
+
+    def numbers(self, score: str) -> dict[str, float]:
+        """`COLUMNS` of a score, NaN where they are undefined."""
+        record, (confidence, wrong) = self.report["scores"][score], self.of(score)
+        point = record["operating_point"]
+        found = {
+            "own_risk": metrics.selective_risk(
+                confidence, wrong, coverage=point["target_coverage"]
+            ),
+            "deployed_risk": point["selective_risk"],
+            "deployed_coverage": point["coverage"],
+            "aurc": record["aurc"]["mean"],
+            "excess_aurc": record["excess_aurc"]["mean"],
+            "augrc": record["augrc"],
+            "accuracy": self.report["test"]["accuracy"],
+            "seconds": self.report["training"]["seconds"],
+        }
+        return {k: float("nan") if value is None else float(value) for k, value in found.items()}
 
 
 def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[str, Any]:
@@ -142,7 +162,17 @@ def load_runs(patterns: Sequence[str]) -> list[FinishedRun]:
         test = Predictions.load(folder / "predictions_test.npz")
         # A field younger than the run counts with its default.
         config = defaults | dict(flatten(report["config"]))
-        runs.append(FinishedRun(folder, config, report, test))
+        run = FinishedRun(folder, config, report, test)
+        try:
+            for score in ("softmax_response", report["method_score"]):
+                run.numbers(score)
+            metrics.selective_risk(*run.of("softmax_response"), coverage=_coverages(run))
+        except Exception as error:  # whatever the report lacks, or has of another type
+            raise InputError(
+                f"{folder / 'report.json'} is damaged, or not of the predictions beside it "
+                f"({type(error).__name__}: {error}); --mode=evaluate makes it anew"
+            ) from error
+        runs.append(run)
     first = runs[0]
     for run in runs[1:]:
         if not (
@@ -164,7 +194,7 @@ def differing_fields(runs: Sequence[FinishedRun]) -> list[str]:
             values.setdefault(repr(run.config.get(field)), run.workdir)
         if len(values) > 1:
             where = " and ".join(f"{value} in {folder}" for value, folder in values.items())
-            phrases.append(f"config.{field} is {where}")
+            phrases.append(printable(f"config.{field} is {where}"))
     return phrases
 
 
@@ -188,7 +218,8 @@ def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
             if any(rival.get(field) != value for rival in rivals)
         ]
         method = members[0].config["method"]
-        labelled[f"{method} ({', '.join(apart)})" if apart else method] = members
+        label = printable(f"{method} ({', '.join(apart)})" if apart else method)
+        labelled[label] = members
         seen: dict[Any, Path] = {}
         for run in members:
             seed = run.config["seed"]
@@ -201,11 +232,11 @@ def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
     """The record, apart from `ignored`; see the top of this file."""
     runs = [run for members in groups.values() for run in members]
-    coverages = runs[0].report["config"]["evaluation"]["coverages"]
+    coverages = _coverages(runs[0])
     rows, resampled = [], {}
     for label, members in groups.items():
         for score in dict.fromkeys(("softmax_response", members[0].report["method_score"])):
-            row = _row(label, score, members, [percent / 100 for percent in coverages])
+            row = _row(label, score, members, coverages)
             rows.append(row)
             # The same seed: the same resamples of the test examples for every run.
             values = [metrics.bootstrap_values(metrics.aurc, *run.of(score)) for run in members]
@@ -226,10 +257,14 @@ def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
             }
             for run in runs
         ],
-        "coverages": [percent / 100 for percent in coverages],
+        "coverages": coverages,
         "rows": rows,
         "differences": differences,
     }
+
+
+def _coverages(run: FinishedRun) -> list[float]:
+    return [percent / 100 for percent in run.report["config"]["evaluation"]["coverages"]]
 
 
 def _row(
@@ -240,22 +275,7 @@ def _row(
         confidence, wrong = run.of(score)
         risk = metrics.selective_risk(confidence, wrong, coverage=coverages)
         values["selective_risk"].append(risk)
-        record = run.report["scores"][score]
-        seconds = run.report["training"]["seconds"]
-        point = record["operating_point"]
-        own = float(metrics.selective_risk(confidence, wrong, coverage=point["target_coverage"]))
-        deployed = point["selective_risk"]
-        numbers = {
-            "own_risk": own,
-            "deployed_risk": float("nan") if deployed is None else deployed,
-            "deployed_coverage": point["coverage"],
-            "aurc": record["aurc"]["mean"],
-            "excess_aurc": record["excess_aurc"]["mean"],
-            "augrc": record["augrc"],
-            "accuracy": run.report["test"]["accuracy"],
-            "seconds": float("nan") if seconds is None else seconds,
-        }
-        for name, number in numbers.items():
+        for name, number in run.numbers(score).items():
             values.setdefault(name, []).append(number)
 
     def std(numbers: list[Any]) -> Any:
@@ -324,13 +344,14 @@ def _column(
     return cells
 
 
-def _differences(record: dict[str, Any]) -> list[str]:
+def _differences(record: dict[str, Any], label: Callable[[str], str] = str) -> list[str]:
     lines = []
     for entry in record["differences"]:
         numbers = (f"{1000 * entry[key]:+.2f}" for key in ("estimate", "lower", "upper"))
         estimate, lower, upper = numbers
         verdict = "" if entry["lower"] <= 0 <= entry["upper"] else " (differ)"
-        lines.append(f"{entry['a']} minus {entry['b']}: {estimate} [{lower}, {upper}]{verdict}")
+        rows = f"{label(entry['a'])} minus {label(entry['b'])}"
+        lines.append(f"{rows}: {estimate} [{lower}, {upper}]{verdict}")
     return lines
 
 
@@ -347,15 +368,23 @@ def markdown(record: dict[str, Any]) -> str:
     headings, rows = table(record)
     lines = [NOTES[0], "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
-        cells = [f"**{text}**" if best else text for text, best in row]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", NOTES[1], "", *(f"- {line}" for line in _differences(record))]
+        cells = [f"**{text}**" if best else _literal(text) for text, best in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", NOTES[1], "", *(f"- {line}" for line in _differences(record, _literal))]
     if record["ignored"]:
-        lines += [
-            "",
-            f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}.",
-        ]
+        ignored = _literal("; ".join(record["ignored"]))
+        lines += ["", f"These runs differ in more than method and seed: {ignored}."]
     return "\n".join(lines) + "\n"
+
+
+def _literal(text: str) -> str:
+    """The text with what Markdown or HTML would take for markup escaped."""
+    return re.sub(r"[\\`*<>|&\[\]]", r"\\\g<0>", text)
+
+
+def _cell(text: str) -> str:
+    """The text with an apostrophe before what a spreadsheet would take for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
@@ -364,7 +393,8 @@ def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
     columns = [f"{name}_{part}" for name in (*names, *COLUMNS) for part in ("mean", "std")]
     lines: list[list[Any]] = [["label", "method", "score", "runs", *columns]]
     for row in record["rows"]:
-        line = [row["label"], row["method"], row["score"], len(row["seeds"])]
+        names_of_row = [_cell(row[name]) for name in ("label", "method", "score")]
+        line: list[Any] = [*names_of_row, len(row["seeds"])]
         for k in range(len(names)):
             line += [row[part]["selective_risk"][k] for part in ("mean", "std")]
         line += [row[part][name] for name in COLUMNS for part in ("mean", "std")]
@@ -374,9 +404,9 @@ def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
 
 def show(record: dict[str, Any], out: Path) -> None:
     """Prints the tables; those of all coverages are in compare.md."""
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = rich.console.Console(highlight=False, markup=False, width=140)
+        console = rich.console.Console(highlight=False, markup=False, emoji=False, width=140)
     headings, rows = table(record)
     kept = [i for i, name in enumerate(headings) if name in CONSOLE_COLUMNS]
     printed = rich.table.Table(
@@ -399,7 +429,7 @@ def show(record: dict[str, Any], out: Path) -> None:
         console.print(
             f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}"
         )
-    console.print(f"All coverages and pairs: {out / 'compare.md'}, .json, .csv, .png")
+    console.print(f"All coverages and pairs: {printable(out / 'compare.md')}, .json, .csv, .png")
 
 
 def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Path) -> None:
@@ -427,7 +457,8 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
         title="Mean over seeds; bands: one standard deviation",
     )
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", fontsize=8)
+    for text in axes.legend(loc="upper left", fontsize=8).get_texts():
+        text.set_parse_math(False)  # a label is no formula
     axes.grid(alpha=0.3)
     temporary = path.with_name(f"{path.name}.incomplete")
     figure.savefig(temporary, format="png")

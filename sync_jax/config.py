@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
 from sync_jax.models.resnet import RESNETS
+from sync_jax.nonfinite import ACTIONS
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
+
+_MOST_VALUES = 1000  # of a list: a report has a row for each
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 OPERATIONAL = (
@@ -181,7 +185,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.stem", ("cifar", "imagenet"))
     _choice(config, "loss.divergence", ("bce", "mse"))
     _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
-    _choice(config, "train.on_nonfinite", ("stop", "skip", "rollback"))
+    _choice(config, "train.on_nonfinite", ACTIONS)
     _choice(config, "checkpoint.best_metric", ("aurc", "accuracy", "negative_log_likelihood"))
 
     _integer(config, "seed", low=0, high=2**31 - 1)
@@ -192,14 +196,22 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.short_side", low=0, high=1024)
     _integer(config, "data.stored_size", low=0, high=1024)
     _integer(config, "data.workers", low=0, high=256)
+    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+        if "\0" in _get(config, field):
+            raise InputError(f"config.{field}={_get(config, field)!r} can be no path")
+    if not config.data.data_dir:
+        raise InputError(
+            "config.data.data_dir is empty; it must name the folder of prepared datasets"
+        )
     layout = Layout.of(config.data)
     if not layout.size <= layout.stored <= layout.short_side:
         raise InputError(
             f"config.data.image_size={layout.size}, stored_size={layout.stored} and "
             f"short_side={layout.short_side} must not decrease in this order"
         )
-    _integer(config, "model.width", low=0)
-    _integer(config, "model.features", low=0)
+    # The field's networks have 64 and 4,096; sixteen times as many would not fit into any device.
+    _integer(config, "model.width", low=0, high=1024)
+    _integer(config, "model.features", low=0, high=65_536)
     if config.model.name in RESNETS and config.model.features:
         raise InputError(
             f"config.model.features={config.model.features}: the size of {config.model.name}'s "
@@ -251,9 +263,17 @@ def validate(config: ConfigDict) -> None:
     for field in ("loss.target_momentum", "loss.encoder_momentum", "model.dropout"):
         _range("in [0, 1)", lambda x: 0 <= x < 1)(config, field)
     _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
-    _each(config, "evaluation.target_risks", "error rates in (0, 1)", lambda x: 0 < x < 1)
+    _each(
+        config,
+        "evaluation.target_risks",
+        "error rates in (0, 1), from 1e-6",
+        lambda x: 1e-6 <= x < 1,
+    )
 
     _range("above 1", lambda x: x > 1)(config, "loss.payoff")
+    for field, value in ours.items():  # the devices compute in float32
+        if isinstance(value, float):
+            _range("of 1e30 at most", lambda x: abs(x) <= 1e30)(config, field)
     for field in ("optimizer.warmup_epochs", "loss.warmup_epochs"):
         if (epochs := _get(config, field)) >= config.train.epochs:
             raise InputError(
@@ -264,12 +284,16 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_sizes(config: ConfigDict) -> None:
-    """Checks what depends on how large the dataset is; of a folder once it is prepared.
+    """Checks what depends on how large the dataset is.
+
+    Of a folder of pictures that is not prepared, what the files' names tell.
 
     Raises:
         InputError: naming the field, the value and what would do.
     """
     info = catalogue.dataset_info(config.data)
+    if info is None:
+        info = pictures.listed_info(config.data)
     if info is None:
         return
     if config.method == "deep_gamblers" and config.loss.payoff > info.num_classes:
@@ -312,7 +336,7 @@ def read_config(saved: Path) -> dict[str, Any]:
         config = json.loads(saved.read_text())
         if not isinstance(config, dict):
             raise ValueError("it holds no fields")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{saved} cannot be read: {error}") from error
     return config
 
@@ -374,6 +398,11 @@ def _get(config: ConfigDict, field: str) -> Any:
     return value
 
 
+def _short(value: int) -> str:
+    """In digits; of very many only how many bits they are."""
+    return f"{value}" if value.bit_length() < 128 else f"(a number of {value.bit_length()} bits)"
+
+
 def _choice(config: ConfigDict, field: str, choices: Collection[str]) -> None:
     value = _get(config, field)
     if value not in choices:
@@ -387,20 +416,24 @@ def _integer(config: ConfigDict, field: str, *, low: int, high: int | None = Non
     value = _get(config, field)
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InputError(f"config.{field}={value} must be {bounds}")
+        raise InputError(f"config.{field}={_short(value)} must be {bounds}")
 
 
 def _range(bounds: str, accepts: Callable[[float], bool]) -> Callable[[ConfigDict, str], None]:
     def check(config: ConfigDict, field: str) -> None:
         value = _get(config, field)
-        if not math.isfinite(value) or not accepts(value):
-            raise InputError(f"config.{field}={value} must be a finite number {bounds}")
+        # An integer in a float's place can be too large for one.
+        if abs(value) > sys.float_info.max or not (math.isfinite(value) and accepts(value)):
+            shown = f"{value}" if isinstance(value, float) else _short(value)
+            raise InputError(f"config.{field}={shown} must be a finite number {bounds}")
 
     return check
 
 
 def _each(config: ConfigDict, field: str, bounds: str, accepts: Callable[[float], bool]) -> None:
     values = _get(config, field)
+    if len(values) > _MOST_VALUES:
+        raise InputError(f"config.{field} has {len(values)} values; at most {_MOST_VALUES} will do")
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
     if not values or not numbers or not all(accepts(x) for x in values):
         raise InputError(f"config.{field}={tuple(values)} must be a list of {bounds}")

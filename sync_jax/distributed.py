@@ -22,6 +22,7 @@ from sync_jax.errors import (
     TerminatedError,
     WriteError,
 )
+from sync_jax.printable import say
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ class Processes:
     def print(self, text: str) -> None:
         """Prints a line, once for all processes."""
         if self.first:
-            print(text, flush=True)
+            say(text)
 
     def share(self, what: str, value: Any = None) -> list[Any]:
         """Every process's value, in order; waits until all have come.

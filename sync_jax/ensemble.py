@@ -34,7 +34,11 @@ def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict
     runs = load_runs(patterns)
     if len(runs) < 2:
         raise InputError(f"an ensemble takes two runs or more, and --runs names {len(runs)}")
-    if (out / "config.json").exists() or out.resolve() in {run.workdir.resolve() for run in runs}:
+    try:
+        own = (out / "config.json").exists()
+    except OSError as error:  # a name too long
+        raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
+    if own or out.resolve() in {run.workdir.resolve() for run in runs}:
         raise InputError(f"--workdir={out} holds a run of its own; name another")
     differing = differing_fields(runs)
     if differing and not mixed:

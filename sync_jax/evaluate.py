@@ -90,6 +90,8 @@ class Predictions:
         try:
             contents = io.BytesIO(path.read_bytes())  # np.load would leave a damaged file open
             with np.load(contents, allow_pickle=False) as file:
+                if any(member.compress_size < member.file_size for member in file.zip.infolist()):
+                    raise ValueError("it is compressed")  # it could expand without end
                 arrays = dict(file)
             outputs = {
                 name.removeprefix("outputs/"): array
@@ -98,11 +100,28 @@ class Predictions:
             }
             if "logits" not in outputs or len({len(array) for array in arrays.values()}) > 1:
                 raise ValueError("arrays are missing or of different lengths")
+            _check(outputs, arrays["labels"], arrays["index"])
             return cls(outputs, arrays["labels"], arrays["index"])
         except FileNotFoundError:
             raise InputError(f"{path} is missing: train the run to its end first") from None
         except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
             raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _check(outputs: dict[str, np.ndarray], labels: np.ndarray, index: np.ndarray) -> None:
+    """Raises ValueError where these can be no `Predictions`."""
+    classes = outputs["logits"].shape[-1]
+    for name, output in outputs.items():
+        shape = (len(labels), classes) if name in ("logits", "auxiliary_logits") else (len(labels),)
+        if output.dtype.kind != "f" or output.shape != shape or not output.size:
+            raise ValueError(f"{name} is {output.dtype} {output.shape}, no output of a network")
+        if not np.all(np.isfinite(output)):
+            raise ValueError(f"{name} holds a number that is not finite")
+    for name, array in {"labels": labels, "index": index}.items():
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, expected integers [n]")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}, of {classes} classes")
 
 
 def predict(
@@ -181,8 +200,21 @@ def evaluation_record(
 
     Returns:
         Plain dicts, lists and numbers; undefined values are NaN.
+
+    Raises:
+        InputError: those of calibration are others, or the score's are missing.
     """
     names = available(test.outputs)
+    shapes = [
+        {name: output.shape[1:] for name, output in part.outputs.items()}
+        for part in (calibration, test)
+    ]
+    differ = any(shapes[0].get(name) != shape for name, shape in shapes[1].items())
+    if score not in names or differ:
+        found = " and ".join(f"{', '.join(s)} of {s['logits'][0]} classes" for s in shapes)
+        raise InputError(
+            f"the predictions do not go with the score {score}: calibration and test have {found}"
+        )
     record: dict[str, Any] = {
         "calibration": summary(calibration),
         "test": summary(test),

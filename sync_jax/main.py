@@ -8,6 +8,7 @@ A run that was stopped goes on with the same command. Exit status: 0 done, 1 tra
 config or input (nothing is written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from sync_jax.printable import printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(). --config.x.y=z changes one of its fields."
@@ -68,16 +71,20 @@ def main(arguments: list[str]) -> None:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
     # Imported here, for --helpshort need not wait for JAX.
     from sync_jax import config as config_lib
-    from sync_jax import distributed, errors, train
+    from sync_jax import distributed, errors, sharding, train
 
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
 
         do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
         try:
+            if _MODE.value == "ensemble":
+                sharding.check_devices()
             do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
         except errors.InputError as error:
             _stop(error, 2)
+        except OSError as error:
+            _stop(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 2)
         return
     if _RUNS.value or _MIXED.value:
         _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
@@ -95,6 +102,7 @@ def main(arguments: list[str]) -> None:
             _PROCESS.value,
             seconds=config.process.wait_seconds,
         )
+        sharding.check_devices()
         if _MODE.value == "sweep":
             from sync_jax import sweep
 
@@ -136,14 +144,14 @@ def parse_flags(arguments: list[str]) -> list[str]:
         if "Traceback" in message:
             message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
         _stop(message, 2)
-    except Exception as error:  # config_flags raises what it likes, a config file anything
+    except (Exception, SystemExit) as error:  # config_flags raises what it likes, a file anything
         _stop(_explain(arguments, error), 2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate
     return rest
 
 
-def _explain(arguments: list[str], error: Exception) -> str:
+def _explain(arguments: list[str], error: BaseException) -> str:
     """What is wrong with --config or one of its overrides."""
     from sync_jax.config import unknown_field
 
@@ -171,11 +179,14 @@ def _stop(message: object, status: int) -> NoReturn:
     """Ends the program with one line; with --verbosity=1 after the traceback."""
     if sys.exc_info()[0] is not None and logging.get_verbosity() >= logging.DEBUG:
         traceback.print_exc()
-    print(f"sync_jax: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"sync_jax: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(status)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # or tables could not be printed as ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:  # before main's own

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from sync_jax.distributed import Processes
-from sync_jax.errors import NonFiniteError
+from sync_jax.errors import InputError, NonFiniteError
 
 FILE = "nonfinite.jsonl"
+ACTIONS = ("stop", "skip", "rollback")
 
 
 class RollbackError(Exception):
@@ -118,4 +119,12 @@ class NonFiniteSteps:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        if not all(type(e["step"]) is int and e["action"] in ACTIONS for e in entries):
+            raise ValueError("no steps and actions")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); move it away, and steps that it left out come again"
+        ) from error
+    return entries

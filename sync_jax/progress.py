@@ -1,6 +1,7 @@
 """What a run shows and writes while it goes on: console, metrics.jsonl and TensorBoard events."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -11,6 +12,10 @@ from types import TracebackType
 import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
+
+from sync_jax.errors import InputError
+
+_BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 
 
 class Progress:
@@ -154,7 +159,7 @@ class MetricWriter:
 class NoMetricWriter(MetricWriter):
     """Of the processes that write nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, workdir: Path, *, start_step: int):
         """Opens nothing."""
 
     def write(self, step: int, part: str, values: Mapping[str, float]) -> None:
@@ -168,14 +173,30 @@ class NoMetricWriter(MetricWriter):
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The entries of a run's `metrics.jsonl`; without the last line if a kill cut it short."""
+    """The entries of a run's `metrics.jsonl`; without the last line if a kill cut it short.
+
+    Raises:
+        InputError: it holds something else.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    entries = []
-    for line in path.read_text().splitlines():
+    entries: list[dict] = []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            entry = json.loads(line)
+            if type(entry["step"]) is not int or not math.isfinite(entry["seconds"]):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
+                break
+            raise InputError(
+                f"{path}: line {number} is no entry of a run's metrics; name another --workdir, or "
+                "move the file away"
+            ) from None
+        entries.append(entry)
     return entries

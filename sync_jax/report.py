@@ -64,8 +64,10 @@ from ml_collections import ConfigDict
 
 import sync_jax
 from sync_jax import metrics
+from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
+from sync_jax.printable import printable
 
 SCHEMA = 2
 LABELS = {
@@ -124,6 +126,8 @@ def write_report(
 def read_report(workdir: Path) -> dict[str, Any] | None:
     """The report of a finished run; None where there is none.
 
+    Every string in it can be shown, see `printable`.
+
     Raises:
         InputError: it is damaged or of another version.
     """
@@ -131,40 +135,62 @@ def read_report(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        report = json.loads(path.read_text())
+        report = _printable(json.loads(path.read_text()))
         schema = report["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); --mode=evaluate makes it anew") from error
     if schema != SCHEMA:
         raise InputError(
             f"{path} has schema {schema}, this version reads {SCHEMA}; --mode=evaluate renews it"
         )
+    try:
+        _shown(report)
+        default_config().update(report["config"])
+    except Exception as error:  # whatever it lacks, or has of another type
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged ({reason}); --mode=evaluate makes it anew") from error
     return report
+
+
+def _printable(value: Any) -> Any:
+    """The same with every string in it as `printable` makes it."""
+    if isinstance(value, dict):
+        return {printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def show_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints the report's tables."""
     # Piped output has no width of its own, and 80 columns would break the table's rows.
-    console = rich.console.Console(highlight=False, markup=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = rich.console.Console(highlight=False, markup=False, width=120)
-    console.print(_coverage_table(report))
-    console.print("Rank-based: coverage imposed on the test ranking, as in published tables.")
-    console.print("Deployed: threshold from the calibration split; what a user would get.\n")
-    console.print(_ranking_table(report))
-    console.print(_certificate_table(report))
-    console.print(
+        console = rich.console.Console(highlight=False, markup=False, emoji=False, width=120)
+    for part in _shown(report):
+        console.print(part)
+    paths = (printable(workdir / name) for name in ("report.json", "risk_coverage.png"))
+    console.print(f"Report: {', '.join(paths)}")
+
+
+def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
+    """The tables and lines that are printed."""
+    parts: list[rich.table.Table | str] = [
+        _coverage_table(report),
+        "Rank-based: coverage imposed on the test ranking, as in published tables.",
+        "Deployed: threshold from the calibration split; what a user would get.\n",
+        _ranking_table(report),
+        _certificate_table(report),
         "SGR, LTT: error of the answers at most the target, with confidence 1 - delta over the "
         "calibration split; the fixed\nsequence provided that errors are no likelier where "
         "confidence is higher. CRC: P(answered and wrong) at most the\ntarget, on average. Each "
-        "holds by itself: choose score, target and method before looking.\n"
-    )
-    for line in _certificate_notes(report):
-        console.print(line)
+        "holds by itself: choose score, target and method before looking.\n",
+        *_certificate_notes(report),
+    ]
     test, training = report["test"], report["training"]
     calibration = report["calibration"]
     seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
-    console.print(
+    parts.append(
         f"Test accuracy {_percent(test['accuracy'])} % on {test['n']:,} images{seconds}. "
         f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
         f"ECE {_percent(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
@@ -172,17 +198,17 @@ def show_report(report: dict[str, Any], workdir: Path) -> None:
     if "aurc_minus_softmax_response" in report:
         difference = report["aurc_minus_softmax_response"]
         low, high = (_number(difference[end], 1000, 2) for end in ("lower", "upper"))
-        console.print(
+        parts.append(
             f"AURC x1000 of {LABELS[report['method_score']]} minus that of SR: "
             f"{_number(difference['estimate'], 1000, 2)} (95 % paired bootstrap: {low} to {high})."
         )
     if "mean_selection" in calibration:
         target = report["config"]["target_coverage"]
-        console.print(
+        parts.append(
             f"Mean g {calibration['mean_selection']:.3f} on calibration data, "
             f"{test['mean_selection']:.3f} on test, for a target of {target:g}."
         )
-    console.print(f"Report: {workdir / 'report.json'}, {workdir / 'risk_coverage.png'}")
+    return parts
 
 
 def _main_scores(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sync_jax import sharding
 from sync_jax.data import catalogue, host, pictures
 from sync_jax.data.augmentation import normalise
 from sync_jax.data.parts import Part
-from sync_jax.data.placement import Placement
+from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
     ResidentSplit,
@@ -240,6 +241,30 @@ class Run:
                 name: jax.make_array_from_process_local_data(split_batch, array)
                 for name, array in whole.items()
             }
+
+    def check(self) -> None:
+        """Makes sure, before anything is written, that the state fits and that the weights do.
+
+        Raises:
+            InputError: it takes more memory than is free, or the file cannot be used.
+        """
+        config, state = self.config, self.state_like
+        size = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(state)
+        )
+        free = free_memory(self.mesh)
+        if size * self.mesh.size > free:
+            parameters = sum(x.size for x in jax.tree.leaves(state.params))
+            raise InputError(
+                f"config.model.name={config.model.name!r} of width={config.model.width} and "
+                f"features={config.model.features} has {parameters:,} parameters: the state takes "
+                f"{size / 1e9:,.1f} GB on each of {self.mesh.size} devices, and {free / 1e9:,.1f} "
+                "GB are free on all; make it smaller, or config.loss.queue_size"
+            )
+        if config.model.pretrained:
+            path = Path(config.model.pretrained).expanduser()
+            load_pretrained(path, state.params, state.batch_stats)
 
     def create_state(self) -> TrainState:
         """The state before the first step, on every device."""

@@ -4,6 +4,7 @@ Of several processes each holds the arrays' parts on its own devices. Those are 
 mesh, so that a process's share of a batch is one stretch of it.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,23 @@ from sync_jax.errors import InputError
 BATCH_AXIS = "batch"
 _SMALL = 1024  # elements: an array below that is not worth an exchange
 T = TypeVar("T")
+
+
+def check_devices() -> None:
+    """Makes sure that JAX finds a device.
+
+    Raises:
+        InputError: it does not; says what it was told to look for.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        told = f" (JAX_PLATFORMS={platforms})" if platforms else ""
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise InputError(
+            f"JAX finds no device{told}: {reason}; JAX_PLATFORMS=cpu always works"
+        ) from error
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

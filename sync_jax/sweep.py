@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.compare import compare
+from sync_jax.compare import FREE, compare
 from sync_jax.config import default_config, flatten, suggestion, validate
 from sync_jax.errors import InputError, NonFiniteError
+from sync_jax.printable import say
 from sync_jax.report import read_report
 from sync_jax.train import train_and_evaluate
+from sync_jax.workdir import check_run
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
@@ -36,10 +39,11 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         InputError: in `vary`, or a combination is no valid config; nothing is trained then.
     """
     runs = combinations(config, vary, name=name)
-    for _, run in runs:
+    for folder, run in runs:
         validate(run)
+        check_run(run, out / folder)
     done = [folder for folder, _ in runs if read_report(out / folder) is not None]
-    print(
+    say(
         f"{len(runs)} runs in {out}, each a training of its own: "
         f"{len(done)} finished, {len(runs) - len(done)} to do"
     )
@@ -48,12 +52,12 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         if folder in done:
             continue
         left = "" if not trained else _left(began, trained, len(runs) - len(done) - trained)
-        print(f"=== run {i} of {len(runs)}: {folder}{left}", flush=True)
+        say(f"=== run {i} of {len(runs)}: {folder}{left}")
         try:
             train_and_evaluate(run, out / folder)
         except NonFiniteError as error:
             failed.append(folder)
-            print(f"{folder} stopped at {error}", flush=True)
+            say(f"{folder} stopped at {error}")
         trained += 1
         jax.clear_caches()  # every run compiles functions of its own
     finished = [out / folder for folder, _ in runs if folder not in failed]
@@ -61,7 +65,7 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         # A field that was varied on purpose may differ.
         compare([str(folder) for folder in finished], out / "compare", mixed=True)
     for folder in failed:
-        print(f"{folder} diverged and is not in the table")
+        say(f"{folder} diverged and is not in the table")
     return not failed
 
 
@@ -84,6 +88,8 @@ def combinations(
         field = field.removeprefix("config.")
         if field not in known:
             raise InputError(f"--vary={entry}: no field {field!r}{suggestion(field, known)}")
+        if field.startswith(FREE) and field != "seed":
+            raise InputError(f"--vary={entry}: {field} changes no training, so nothing to compare")
         if field in fields:
             raise InputError(f"--vary={entry}: {field} is varied twice")
         if not equals or not values:
@@ -100,7 +106,9 @@ def combinations(
         for field in fields:
             if field not in ("method", "seed"):
                 folder += f"-{field}={values_by_field[field]}"
-        runs.append((folder, run))
+        runs.append((folder.replace(os.sep, "-"), run))
+    if len({folder for folder, _ in runs}) < len(runs):
+        raise InputError(f"--vary={', '.join(vary)}: two runs would have the same folder")
     return runs
 
 

@@ -1,13 +1,12 @@
 """Training a selective classifier, from a config to a report."""
 
-import contextlib
+import dataclasses
 import json
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 
 from sync_jax import sharding
 from sync_jax.checkpoint import Checkpoints
-from sync_jax.config import check_sizes, describe_differences, read_config, to_json
+from sync_jax.config import check_sizes, to_json
 from sync_jax.data import catalogue, pictures
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
 from sync_jax.data.placement import Placement, choose
@@ -28,11 +27,13 @@ from sync_jax.evaluate import Predictions, evaluation_record
 from sync_jax.losses import Terms
 from sync_jax.methods import METHODS
 from sync_jax.nonfinite import NonFiniteSteps, RollbackError
-from sync_jax.process import exclusive, terminated, watchdog
+from sync_jax.printable import say
+from sync_jax.process import terminated, watchdog
 from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
 from sync_jax.run import STOPS, Run
 from sync_jax.steps import TrainState
+from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -55,28 +56,25 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         WriteError: a checkpoint cannot be written.
     """
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
-    mesh = sharding.make_mesh()
-    check_batches(config, mesh)
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
+    mesh = sharding.make_mesh()
     placement, train_part, calibration_part = processes.together(
         "preparing the data", lambda: load_data(config, mesh)
     )
-    with (
-        owned(workdir, processes),
-        terminated() as stopping,
-        watchdog(config.process.watchdog_seconds) as alive,
-    ):
+    with watchdog(config.process.watchdog_seconds) as alive:
         run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
-        processes.print(run.describe(len(calibration_part.labels)))
-        processes.print(placement.reason)
-        with Checkpoints(
-            workdir / "checkpoints",
-            keep=config.checkpoint.keep,
-            keep_best=config.checkpoint.keep_best,
-            processes=processes,
-        ) as checkpoints:
-            start = begin(run, checkpoints, workdir, processes)
+        processes.together("the check of the memory", run.check)
+        with (
+            owned(workdir, processes),
+            terminated() as stopping,
+            Checkpoints(
+                workdir / "checkpoints",
+                keep=config.checkpoint.keep,
+                keep_best=config.checkpoint.keep_best,
+                processes=processes,
+            ) as checkpoints,
+        ):
             bad_steps = NonFiniteSteps(
                 workdir,
                 action=config.train.on_nonfinite,
@@ -84,25 +82,46 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 indices=lambda step: train_part.index[run.positions(step)],
                 processes=processes,
             )
-            while True:
+            job = Job(
+                run, train_part, calibration_part, workdir, processes, checkpoints, bad_steps,
+                stopping,
+            )  # fmt: skip
+            processes.print(run.describe(len(calibration_part.labels)))
+            processes.print(placement.reason)
+            state = None
+            while state is None:
+                start = begin(job)
                 try:
-                    state = fit(
-                        run,
-                        start,
-                        train_part,
-                        calibration_part,
-                        checkpoints,
-                        bad_steps,
-                        workdir,
-                        processes,
-                        stopping,
-                    )
-                    break
+                    state = fit(job, start)
                 except RollbackError as error:
                     processes.print(str(error))
                     checkpoints.wait()
-                    start = begin(run, checkpoints, workdir, processes)
-        finish(run, state, calibration_part, workdir, processes, stopping)
+            finish(job, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a training works with.
+
+    Attributes:
+        run: what the config builds.
+        train_part: what is trained on.
+        calibration_part: what is held out.
+        workdir: the run's folder.
+        processes: that train together.
+        checkpoints: in that folder.
+        bad_steps: the steps that were not finite.
+        stopping: whether this process was asked to stop.
+    """
+
+    run: Run
+    train_part: Part
+    calibration_part: Part
+    workdir: Path
+    processes: Processes
+    checkpoints: Checkpoints
+    bad_steps: NonFiniteSteps
+    stopping: Callable[[], bool]
 
 
 class Start(NamedTuple):
@@ -119,17 +138,18 @@ class Start(NamedTuple):
     unlogged: list[tuple[int, dict[str, float]]]
 
 
-def begin(run: Run, checkpoints: Checkpoints, workdir: Path, processes: Processes) -> Start:
+def begin(job: Job) -> Start:
     """The latest checkpoint, or the state before the first step.
 
     Raises:
         InputError: no checkpoint can be used, they are another experiment's, or the weights to
             begin with cannot be read.
     """
-    restored = checkpoints.restore(run.state_like, processes.print)
+    run, processes = job.run, job.processes
+    restored = job.checkpoints.restore(run.state_like, processes.print)
     if restored is not None:
-        refuse_differences(run.config, restored.notes["config"], workdir)
-    processes.from_first("the workdir", lambda: prepare_workdir(run.config, workdir))
+        refuse_differences(run.config, restored.notes["config"], job.workdir)
+    processes.from_first("writing the config", lambda: prepare_workdir(run.config, job.workdir))
     if restored is not None:
         processes.print(f"resuming at step {restored.step} of {run.total_steps}")
         unlogged = [(done, values) for done, values in restored.notes["unlogged"]]
@@ -141,17 +161,7 @@ def begin(run: Run, checkpoints: Checkpoints, workdir: Path, processes: Processe
     return Start(state, 0, [])
 
 
-def fit(
-    run: Run,
-    start: Start,
-    train_part: Part,
-    calibration_part: Part,
-    checkpoints: Checkpoints,
-    bad_steps: NonFiniteSteps,
-    workdir: Path,
-    processes: Processes,
-    stopping: Callable[[], bool],
-) -> TrainState:
+def fit(job: Job, start: Start) -> TrainState:
     """The training loop: the steps after `start` to the last.
 
     Raises:
@@ -160,8 +170,8 @@ def fit(
         RollbackError: it did, and is to be begun again from the latest checkpoint.
         WriteError: a checkpoint cannot be written.
     """
-    config, state = run.config, start.state
-    feed = run.feed(train_part, start.step)
+    run, config, processes, bad_steps = job.run, job.run.config, job.processes, job.bad_steps
+    state, feed = start.state, job.run.feed(job.train_part, start.step)
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
     bad_steps.begin(start.step)
@@ -169,10 +179,9 @@ def fit(
     unchecked: list[tuple[int, Terms]] = []
     unlogged = list(start.unlogged)
     asked: deque[Array] = deque()
+    writes = MetricWriter if processes.first else NoMetricWriter
     with (
-        (
-            MetricWriter(workdir, start_step=start.step) if processes.first else NoMetricWriter()
-        ) as writer,
+        writes(job.workdir, start_step=start.step) as writer,
         Progress(
             total_steps=run.total_steps,
             start_step=start.step,
@@ -182,7 +191,7 @@ def fit(
     ):
         for done in range(start.step + 1, run.total_steps + 1):
             state, metrics = run.step(
-                state, next(feed), skip=done in bad_steps.skipped, stopping=stopping()
+                state, next(feed), skip=done in bad_steps.skipped, stopping=job.stopping()
             )
             if processes.count > 1:
                 asked.append(metrics.pop(STOPS))
@@ -200,7 +209,7 @@ def fit(
             calibrates, saves = (
                 done % every == 0 or last for every in (calibrate_every, save_every)
             )
-            stops = stopping()
+            stops = job.stopping()
             if processes.count > 1:
                 # Two steps late, when it has long been computed: the device never waits.
                 stops = len(asked) > 2 and float(asked.popleft()) > 0
@@ -212,7 +221,7 @@ def fit(
                 unchecked = []
                 check_state(state, done)
             if calibrates:
-                values = run.calibration_metrics(state, calibration_part)
+                values = run.calibration_metrics(state, job.calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
                 best = values[config.checkpoint.best_metric]
@@ -220,31 +229,25 @@ def fit(
             if saves or stops:
                 writer.flush()
                 notes = {"config": config.to_dict(), "unlogged": unlogged}
-                checkpoints.save(state, done, notes=notes, score=score)
+                job.checkpoints.save(state, done, notes=notes, score=score)
             if stops:
-                checkpoints.wait()
+                job.checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
-        checkpoints.wait()
+        job.checkpoints.wait()
     return state
 
 
-def finish(
-    run: Run,
-    state: TrainState,
-    calibration_part: Part,
-    workdir: Path,
-    processes: Processes,
-    stopping: Callable[[], bool],
-) -> None:
+def finish(job: Job, state: TrainState) -> None:
     """Predicts on the calibration and the test split, and writes the report.
 
     Raises:
         TerminatedError: `stopping` said so; the trained state is saved.
     """
-    calibration = run.predict(state, calibration_part)
+    run, workdir, processes = job.run, job.workdir, job.processes
+    calibration = run.predict(state, job.calibration_part)
     if processes.first:
         calibration.save(workdir / "predictions_calibration.npz")
-    if any(processes.share("the evaluation on test", stopping())):
+    if any(processes.share("the evaluation on test", job.stopping())):
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
         "reading the test split",
@@ -313,31 +316,16 @@ def place(config: ConfigDict, mesh: jax.sharding.Mesh) -> Placement:
     return placement
 
 
-def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Refuses batches that the devices cannot share evenly.
-
-    Raises:
-        InputError: with the arithmetic.
-    """
-    sharding.check_divisible(
-        "config.train.batch_size",
-        config.train.batch_size,
-        mesh,
-        microbatches=config.train.microbatches,
-    )
-    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-
-
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
     """Whether the folder holds the run's report, which is shown then.
 
     Raises:
         InputError: the folder cannot be the run's.
     """
-    check_workdir(config, workdir)
+    check_run(config, workdir)
     if (report := read_report(workdir)) is None:
         return False
-    print(f"{workdir} holds a finished run: nothing to train. Its report:")
+    say(f"{workdir} holds a finished run: nothing to train. Its report:")
     if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
         show_report(report, workdir)
     else:  # other coverages, target risks or delta than it was made with
@@ -356,61 +344,6 @@ def load_data(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Placement, P
     check_sizes(config)
     placement = place(config, mesh)
     return placement, *load_train_and_calibration(config.data, decode=not placement.on_device)
-
-
-@contextlib.contextmanager
-def owned(workdir: Path, processes: Processes) -> Iterator[None]:
-    """Holds the folder's lock, by the first process for all.
-
-    Raises:
-        InputError: another run holds it, or it cannot be written.
-    """
-    with contextlib.ExitStack() as held:
-        processes.from_first("the workdir's lock", lambda: held.enter_context(exclusive(workdir)))
-        yield
-
-
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Refuses a folder that cannot be the run's, or is another run's.
-
-    Raises:
-        InputError: naming the fields that differ.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is not a folder")
-    path = workdir / "config.json"
-    if path.exists():
-        refuse_differences(config, read_config(path), workdir)
-
-
-def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
-    """Refuses to go on with another experiment.
-
-    Args:
-        config: this one's.
-        saved: that of the run in `workdir`.
-        workdir: the folder.
-
-    Raises:
-        InputError: naming the fields that differ.
-    """
-    differing = describe_differences(config, saved)
-    if differing:
-        raise InputError(
-            f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
-            "another --workdir, or the same values"
-        )
-
-
-def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and saves the resolved config in it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.incomplete"
-        temporary.write_text(to_json(config))
-        os.replace(temporary, workdir / "config.json")
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
 def check(

@@ -39,8 +39,8 @@ BAD = {
     "data.jitter": ((-0.1, 1.1, NAN), "in [0, 1]"),
     "data.rotation": ((-1.0, 181.0, NAN), "in [0, 180]"),
     "data.calibration_size": ((-1, -3), "at least 0"),
-    "model.width": ((-1, -64), "at least 0"),
-    "model.features": ((-1, -3), "at least 0"),
+    "model.width": ((-1, -64, 1025, 10**30), "between 0 and 1024"),
+    "model.features": ((-1, -3, 65_537), "between 0 and 65536"),
     "model.dtype": (("float16", "bf16"), "choose from bfloat16, float32"),
     "model.stem": (("image",), "choose from cifar, imagenet"),
     "model.pretrained": (("weights.pth",), "torchvision has no weights for cnn"),
@@ -94,7 +94,7 @@ BAD = {
         "must be a list of percentages in (0, 100]",
     ),
     "evaluation.target_risks": (
-        ((), (0.0,), (1.0,), (NAN,), ("1%",)),
+        ((), (0.0,), (1e-7,), (1.0,), (NAN,), ("1%",)),
         "must be a list of error rates in (0, 1)",
     ),
 }

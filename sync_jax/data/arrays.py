@@ -90,4 +90,7 @@ def read_arrays(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarr
             pixels = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
             images[index] = pixels.reshape(images.shape[1:])
             labels[index] = feature["label"].int64_list.value[0]
+    classes = builder.info.features["label"].num_classes
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"its labels are not 0 to {classes - 1}")
     return images, labels

@@ -24,6 +24,7 @@ from sync_jax.data.preparing import build, exclusive, expand, remove_leftovers
 from sync_jax.data.records import DecodedPictures, check_disk
 from sync_jax.data.sources import DataError, Upstream
 from sync_jax.data.squares import Squares
+from sync_jax.printable import say
 
 DATASETS = {
     "fashion_mnist": DatasetInfo(
@@ -100,7 +101,7 @@ def is_ready(section: ConfigDict) -> bool:
     return is_prepared(section.name, data_dir=section.data_dir)
 
 
-def make_ready(section: ConfigDict, log: Callable[[str], None] = print) -> Path:
+def make_ready(section: ConfigDict, log: Callable[[str], None] = say) -> Path:
     """Prepares a config's dataset where it is not prepared; see `prepare`.
 
     Raises:
@@ -157,7 +158,7 @@ def prepare(
     *,
     data_dir: str | os.PathLike,
     source: str | os.PathLike | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
     upstream: Upstream | Archives | None = None,
 ) -> Path:
     """Obtains a dataset's files, verifies them and writes them as ArrayRecord; once is enough.

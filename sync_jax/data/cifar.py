@@ -147,35 +147,54 @@ def _parse_binary(where: str, data: bytes, label_bytes: int) -> tuple[np.ndarray
 def _parse_python(where: str, data: bytes, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         contents = _Reader(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = contents[b"data"], np.asarray(contents[key])
+        pixels, labels = contents[b"data"].array, np.asarray(contents[key])
         pixels = pixels.reshape(-1, _PIXELS)
     except Exception as error:  # what a damaged pickle raises is anybody's guess
         raise DataError(f"{where} cannot be read: {error}") from error
-    if pixels.dtype != np.uint8 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"{where} does not hold the arrays that it should")
     return pixels, labels
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing that could run code."""
+    """Unpickles arrays of bytes, and nothing that could run code.
+
+    Not even NumPy's own functions: a pickle may give an array any state, and one whose elements are
+    said to be objects would have NumPy follow addresses of the file's choice.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
+        # Each time a new object, for a pickle may also change what it is given.
         if module.startswith("numpy") and name == "_reconstruct":
-            return _reconstruct
+            return lambda *arguments: _Array()
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return None  # an argument of the above
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return lambda *arguments: _Dtype(arguments[0])
         if (module, name) == ("_codecs", "encode"):
-            return _encode
+            return lambda *arguments: arguments[0].encode("latin1")  # how protocol 2 spells bytes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
 
 
-def _reconstruct(subtype: Any, shape: Any, dtype: Any) -> np.ndarray:
-    del subtype, shape, dtype  # of an empty array, which is then given its state
-    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
+class _Dtype:
+    """In place of a NumPy dtype: its name, such as "u1" or b"u1"."""
+
+    def __init__(self, name: Any):
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # byte order and alignment, which bytes have not
 
 
-def _encode(text: str, encoding: Any) -> bytes:
-    del encoding  # always latin1: how protocol 2 spells bytes
-    return text.encode("latin1")
+class _Array:
+    """In place of a NumPy array of bytes; `array` is `[...]` uint8."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", b"u1", "uint8", b"uint8"):
+            raise pickle.UnpicklingError("it has an array of other elements than bytes")
+        if not isinstance(data, bytes):
+            raise pickle.UnpicklingError("it has an array without contents")
+        self.array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")

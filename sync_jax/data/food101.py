@@ -3,6 +3,7 @@
 75,750 training pictures, whose labels are noisy, and 25,250 test pictures.
 """
 
+import contextlib
 import gzip
 import os
 import zlib
@@ -82,6 +83,8 @@ def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> List
 
     names = lines("meta/classes.txt")
     label = {name: number for number, name in enumerate(names)}
+    if not names or len(label) < len(names) or any("/" in x or x.startswith(".") for x in names):
+        raise DataError(f"meta/classes.txt of {where} is no list of classes")
     splits: dict[str, list[Picture]] = {}
     for split in ("train", "test"):
         splits[split] = []
@@ -110,11 +113,17 @@ def _decompress(archive: Path, target: Path) -> Path:
                 while chunk := contents.read(_CHUNK):
                     out.write(chunk)
                     if out.tell() > _MOST * total + _CHUNK:
-                        temporary.unlink()
+                        _give_up(temporary)
                         raise DataError(f"{archive} expands to more than photographs do")
                     progress.update(task, completed=compressed.tell())
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            temporary.unlink()
+            _give_up(temporary)
             raise DataError(f"{archive} is damaged or truncated: {error}") from error
     temporary.replace(target)
     return target
+
+
+def _give_up(temporary: Path) -> None:
+    temporary.unlink()
+    with contextlib.suppress(OSError):  # there may be more in it
+        temporary.parent.rmdir()

@@ -57,8 +57,9 @@ def scan(folder: Path) -> Tree:
         DataError: it cannot be read, or is not laid out as above; says what was found.
     """
     where = f"config.data.folder={str(folder)!r}"
-    if not folder.is_dir():
-        raise DataError(f"{where} {'is not a folder' if folder.exists() else 'does not exist'}")
+    if not os.path.isdir(folder):  # unlike Path's, these never raise
+        exists = os.path.exists(folder)
+        raise DataError(f"{where} {'is not a folder' if exists else 'does not exist'}")
     try:
         splits, stray = _split_folders(folder)
         found = {
@@ -125,9 +126,9 @@ def _pictures(folder: Path, root: Path) -> Iterator[tuple[str, str, int]]:
             for name in sorted(files):
                 if name.startswith("."):
                     continue
-                if is_picture(name):
-                    path = os.path.relpath(os.path.join(parent, name), folder)
-                    yield class_folder.name, path, 0
+                file = os.path.join(parent, name)
+                if is_picture(name) and os.path.isfile(file):  # no pipe, and no link to nothing
+                    yield class_folder.name, os.path.relpath(file, folder), 0
                 else:
                     yield class_folder.name, "", 1
 

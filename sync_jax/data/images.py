@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# What these files may hold, whatever their names say. Not any kind that Pillow knows: it would hand
+# PostScript to Ghostscript, which executes it.
+_KINDS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
 
 
@@ -54,7 +57,8 @@ def decode(source: Path | bytes) -> Image.Image:
         BadImageError: it is truncated, damaged, too large or no picture.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_KINDS) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels are too many")
             image.load()

@@ -32,6 +32,7 @@ from sync_jax.data.records import (
 )
 from sync_jax.data.sources import DataError, incomplete_prefix
 from sync_jax.data.squares import Squares, make_squares, open_squares
+from sync_jax.printable import say
 
 FOLDER = image_folder.NAME
 # ImageNet's mean and deviation, which the field's codes use for all of these.
@@ -135,7 +136,7 @@ def dataset_info(section: ConfigDict) -> DatasetInfo | None:
     info, digest = known
     folder = expand(section.folder)
     # The pictures need not be there any more; if they are, they must be the same.
-    if folder.is_dir() and image_folder.scan(folder).listing.digest() != digest:
+    if os.path.isdir(folder) and image_folder.scan(folder).listing.digest() != digest:
         raise DataError(
             f"the pictures in {folder} have changed since they were prepared; delete "
             f"{prepared_folder(section)} to prepare them again, or name another "
@@ -144,7 +145,31 @@ def dataset_info(section: ConfigDict) -> DatasetInfo | None:
     return info
 
 
-def prepare(section: ConfigDict, log: Callable[[str], None] = print) -> Path:
+def listed_info(section: ConfigDict) -> DatasetInfo | None:
+    """What the files' names say of a folder that is not prepared; None where there is no folder.
+
+    Upper bounds of its sizes, for a file may turn out to be no picture.
+
+    Raises:
+        DataError: the folder is not laid out as it should be.
+    """
+    folder = expand(section.folder)
+    if not os.path.isdir(folder):
+        return None
+    listing = image_folder.scan(folder).listing
+    return DatasetInfo(
+        name=section.name,
+        num_classes=len(listing.class_names),
+        image_shape=(section.image_size, section.image_size, 3),
+        class_names=listing.class_names,
+        mean=_MEAN,
+        std=_STD,
+        num_train=len(listing.splits["train"]),
+        num_test=len(listing.splits["test"]),
+    )
+
+
+def prepare(section: ConfigDict, log: Callable[[str], None] = say) -> Path:
     """Writes the pictures as ArrayRecord, each once decoded to be sure that it can be.
 
     Interrupted at any moment, it leaves nothing that passes for prepared, and goes on from there
@@ -195,7 +220,7 @@ def prepare(section: ConfigDict, log: Callable[[str], None] = print) -> Path:
     return target
 
 
-def prepare_squares(section: ConfigDict, log: Callable[[str], None] = print) -> None:
+def prepare_squares(section: ConfigDict, log: Callable[[str], None] = say) -> None:
     """Makes the squares for device memory where they are not made.
 
     Raises:
@@ -205,6 +230,8 @@ def prepare_squares(section: ConfigDict, log: Callable[[str], None] = print) -> 
     layout = Layout.of(section)
     name = section.name if section.name != FOLDER else target.parent.name
     _require(section)
+    for split in ("train", "test"):
+        _records(section, split)
     with exclusive(root, name, log):
         make_squares(
             target,
@@ -232,12 +259,22 @@ def load(
     """
     _require(section)
     target, layout = prepared_folder(section), Layout.of(section)
-    records = Records(target, split)
-    labels = records.labels()
+    records, labels = _records(section, split)
     rows = np.arange(len(labels))
     if decode:
         return DecodedPictures(records, rows, layout), labels
     return Squares(open_squares(target, layout, split), rows, layout.size), labels
+
+
+def _records(section: ConfigDict, split: str) -> tuple[Records, np.ndarray]:
+    """The records of a split, and their labels."""
+    target = prepared_folder(section)
+    records = Records(target, split)
+    labels = records.labels()
+    known = read_info(target, section.name, section.image_size)
+    if known is not None and labels.max() >= known[0].num_classes:
+        raise DataError(f"{target} is damaged: {split} has labels beyond its classes; delete it")
+    return records, labels
 
 
 def _require(section: ConfigDict) -> None:
@@ -269,8 +306,8 @@ def _find(
     if not section.source:
         raise DataError(_absent(section))
     published, folder = PUBLISHED[section.name], expand(section.source)
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(
             f"data.source={section.source!r} {problem}; it must hold {published.needed}"
         )

@@ -75,12 +75,13 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
 def free_memory(mesh: Mesh) -> float:
     """Bytes free on all devices together; the host's of a CPU's, and of those that do not tell."""
     total = 0.0
-    for device in mesh.devices.flat:
+    for device in mesh.local_devices:
         statistics = device.memory_stats() if device.platform != "cpu" else None
         if not statistics or "bytes_limit" not in statistics:
             return float(psutil.virtual_memory().available)
         total += statistics["bytes_limit"] - statistics["bytes_in_use"]
-    return total
+    # Those of other processes do not tell, and are taken to be as these.
+    return total * mesh.size / len(mesh.local_devices)
 
 
 def _giga(count: float) -> str:

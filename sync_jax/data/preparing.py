@@ -17,28 +17,61 @@ from sync_jax.data.sources import DataError, incomplete_prefix
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """Absolute, `~` expanded."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """Absolute, `~` expanded.
+
+    Raises:
+        DataError: it can be no path, or begins with a home folder that is not known.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise DataError(f"{text!r} cannot be a path: it holds a null character")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise DataError(f"{text!r} names a home folder that is not known; write it out")
+    return Path(os.path.abspath(expanded))
 
 
 @contextlib.contextmanager
 def exclusive(root: Path, name: str, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the dataset's lock, which the system lets go of even when the process is killed.
 
+    Where what is done meanwhile fails with a DataError, the lock and the folders that were made for
+    it go again, if nothing else is in them.
+
     Raises:
         DataError: `root` is not a folder, or cannot be written.
     """
-    if root.exists() and not root.is_dir():
-        raise DataError(f"data.data_dir={str(root)!r} is not a folder")
+    path = root / f"{name}.lock"
     with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with (root / f"{name}.lock").open("w") as lock:
+        if root.exists() and not root.is_dir():
+            raise DataError(f"data.data_dir={str(root)!r} is not a folder")
+        made = [x for x in (path, root / "downloads", root, *root.parents) if not x.exists()]
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _locked(
+                path, lambda: log(f"{name}: waiting for another process that prepares it")
+            ):
+                yield
+        except (DataError, OSError):
+            for leftover in made:
+                with contextlib.suppress(OSError):
+                    leftover.unlink() if leftover == path else leftover.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    while True:
+        with path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log(f"{name}: waiting for another process that prepares it")
+                wait()
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            # The process that held it may have removed it: then it is no longer everyone's.
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                yield
+                return
 
 
 @contextlib.contextmanager

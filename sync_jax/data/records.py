@@ -23,7 +23,7 @@ import numpy as np
 import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_data_source, array_record_module
 from PIL import Image
 from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 from tensorflow_datasets.proto import tf_example_pb2
@@ -32,6 +32,7 @@ from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.listing import Listing, Picture
 from sync_jax.data.sources import DataError
+from sync_jax.printable import printable
 
 INFO = "sync_jax.json"
 BAD_FILES = "bad_files.txt"
@@ -158,6 +159,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         np.save(Path(self.data_path) / f"labels_{split}.npy", np.asarray(labels, np.int32))
         lost = sorted(set(range(len(self._listing.class_names))) - set(labels))
         if lost:
+            shutil.rmtree(self._work)  # files must change, and then nothing here can be used
             bad = [line for shard in self.shards[split] for line in shard.bad]
             raise DataError(
                 f"{split} has no readable picture of {self._listing.class_names[lost[0]]!r}"
@@ -184,8 +186,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         mean, squares = np.sum([s.sums for s in self.shards["train"]], axis=0) / counts["train"]
         bad = [line for shards in self.shards.values() for shard in shards for line in shard.bad]
         if bad:
-            lines = "".join(f"{line}\n" for line in bad)
-            (folder / BAD_FILES).write_text(lines, errors="surrogateescape")
+            (folder / BAD_FILES).write_text("".join(f"{printable(line)}\n" for line in bad))
         names = [os.fsencode(n).decode(errors="replace") for n in self._listing.class_names]
         known = {
             "class_names": names,
@@ -273,7 +274,7 @@ def read_info(prepared: Path, name: str, image_size: int) -> tuple[DatasetInfo, 
             num_test=known["num_test"],
         )
         return info, known["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); delete {prepared}") from error
 
 
@@ -294,7 +295,13 @@ class Records:
         Raises:
             DataError: the prepared folder is damaged.
         """
-        return self._guarded(lambda: np.load(self.prepared / f"labels_{self.split}.npy"))
+        return self._guarded(self._read_labels)
+
+    def _read_labels(self) -> np.ndarray:
+        labels: np.ndarray = np.load(self.prepared / f"labels_{self.split}.npy", allow_pickle=False)
+        if labels.ndim != 1 or labels.dtype != np.int32 or not len(labels) or labels.min() < 0:
+            raise ValueError(f"labels_{self.split}.npy holds no labels")
+        return labels
 
     def __getitem__(self, position: int) -> bytes:
         """A picture's bytes.
@@ -306,10 +313,12 @@ class Records:
 
     def _read(self, position: int) -> bytes:
         if self._source is None:
-            builder = tfds.builder_from_directory(self.prepared)
-            self._source = builder.as_data_source(
-                self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
+            # Not by TFDS, which imports the Python modules that a prepared folder names.
+            paths = sorted(map(str, self.prepared.glob(f"*-{self.split}.array_record-*-of-*")))
+            source = array_record_data_source.ArrayRecordDataSource(paths)
+            if len(source) != len(self._read_labels()):  # a file that is missing shifts the others
+                raise ValueError(f"it has {len(source)} records, not one for each label")
+            self._source = source
         feature = tf_example_pb2.Example.FromString(self._source[position]).features.feature
         data: bytes = feature["image"].bytes_list.value[0]
         return data

@@ -5,6 +5,7 @@
 Reading it costs no decoding and no memory of the host: the system reads what is touched.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def open_squares(prepared: Path, layout: Layout, split: str) -> np.ndarray:
     """
     path = squares_path(prepared, layout, split)
     try:
-        mapped: np.ndarray = np.load(path, mmap_mode="r")
+        mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"there is no {path}; --mode=prepare makes it") from None
     except (OSError, ValueError, EOFError) as error:
@@ -106,30 +107,49 @@ def make_squares(
                 f"for squares of {layout.stored} pixels",
             )
         log(f"making {shape[0]:,} squares of {layout.stored} pixels in {target.parent}")
-        mode = "r+" if done else "w+"
-        mapped = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.uint8, shape=shape)
-        uncut = dataclasses.replace(layout, size=layout.stored)
-        decoded = DecodedPictures(records, np.arange(shape[0]), uncut)
-        with progress_bar() as progress:
-            task = progress.add_task(f"{split}: squares", total=shape[0], completed=done)
-            for start in range(done, shape[0], _AT_ONCE):
-                stop = min(start + _AT_ONCE, shape[0])
-                mapped[start:stop] = decoded[start:stop]
-                mapped.flush()
-                note.write_text(str(stop))
-                progress.update(task, completed=stop)
-        del mapped
+        try:
+            _fill(temporary, note, records, shape, layout, done)
+        except DataError:  # the records are damaged
+            if not done:
+                for path in (temporary, note):
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # there may be the other split's
+                    target.parent.rmdir()
+            raise
         flush(temporary)
         temporary.replace(target)
         note.unlink(missing_ok=True)
         flush(target.parent)
 
 
+def _fill(
+    temporary: Path,
+    note: Path,
+    records: Records,
+    shape: tuple[int, ...],
+    layout: Layout,
+    done: int,
+) -> None:
+    """Decodes what is not done yet into the file, and notes how far it is."""
+    mode = "r+" if done else "w+"
+    mapped = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.uint8, shape=shape)
+    uncut = dataclasses.replace(layout, size=layout.stored)
+    decoded = DecodedPictures(records, np.arange(shape[0]), uncut)
+    with progress_bar() as progress:
+        task = progress.add_task(f"{records.split}: squares", total=shape[0], completed=done)
+        for start in range(done, shape[0], _AT_ONCE):
+            stop = min(start + _AT_ONCE, shape[0])
+            mapped[start:stop] = decoded[start:stop]
+            mapped.flush()
+            note.write_text(str(stop))
+            progress.update(task, completed=stop)
+
+
 def _done(temporary: Path, note: Path, shape: tuple[int, ...]) -> int:
     """How many squares an earlier process has finished."""
     try:
         done = int(note.read_text())
-        fits = np.load(temporary, mmap_mode="r").shape == shape
+        fits = np.load(temporary, mmap_mode="r", allow_pickle=False).shape == shape
     except (OSError, ValueError, EOFError):
         return 0
     return done if fits and 0 <= done <= shape[0] else 0

@@ -53,11 +53,12 @@ class Svhn(ArrayBuilder, skip_registration=True):  # type: ignore[call-arg]
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         contents = scipy.io.loadmat(path, variable_names=("X", "y"))
-        images, labels = contents["X"], contents["y"].reshape(-1).astype(np.int64)
+        images, numbers = contents["X"], contents["y"].reshape(-1)
     except Exception as error:  # what a damaged file raises is anybody's guess
         raise DataError(f"{path} cannot be read: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != IMAGE_SHAPE:
         raise DataError(f"{path} holds X of shape {images.shape}, expected 32 x 32 x 3 x n bytes")
-    if np.any((labels < 1) | (labels > 10)):
+    if numbers.dtype.kind not in "iuf" or not np.all(np.isin(numbers, range(1, 11))):
         raise DataError(f"{path} holds labels other than 1 to 10")
-    return images.transpose(3, 0, 1, 2), labels % 10  # the digit 0 is published as 10
+    # The digit 0 is published as 10.
+    return images.transpose(3, 0, 1, 2), numbers.astype(np.int64) % 10

@@ -4,9 +4,9 @@ Nothing in such a file is executed. A .pth file holds a pickle, which could name
 reader here knows those that rebuild a tensor, and refuses every other name.
 """
 
-import collections
 import io
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from sync_jax.errors import InputError
 from sync_jax.models.resnet import RESNETS
 from sync_jax.models.vgg import LAYERS
+from sync_jax.printable import printable
 
 _STORAGES = {
     "DoubleStorage": "<f8",
@@ -50,7 +51,7 @@ def check_weights_file(path: str, backbone: str) -> None:
         )
     if Path(path).suffix not in (".safetensors", ".pth", ".pt"):
         raise InputError(f"config.model.pretrained={path!r} must end in .safetensors, .pth or .pt")
-    if not Path(path).expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(path)):
         raise InputError(f"config.model.pretrained={path!r} is no file")
 
 
@@ -61,11 +62,13 @@ def load_pretrained(
 
     Args:
         path: the file.
-        params: of a `SelectiveClassifier` with a ResNet or VGG16 as its backbone.
+        params: of a `SelectiveClassifier` with a ResNet or VGG16 as its backbone; shapes alone
+            will do, to see whether the file can be used.
         batch_stats: likewise.
 
     Returns:
-        params and batch_stats, as NumPy arrays, and one line that says what did not match.
+        params and batch_stats, with NumPy arrays for what was replaced, and one line that says what
+        did not match.
 
     Raises:
         InputError: the file cannot be read, or nothing in it fits.
@@ -75,10 +78,9 @@ def load_pretrained(
     missing: list[str] = []
     mismatched: list[str] = []
 
-    def replace(tree_path: Any, ours: Any) -> np.ndarray:
+    def replace(tree_path: Any, ours: Any) -> Any:
         names = [key.key for key in tree_path]
         theirs = torch_name(names)
-        ours = np.asarray(ours)
         if theirs is None or theirs not in weights:
             missing.append("/".join(names))
             return ours
@@ -111,7 +113,7 @@ def load_pretrained(
         if names:
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
             parts.append(f"{what}: {', '.join(names[:6])}{more}")
-    return new_params, new_stats, "pretrained: " + "; ".join(parts)
+    return new_params, new_stats, printable("pretrained: " + "; ".join(parts))
 
 
 def torch_name(names: list[str]) -> str | None:
@@ -176,13 +178,21 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             f"{path} is no file of torch.save in its format since 2020; load it with PyTorch and "
             "save it again, as .safetensors for the best"
         ) from None
-    except (OSError, SafetensorError, KeyError, EOFError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    except (pickle.UnpicklingError, AttributeError, IndexError) as error:
+    except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds something else than weights: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # what a damaged pickle raises is anybody's guess
+        raise InputError(
+            f"{path} cannot be read, or holds something else than weights: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_state_dict(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        # So nothing can expand to more than the file has.
+        raise pickle.UnpicklingError("its members are compressed, which torch.save never does")
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise pickle.UnpicklingError("there is no data.pkl in it")
@@ -200,28 +210,41 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, prefix: str):
         self._archive, self._prefix = archive, prefix
+        self._storages: dict[str, np.ndarray] = {}
         super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")))
 
     def find_class(self, module: str, name: str) -> Any:
+        # Each time a new object, for a pickle may also change what it is given.
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return lambda *arguments: _Dict(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return lambda *arguments: _rebuild_tensor(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, requires_grad, hooks: data
         if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
+            return _STORAGES[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        if kind != "storage" or dtype not in _STORAGES.values():
             raise pickle.UnpicklingError(f"it refers to a {kind}, not to a storage")
-        # The size that is read is the size that is stored: nothing expands beyond the file's claim.
-        information = self._archive.getinfo(f"{self._prefix}data/{key}")
-        if information.file_size != size * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key} has {information.file_size} bytes")
-        return np.frombuffer(self._archive.read(information), dtype)
+        name = f"{self._prefix}data/{key}"
+        if name not in self._storages:  # once, however many tensors share it
+            data = self._archive.read(name)
+            if len(data) != size * np.dtype(dtype).itemsize:
+                raise pickle.UnpicklingError(f"storage {key} has {len(data)} bytes")
+            self._storages[name] = np.frombuffer(data, dtype)
+        return self._storages[name]
+
+
+class _Dict(dict):
+    """In place of an OrderedDict, whose attributes a state dict may come with: `_metadata`."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _rebuild_tensor(
@@ -232,7 +255,7 @@ def _rebuild_tensor(
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= storage.size:
         raise pickle.UnpicklingError(f"a tensor of shape {shape} beyond its storage")
-    view = np.lib.stride_tricks.as_strided(
+    # No copy: of strides that are 0 it could be of any size.
+    return np.lib.stride_tricks.as_strided(
         storage[offset:], shape, [s * storage.itemsize for s in strides], writeable=False
     )
-    return np.array(view)

@@ -488,7 +488,7 @@ def test_bad_downloads_are_refused(published, apt, tmp_path):
         message = failure(tmp_path / "data", dataclasses.replace(upstream, url=url))
     assert f"(3) the upstream address: {TEST_IMAGES}.gz is not the published file" in message
     assert "dataset-fashion-mnist_1_all.deb cannot be unpacked" in message
-    assert os.listdir(tmp_path / "data" / "downloads") == []
+    assert not (tmp_path / "data").exists(), "bad downloads leave nothing behind"
 
 
 def test_missing_download_and_broken_apt(published, apt, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sync_jax import train
 from sync_jax.config import check_sizes, default_config, validate
-from sync_jax.data import catalogue, pictures
+from sync_jax.data import catalogue, pictures, records
 from sync_jax.data.parts import load_test, load_train_and_calibration
 from sync_jax.data.records import INFO
 from sync_jax.data.sources import DataError
@@ -189,7 +189,8 @@ def test_damage_is_noticed(tmp_path):
     data = section(tmp_path)
     prepare(data)
     target = pictures.prepared_folder(data)
-    (target / "features.json").write_text("{")
+    (shard,) = target.glob("*-train.array_record-*")
+    shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match="delete it and prepare again"):
         catalogue.load(data, "train", decode=True)[0][:1]
     (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
@@ -201,6 +202,20 @@ def test_damage_is_noticed(tmp_path):
     (target / INFO).write_text(json.dumps({"size": 12}))
     with pytest.raises(DataError, match="is damaged"):
         catalogue.dataset_info(data)
+
+
+def test_a_missing_file_of_records_does_not_shift_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "SHARD", 3)
+    write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
+    data = section(tmp_path)
+    catalogue.make_ready(data, str)
+    first, *_ = sorted(pictures.prepared_folder(data).glob("*-train.array_record-*"))
+    assert first.name.endswith("00000-of-00003")
+    first.unlink()
+    with pytest.raises(DataError, match="it has 6 records, not one for each label"):
+        pictures.prepare_squares(data, str)
+    with pytest.raises(DataError, match="delete it and prepare again"):
+        catalogue.load(data, "train", decode=True)[0][:1]
 
 
 def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, monkeypatch):
@@ -223,7 +238,9 @@ def test_sizes_are_checked_once_they_are_known(tmp_path):
     write_pictures(tmp_path / "pictures", {"train": 20, "test": 1})
     config = default_config()
     config.data = section(tmp_path)
-    validate(config)  # not prepared: nothing is known
+    for check in (validate, check_sizes):  # not prepared: as the files' names say
+        with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
+            check(config)
     prepare(config.data)
     with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
         check_sizes(config)

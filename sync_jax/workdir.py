@@ -1,0 +1,105 @@
+"""A run's folder: whether it can be the run's, and whose it is while the run goes on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sync_jax import sharding
+from sync_jax.config import describe_differences, read_config, to_json
+from sync_jax.distributed import Processes
+from sync_jax.errors import InputError
+from sync_jax.process import exclusive
+from sync_jax.progress import read_metrics
+
+
+def check_run(config: ConfigDict, workdir: Path) -> None:
+    """Refuses what a training could not begin with, whatever the data are.
+
+    Raises:
+        InputError: the batch cannot be split over the devices, or `workdir` cannot be the run's.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_divisible(
+        "config.train.batch_size",
+        config.train.batch_size,
+        mesh,
+        microbatches=config.train.microbatches,
+    )
+    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_workdir(config, workdir)
+    for name in ("checkpoints", "tensorboard"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise InputError(f"{workdir / name} is not a folder; name another --workdir")
+    read_metrics(workdir)
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a folder that cannot be the run's, or is another run's.
+
+    Raises:
+        InputError: naming the fields that differ.
+    """
+    try:
+        nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        path, report = workdir / "config.json", workdir / "report.json"
+        has_config, has_report = path.exists(), report.exists()
+    except OSError as error:  # a name too long, a folder that is another user's
+        raise InputError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    if not nearest.is_dir():
+        whose = (
+            "is not a folder" if nearest == workdir else f"is below {nearest}, which is no folder"
+        )
+        raise InputError(f"--workdir={workdir} {whose}")
+    if has_report and not has_config:
+        raise InputError(
+            f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
+            "another --workdir"
+        )
+    if has_config:
+        refuse_differences(config, read_config(path), workdir)
+
+
+def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with another experiment.
+
+    Args:
+        config: this one's.
+        saved: that of the run in `workdir`.
+        workdir: the folder.
+
+    Raises:
+        InputError: naming the fields that differ.
+    """
+    differing = describe_differences(config, saved)
+    if differing:
+        raise InputError(
+            f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
+            "another --workdir, or the same values"
+        )
+
+
+def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes the folder and saves the resolved config in it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.incomplete"
+        temporary.write_text(to_json(config))
+        os.replace(temporary, workdir / "config.json")
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def owned(workdir: Path, processes: Processes) -> Iterator[None]:
+    """Holds the folder's lock, by the first process for all.
+
+    Raises:
+        InputError: another run holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        processes.from_first("the workdir's lock", lambda: held.enter_context(exclusive(workdir)))
+        yield
