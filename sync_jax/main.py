@@ -61,6 +61,10 @@ def main(arguments: list[str]) -> None:
     from sync_jax import config as config_lib
     from sync_jax import errors, train
 
+    try:
+        config_lib.check_path("--workdir", _WORKDIR.value or "")
+    except errors.InputError as error:
+        _stop(error, 2)
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
 

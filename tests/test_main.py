@@ -109,6 +109,14 @@ BAD = {
         "data.source='nowhere'",
     ),
     "workdir is a file": ([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
+    "workdir in a bucket": (
+        [QUICKSTART, "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run must be a path: .*mount the bucket, .*launch/README.md",
+    ),
+    "comparison in a bucket": (
+        ["--mode=compare", "--runs=x", "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run must be a path",
+    ),
     "nothing to compare": (["--mode=compare"], "--runs is missing"),
     "an ensemble of nothing": (["--mode=ensemble"], "--runs is missing"),
     "no runs": (["--mode=compare", "--runs=runs/x-*"], "--runs=runs/x-. matches no folder"),
@@ -135,6 +143,13 @@ BAD = {
         "runs/quickstart-sync-seed0/predictions_calibration.npz is missing",
     ),
 }
+
+
+for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+    BAD[f"{field} in a bucket"] = (
+        [QUICKSTART, f"--config.{field}=gs://bucket/x"],
+        f"config.{field}=gs://bucket/x must be a path: .*mount the bucket",
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
