@@ -327,9 +327,15 @@ supervise() {
       gone)
         if [ $owned = 1 ]; then spend_preemption "the machine is ${detail:-no longer there}"; fi
         owned=0 fresh=1 started=0
-        if [ -z "$detail" ] || remove; then create && owned=1; fi || miss "no machine can be had"
+        if [ -n "$detail" ] && ! remove; then
+          miss "it cannot be deleted"
+        elif create; then
+          owned=1 missed=0
+        else
+          miss "none can be created"
+        fi
         ;;
-      waiting) owned=1 ;;
+      waiting) owned=1 missed=0 ;;
       unknown) miss "$detail" ;;
       ready)
         owned=1
@@ -342,13 +348,12 @@ supervise() {
 }
 
 judge() { # what to do about the run, on a machine that is there
-  [ "$run" = unknown ] || missed=0
   [ "$run" = mixed ] || odd=0
   case $run in
     unknown) miss "$why" ;;
     running)
       if [ "$started" = 0 ]; then say "found running at step $step"; fi
-      fresh=0 started=1
+      fresh=0 started=1 missed=0
       ;;
     other) leave 1 "another run is going on there: watch that, or stop it" ;;
     mixed)
@@ -404,7 +409,7 @@ launch() {
     miss "the run cannot be started on every worker"
     return
   fi
-  started=1 missed=0
+  started=1
   if [ $((preempted + failed)) -gt 0 ]; then stale=$((stale + 1)); fi
   say "started at step $step"
 }

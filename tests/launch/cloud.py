@@ -45,7 +45,7 @@ case "$*" in
   "-u -m sync_jax.main"*)
     if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
     exec REAL "$@" ;;
-  *) exec REAL "$@" ;;
+  *) exec REAL -S "$@" ;;
 esac
 """
 
@@ -61,6 +61,7 @@ class Cloud:
 
     def __init__(self, root: Path, *, workers: int = 1):
         self.root = root
+        self.children: list[subprocess.Popen[str]] = []
         self.mounts = root / "mnt"
         self.bucket = self.mounts / "bucket"
         self.bucket.mkdir(parents=True)
@@ -77,7 +78,7 @@ class Cloud:
         (root / "calls.jsonl").touch()
         fake = Path(__file__).with_name("fake_gcloud.py").read_text()
         for name in ("gcloud", "ssh", "scp"):
-            self.script(f"bin/{name}", fake, interpreter=f"{sys.executable} -S")
+            self.script(f"bin/{name}", fake, interpreter=f"{sys.executable} -IS")
         for name, text in HOST_BIN.items():
             self.script(f"host-bin/{name}", text)
         self.script("uv", UV)
@@ -88,7 +89,7 @@ class Cloud:
             "FAKE_ROOT": str(root),
             "SYNC_JAX_MOUNTS": str(self.mounts),
             "SYNC_JAX_POLL": "0.1",
-            "SYNC_JAX_PATIENCE": "4",
+            "SYNC_JAX_PATIENCE": "8",
             "SYNC_JAX_DEVICES": f"{root}/accel*",
             "SYNC_JAX_LIBTPU_LOCK": f"{root}/libtpu_lockfile",
             "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
@@ -108,11 +109,11 @@ class Cloud:
     def trainer(self, text: str) -> None:
         """Puts a script in the place of sync_jax.main; $step saves a checkpoint of that step."""
         save = 'save() { for a; do :; done; mkdir -p "$workdir/checkpoints/$1"; }\n'
-        find = 'for a; do case $a in --workdir=*) workdir=${a#*=} ;; esac; done\n'
+        find = "for a; do case $a in --workdir=*) workdir=${a#*=} ;; esac; done\n"
         (self.root / "trainer").write_text(f"{find}{save}{text}\n")
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             command,
             cwd=REPOSITORY,
             env=self.environment | environment,
@@ -121,6 +122,8 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.children.append(child)
+        return child
 
     def run(
         self, *command: str, stdin: str = "", **environment: str
@@ -144,7 +147,8 @@ class Cloud:
 
     def calls(self, *words: str) -> list[list[str]]:
         """The command lines so far that have these words."""
-        lines = (self.root / "calls.jsonl").read_text().splitlines()
+        text = (self.root / "calls.jsonl").read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
         return [call for line in lines if set(words) <= set(call := json.loads(line))]
 
     def home(self, worker: int = 0) -> Path:
@@ -166,4 +170,6 @@ class Cloud:
                 if f"FAKE_ROOT={self.root}".encode() in variables:
                     left.append((entry / "cmdline").read_text().replace("\0", " "))
                     os.kill(int(entry.name), signal.SIGKILL)
+        for child in self.children:
+            child.communicate()
         return left

@@ -5,66 +5,72 @@ hosts/<machine>/<worker>/, the home folder of each host. A process belongs to th
 environment names, and dies with it as it would there: TERM, some grace, KILL.
 """
 
-import contextlib
+# It is started some twenty times in every test: what only some calls need is imported there.
 import fcntl
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(os.environ["FAKE_ROOT"])
+ROOT = os.environ["FAKE_ROOT"]
 GRACE = 20.0
 
 
-@contextlib.contextmanager
-def cloud() -> Iterator[dict]:
-    """The state, which nobody else changes meanwhile."""
-    with (ROOT / "cloud.json").open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        state = json.load(file)
-        yield state
-        file.seek(0)
-        file.truncate()
-        json.dump(state, file, indent=1)
+class cloud:  # noqa: N801
+    """A context: the state, which nobody else changes meanwhile."""
+
+    def __enter__(self) -> dict:
+        self.file = open(f"{ROOT}/cloud.json", "r+")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.state = json.load(self.file)
+        return self.state
+
+    def __exit__(self, *error: object) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        json.dump(self.state, self.file)
+        self.file.close()
 
 
-def processes(host: Path) -> list[int]:
+def processes(folder: str) -> list[int]:
+    """Of a host, or of all below a folder of hosts."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            for variable in (entry / "environ").read_bytes().split(b"\0"):
-                value = variable.partition(b"FAKE_HOST=")[2].decode()
-                if value and (Path(value) == host or host in Path(value).parents):
-                    found.append(int(entry.name))
+    for pid in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                variables = file.read().split(b"\0")
+        except OSError:
+            continue
+        if any(f"{v.decode()}/".startswith(f"FAKE_HOST={folder}/") for v in variables):
+            found.append(int(pid))
     return found
 
 
-def kill(host: Path) -> None:
-    """Ends what runs on a host, or below a folder of hosts."""
+def kill(folder: str) -> None:
+    import contextlib
+    import signal
+    import time
+
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in processes(host):
+        for pid in processes(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + GRACE
-        while processes(host) and time.monotonic() < deadline:
+        while processes(folder) and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
 def start_node(state: dict, name: str) -> None:
     state["serial"] += 1
-    folder = ROOT / "hosts" / f"{name}-{state['serial']}"
+    folder = f"{ROOT}/hosts/{name}-{state['serial']}"
     for worker in range(state["workers"]):
-        (folder / str(worker)).mkdir(parents=True)
-    state["nodes"][name] = {"state": "READY", "folder": str(folder)}
+        os.makedirs(f"{folder}/{worker}")
+    state["nodes"][name] = {"state": "READY", "folder": folder}
 
 
 def end_node(state: dict, name: str) -> None:
-    folder = Path(state["nodes"][name]["folder"])
+    import shutil
+
+    folder = state["nodes"][name]["folder"]
     kill(folder)
     shutil.rmtree(folder)
 
@@ -73,7 +79,9 @@ def happen(state: dict) -> None:
     """Preempts what is to be preempted, once its run has saved the step that the test names."""
     if not state["preempt_at"]:
         return
-    steps = [int(p.name) for p in ROOT.glob("mnt/*/**/checkpoints/*") if p.name.isdigit()]
+    from pathlib import Path
+
+    steps = [int(p.name) for p in Path(ROOT).glob("mnt/*/**/checkpoints/*") if p.name.isdigit()]
     if max(steps, default=0) < state["preempt_at"][0]:
         return
     state["preempt_at"].pop(0)
@@ -105,6 +113,8 @@ def environment(home: str, worker: int) -> dict[str, str]:
 
 def run_on(homes: list[tuple[int, str]], command: str) -> int:
     """Runs a command on each host, as gcloud does: on all, and the first bad status counts."""
+    import subprocess
+
     children = [
         subprocess.Popen(
             ["bash", "-c", command], cwd=home, env=environment(home, worker), umask=0o022
@@ -146,8 +156,7 @@ def gcloud(arguments: list[str]) -> None:
                 start_node(state, name)
             else:
                 assert options["node-id"] == name
-                states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-                state["requests"][name] = state["lives"].pop(0) if state["lives"] else states
+                state["requests"][name] = state["lives"].pop(0) if state["lives"] else ["ACTIVE"]
         elif verb == "delete":
             name = rest[0]
             assert "quiet" in options, "it would ask"
@@ -167,11 +176,11 @@ def listed(state: dict, group: str) -> None:
             print(name, node["state"], state["workers"], sep="\t")
         return
     for name, states in state["requests"].items():
-        if len(states) > 1:
-            states.pop(0)
         if states[0] == "ACTIVE" and name not in state["nodes"]:
             start_node(state, name)
         print(name, states[0], sep="\t")
+        if len(states) > 1:
+            states.pop(0)
 
 
 def remote(verb: str, rest: list[str], options: dict[str, str]) -> None:
@@ -186,27 +195,36 @@ def remote(verb: str, rest: list[str], options: dict[str, str]) -> None:
         workers = range(state["workers"]) if chosen == "all" else [int(chosen)]
         homes = [(i, f"{node['folder']}/{i}") for i in workers]
     if verb == "scp":
+        import shutil
+
         for _, home in homes:
             shutil.copy(rest[0], home)
         return
     sys.exit(run_on(homes, options["command"]))
 
 
-def ssh(arguments: list[str]) -> None:
+def ssh(program: str, arguments: list[str]) -> None:
     """The GPU server: one host, whose home is hosts/server."""
     with cloud() as state:
         if fails(state, "ssh"):
             stop("ssh: connect to host 192.0.2.1 port 22: Connection timed out", 255)
-    home = ROOT / "hosts" / "server"
-    home.mkdir(parents=True, exist_ok=True)
-    if Path(sys.argv[0]).name == "scp":
+    home = f"{ROOT}/hosts/server"
+    os.makedirs(home, exist_ok=True)
+    if program == "scp":
+        import shutil
+
+        assert arguments[-1] == "me@server:", arguments
         shutil.copy(arguments[-2], home)
         return
     assert arguments[-2] == "me@server", arguments
-    sys.exit(run_on([(0, str(home))], arguments[-1]))
+    sys.exit(run_on([(0, home)], arguments[-1]))
 
 
 if __name__ == "__main__":
-    with (ROOT / "calls.jsonl").open("a") as log:
-        log.write(json.dumps([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
-    (gcloud if Path(sys.argv[0]).name == "gcloud" else ssh)(sys.argv[1:])
+    program = os.path.basename(sys.argv[0])
+    with open(f"{ROOT}/calls.jsonl", "a") as log:
+        log.write(json.dumps([program, *sys.argv[1:]]) + "\n")
+    if program == "gcloud":
+        gcloud(sys.argv[1:])
+    else:
+        ssh(program, sys.argv[1:])
