@@ -13,8 +13,8 @@ set -euo pipefail
 cd # names below are relative to it
 
 state=.sync_jax
-# Pinned, as constraints.txt pins what they install.
-uv=0.13.9 python=3.12 gcsfuse=3.2.0
+# Pinned, as constraints.txt pins what they install; this Python is the one that the tests run on.
+uv=0.13.9 python=3.11 gcsfuse=3.2.0
 # Tests have neither the file nor the devices.
 lock_file=${SYNC_JAX_LIBTPU_LOCK:-/tmp/libtpu_lockfile}
 devices=${SYNC_JAX_DEVICES:-/dev/accel* /dev/vfio/*}
@@ -62,7 +62,7 @@ unpack() {
 
 find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which needs no root
   local name
-  for name in python3.13 python3.12 python3.11 python3; do
+  for name in python3.11 python3.12 python3.13 python3; do
     if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$name"
       return

@@ -32,9 +32,9 @@ HOST_BIN = {
         '    mkdir -p "$6/bin" && cp "$FAKE_ROOT/uv" "$6/bin/uv" ;;\n'
         "  *) exit 1 ;; esac"
     ),
-    **dict.fromkeys(("python3.11", "python3.12", "python3.13"), "exit 127"),
+    **dict.fromkeys(("python3.11", "python3.11-uv", "python3.13"), "exit 127"),
 }
-UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.12" ;; esac'
+UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.11-uv" ;; esac'
 PYTHON = """
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -82,7 +82,7 @@ class Cloud:
         for name, text in HOST_BIN.items():
             self.script(f"host-bin/{name}", text)
         self.script("uv", UV)
-        self.script("python3.12", PYTHON.replace("REAL", sys.executable))
+        self.script("python3.11-uv", PYTHON.replace("REAL", sys.executable))
         self.environment = {
             "PATH": f"{root}/bin:/usr/bin:/bin",
             "HOME": str(root),
