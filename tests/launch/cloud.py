@@ -32,7 +32,7 @@ HOST_BIN = {
         '    mkdir -p "$6/bin" && cp "$FAKE_ROOT/uv" "$6/bin/uv" ;;\n'
         "  *) exit 1 ;; esac"
     ),
-    **dict.fromkeys(("python3.11", "python3.11-uv", "python3.13"), "exit 127"),
+    **dict.fromkeys(("python3.11", "python3.12", "python3.13"), "exit 127"),
 }
 UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.11-uv" ;; esac'
 PYTHON = """
