@@ -130,7 +130,7 @@ class Cloud:
     ) -> subprocess.CompletedProcess[str]:
         child = self.start(*command, **environment)
         try:
-            output, errors = child.communicate(stdin, timeout=120)
+            output, errors = child.communicate(stdin, timeout=300)
         except subprocess.TimeoutExpired:
             child.kill()
             output, errors = child.communicate()
@@ -155,7 +155,7 @@ class Cloud:
         (machine,) = (self.root / "hosts").iterdir()
         return machine / str(worker) if machine.name != "server" else machine
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it does not come"

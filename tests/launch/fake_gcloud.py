@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-ROOT = os.environ["FAKE_ROOT"]
+ROOT = os.environ.get("FAKE_ROOT", "")
 GRACE = 20.0
 
 
@@ -99,10 +99,13 @@ def fails(state: dict, what: str) -> bool:
     return state["fail"][what] >= 0
 
 
-def environment(home: str, worker: int) -> dict[str, str]:
+def environment(
+    laptop: os._Environ[str] | dict[str, str], home: str, worker: int
+) -> dict[str, str]:
+    """Of a command on a host."""
     kept = ("JAX_COMPILATION_CACHE_DIR", "FAKE_ROOT", "SYNC_JAX_DEVICES", "SYNC_JAX_LIBTPU_LOCK")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {
-        "PATH": f"{ROOT}/host-bin:/usr/bin:/bin",
+    return {name: laptop[name] for name in kept if name in laptop} | {
+        "PATH": f"{laptop['FAKE_ROOT']}/host-bin:/usr/bin:/bin",
         "HOME": home,
         "FAKE_HOST": home,
         "FAKE_HOSTNAME": f"t1v-n-0123abcd-w-{worker}",
@@ -117,7 +120,10 @@ def run_on(homes: list[tuple[int, str]], command: str) -> int:
 
     children = [
         subprocess.Popen(
-            ["bash", "-c", command], cwd=home, env=environment(home, worker), umask=0o022
+            ["bash", "-c", command],
+            cwd=home,
+            env=environment(os.environ, home, worker),
+            umask=0o022,
         )
         for worker, home in homes
     ]

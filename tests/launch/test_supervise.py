@@ -34,7 +34,7 @@ trap 'exit 75' TERM
 n=$(($(ls "$workdir/checkpoints" 2>/dev/null | wc -l) * 5 + 5))
 save $n
 if [ $n -ge {last} ]; then exit 0; fi
-for i in $(seq 1200); do sleep 0.05; done
+for i in $(seq 9999); do sleep 0.05; done
 """
 
 
@@ -177,7 +177,7 @@ ONE_FAILS = """
 trap 'echo asked; exit 75' TERM
 if [ -d "$workdir" ]; then exit 0; fi
 if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then sleep 0.5; mkdir -p "$workdir"; exit 1; fi
-for i in $(seq 1200); do sleep 0.05; done
+for i in $(seq 9999); do sleep 0.05; done
 """
 
 
@@ -223,7 +223,7 @@ def test_a_run_that_is_going_on_is_watched(cloud: Cloud):
     assert other.returncode == 1
     assert "another run is going on there" in other.stderr
     assert cloud.tpu("stop").returncode == 0
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=3000)
     assert child.returncode == 0, errors
     assert "found running at step 5" in errors
     assert "saved at step 5: preemption 1" in errors
@@ -235,7 +235,7 @@ def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
     cloud.wait((cloud.bucket / "run" / "checkpoints" / "5").exists)
     cloud.wait(lambda: len(cloud.calls("list")) > 14)
     child.terminate()
-    output, errors = child.communicate(timeout=30)
+    output, errors = child.communicate(timeout=300)
     assert child.returncode == 1
     assert "no longer watched: what runs goes on" in errors
     assert output.strip().splitlines()[-1].strip() == DELETE
