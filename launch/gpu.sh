@@ -22,6 +22,7 @@ set -uo pipefail
 self=launch/gpu.sh
 verbs='setup push run logs status stop unlock supervise'
 extra=cuda
+creates=0
 # shellcheck source=launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -99,7 +99,7 @@ install_gcsfuse() {
   echo "Installing gcsfuse $gcsfuse"
   if ! curl -fsSL -o "$state/$file" \
     "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$gcsfuse/$file" ||
-    ! as_root apt-get install -qq -y "./$state/$file" >/dev/null; then
+    ! as_root apt-get -o DPkg::Lock::Timeout=300 install -qq -y "./$state/$file" >/dev/null; then
     die "gcsfuse cannot be installed; put it on PATH, see Cloud Storage FUSE's documentation"
   fi
 }

@@ -12,7 +12,7 @@
 #   create, remove         the machine
 #   plan                   prints a line for each thing that will be used
 #   farewell               prints how to be rid of the machine
-# and the variables self, verbs and extra (see setup in host.sh). Written for bash 3.2, which macOS has.
+# and the variables self, verbs, extra (see setup in host.sh) and creates: 1 where the machine is ours to make. Written for bash 3.2, which macOS has.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 mounts=${SYNC_JAX_MOUNTS:-/mnt/sync_jax} # where hosts mount buckets, each below by its name
@@ -131,6 +131,8 @@ parse() {
   case $verb in
     run | supervise)
       [ -n "$config" ] || die 2 "--config is missing; for example --config=configs/quickstart.py"
+      # Else the trainer would say so, on a machine that is paid for.
+      [ -f "$repo/${config%%:*}" ] || die 2 "--config=$config is no file of this checkout, which is what push copies"
       [ -n "$workdir" ] || die 2 "--workdir is missing: where the run saves and resumes, such as gs://BUCKET/PATH"
       ;;
   esac
@@ -435,20 +437,24 @@ leave() { # STATUS MESSAGE
 }
 
 supervise_dry() { # one round
-  note "creates the machine, unless it is there"
-  look
-  create
+  if [ "$creates" = 1 ]; then
+    note "creates the machine, unless it is there"
+    look
+    create
+  fi
   note "sets it up"
   setup
   note "starts the run"
   start
-  note "every $interval s: the machine, and the run on each worker"
+  note "every $interval s: how the run stands on each worker, and the machine"
   look
   on_hosts "$(status_command)"
   note "one worker failed: the others are stopped, and all started again"
   stop
-  note "preempted: this machine is deleted, and the next one created"
-  remove
+  if [ "$creates" = 1 ]; then
+    note "preempted: this machine is deleted, and the next one created"
+    remove
+  fi
   note "at the end:"
   farewell | comment
 }
@@ -467,13 +473,13 @@ main() {
     create) create_and_wait ;;
     setup) setup ;;
     push) push ;;
-    run) look_for_hosts && start ;;
+    run) look_for_hosts && { start || die 1 "not started on every worker; stop ends it on the others"; } ;;
     logs) show_logs ;;
     status) show_status ;;
     stop) stop ;;
     unlock) on_hosts "$(host unlock)" ;;
     supervise)
-      confirm "Create what is not there"
+      if [ "$creates" = 1 ]; then confirm "Create what is not there"; else confirm "Set it up and start"; fi
       if [ $dry = 1 ]; then supervise_dry; else supervise; fi
       ;;
     delete) delete ;;

@@ -28,6 +28,7 @@ set -uo pipefail
 self=launch/tpu.sh
 verbs='create setup push run logs status stop unlock delete supervise'
 extra=tpu
+creates=1
 # shellcheck source=launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.launch import fake_gcloud
+
 REPOSITORY = Path(__file__).parents[2]
 WHERE = ["--name=sync", "--project=my-project", "--zone=us-west4-a"]
 MACHINE = [*WHERE, "--type=v5litepod-16", "--spot"]
@@ -92,7 +94,7 @@ class Cloud:
             "SYNC_JAX_PATIENCE": "8",
             "SYNC_JAX_DEVICES": f"{root}/accel*",
             "SYNC_JAX_LIBTPU_LOCK": f"{root}/libtpu_lockfile",
-            "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+            **{name: os.environ[name] for name in fake_gcloud.JAX if name in os.environ},
         }
 
     def script(self, name: str, text: str, interpreter: str = "/bin/sh") -> None:

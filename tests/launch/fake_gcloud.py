@@ -13,6 +13,7 @@ import sys
 
 ROOT = os.environ.get("FAKE_ROOT", "")
 GRACE = 20.0
+JAX = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")  # what shortens compilation, see conftest.py
 
 
 class cloud:  # noqa: N801
@@ -103,13 +104,14 @@ def environment(
     laptop: os._Environ[str] | dict[str, str], home: str, worker: int
 ) -> dict[str, str]:
     """Of a command on a host."""
-    kept = ("JAX_COMPILATION_CACHE_DIR", "FAKE_ROOT", "SYNC_JAX_DEVICES", "SYNC_JAX_LIBTPU_LOCK")
+    kept = (*JAX, "FAKE_ROOT", "SYNC_JAX_DEVICES", "SYNC_JAX_LIBTPU_LOCK")
     return {name: laptop[name] for name in kept if name in laptop} | {
         "PATH": f"{laptop['FAKE_ROOT']}/host-bin:/usr/bin:/bin",
         "HOME": home,
         "FAKE_HOST": home,
         "FAKE_HOSTNAME": f"t1v-n-0123abcd-w-{worker}",
         "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "SYNC_JAX_HOST_POLL": "0.05",
     }
 

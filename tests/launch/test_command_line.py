@@ -58,14 +58,17 @@ FLAGS = [
     *([*SUPERVISE, flag] for flag in ["--version=tpu-vm-base", "--valid-until=6h", "--yes"]),
     *([*SUPERVISE, flag] for flag in ["--preemptions=7", "--failures=7", "--grace=7"]),
     *([*SUPERVISE, flag] for flag in ["--env=SECRET", "--workdir=gs://bucket/other"]),
-    *([*SUPERVISE, flag] for flag in ["--config=mine.py", "--name=other", "--project=other"]),
+    *(
+        [*SUPERVISE, flag]
+        for flag in ["--config=configs/svhn.py", "--name=other", "--project=other"]
+    ),
     *([*SUPERVISE, flag] for flag in ["--zone=europe-west4-b", "--type=v6e-8"]),
     [TPU, "create", *WHERE, "--type=v4-8", "--spot"],
     [TPU, "create", *WHERE, "--type=v4-8", "--valid-until=6h"],
     [TPU, "logs", *WHERE, "--follow"],
     [TPU, "stop", *WHERE, "--grace=7"],
     *([*GPU_RUN, flag] for flag in ["--host=you@server", "--env=SECRET", "--grace=7", "--yes"]),
-    *([*GPU_RUN, flag] for flag in ["--preemptions=7", "--failures=7", "--config=mine.py"]),
+    *([*GPU_RUN, flag] for flag in ["--preemptions=7", "--failures=7", "--config=configs/svhn.py"]),
     *([*GPU_RUN, flag] for flag in ["--workdir=gs://bucket/other"]),
     [GPU, "logs", "--host=me@server", "--follow"],
 ]
@@ -134,6 +137,10 @@ BAD = {
     "bad duration": ([TPU, "create", *MACHINE, "--valid-until=soon"], "no duration such as 6h"),
     "bad number": ([TPU, "stop", *WHERE, "--grace=soon"], "soon is no number"),
     "no config": ([TPU, "run", *WHERE, WORKDIR], "--config is missing; for example"),
+    "no such config": (
+        [TPU, "run", *WHERE, WORKDIR, "--config=configs/cifra10.py"],
+        "--config=configs/cifra10.py is no file of this checkout",
+    ),
     "no workdir": ([TPU, "run", *WHERE, CONFIG], "--workdir is missing"),
     "own disk": ([TPU, "run", *WHERE, CONFIG, "--workdir=runs/a"], "each host's own disk"),
     "no bucket": ([TPU, "run", *WHERE, CONFIG, "--workdir=gs:///a"], "names no bucket"),

@@ -48,6 +48,7 @@ class Job:
             SLURM_JOB_ID="42",
             SLURM_RESTART_COUNT=str(restart),
             JAX_PLATFORMS="cpu",
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         )
 
     def do(self, *arguments: str, restart: int = 0) -> tuple[int, str]:
@@ -69,7 +70,11 @@ def job(cloud: Cloud, tmp_path: Path) -> Job:
 def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(job: Job, tmp_path):
     run = tmp_path / "run"
     command = tiny.command(tiny.prepare(tmp_path), run)[3:]
-    command += ["--config.train.epochs=10", "--config.checkpoint.every_epochs=1"]
+    command += [
+        "--config.train.epochs=10",
+        "--config.checkpoint.every_epochs=1",
+        "--config.method=ce",
+    ]
     child = job.start(*command)
     job.cloud.wait(lambda: any(p.name.isdigit() for p in run.glob("checkpoints/*")))
     # --signal=TERM@300: to the tasks alone.

@@ -1,11 +1,12 @@
-"""The supervise loop against a cloud that takes machines away, and runs that fail."""
+"""The supervise loop against a cloud that takes machines away, and runs that fail.
 
-import json
+The runs are scripts here; test_verbs.py has the real trainer in the loop.
+"""
+
 import re
 
 import pytest
 
-from tests import tiny
 from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud
 
 DELETE = f"launch/tpu.sh delete {' '.join(WHERE)}"
@@ -240,30 +241,3 @@ def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
     assert "no longer watched: what runs goes on" in errors
     assert output.strip().splitlines()[-1].strip() == DELETE
     assert "state=running" in cloud.tpu("status", WORKDIR).stdout
-
-
-@pytest.mark.slow
-def test_the_real_trainer_survives_a_preemption(cloud: Cloud, tmp_path):
-    """SIGTERM as the machine goes, exit 75, a new machine, resumed, done; data read from gs://."""
-    data_dir = tiny.prepare(tmp_path)
-    data_dir.rename(cloud.bucket / "data")
-    cloud.set(preempt_at=[1])
-    overrides = [f"--config.{path}={value}" for path, value in tiny.OVERRIDES.items()]
-    result = cloud.supervise(
-        *("--", *overrides, "--config.train.epochs=10", "--config.checkpoint.every_epochs=1"),
-        "--config.data.data_dir=gs://bucket/data",
-    )
-    assert result.returncode == 0, result.stderr
-    assert re.search("the machine is (SUSPENDED|PREEMPTED): preemption 1", result.stderr)
-    log = (cloud.home() / ".sync_jax" / "log").read_text()
-    run = cloud.bucket / "run"
-    resumed = re.search(r"resuming at step (\d+) of 119", log)
-    assert resumed
-    assert 0 < int(resumed[1]) < 119
-    # What the machine that is gone said, to its last line, was kept.
-    report = json.loads((run / "report.json").read_text())
-    assert report["training"]["steps"] == 119
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert steps[-1] == 119
-    assert (run / "risk_coverage.png").exists()

@@ -1,6 +1,7 @@
 """Every verb by itself: on a slice with the real trainer, on a GPU server."""
 
 import json
+import re
 
 import pytest
 
@@ -9,55 +10,73 @@ from tests.launch.cloud import CONFIG, WHERE, WORKDIR, Cloud
 
 
 @pytest.mark.slow
-def test_a_machine_from_its_creation_to_its_end_with_the_real_trainer(cloud: Cloud, tmp_path):
-    """stop saves, status tells, run resumes, delete leaves the workdir alone."""
+def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tmp_path):
+    """Every verb: stop saves, status tells, supervise resumes, twice, delete leaves the workdir."""
     tiny.prepare(tmp_path).rename(cloud.bucket / "data")
     run = cloud.bucket / "run"
     created = cloud.tpu("create", "--type=v4-8", "--yes")
     assert created.returncode == 0, created.stderr
     assert created.stdout.splitlines()[-1] == f"  launch/tpu.sh delete {' '.join(WHERE)}"
     assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 1
-    early = cloud.tpu("run", WORKDIR, CONFIG)
-    assert early.returncode == 1  # nothing is there yet
+    assert cloud.tpu("run", WORKDIR, CONFIG).returncode == 1  # nothing is there yet
     for verb in ("setup", "push"):
         result = cloud.tpu(verb, WORKDIR)
         assert result.returncode == 0, result.stderr
     fresh = cloud.tpu("status", WORKDIR)
     assert (fresh.returncode, "run new" in fresh.stdout) == (1, True)
 
+    epochs = ["--config.train.epochs=20", "--config.checkpoint.every_epochs=1"]
     overrides = [f"--config.{path}={value}" for path, value in tiny.OVERRIDES.items()]
-    options = [*overrides, "--config.train.epochs=10", "--config.checkpoint.every_epochs=1"]
+    options = [*overrides, *epochs, "--config.method=ce"]
     command = [WORKDIR, CONFIG, "--", *options, "--config.data.data_dir=gs://bucket/data"]
+
+    def saved() -> int:
+        names = [p.name for p in run.glob("checkpoints/*")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
     assert cloud.tpu("run", *command).returncode == 0
-    cloud.wait(lambda: any(p.name.isdigit() for p in run.glob("checkpoints/*")))
+    cloud.wait(lambda: saved() > 0)
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 0
     assert "worker=0 state=running exit=- step=" in status.stdout
     again = cloud.tpu("run", *command)
     assert again.returncode == 1
     assert "a run, or its setup, is going on here" in again.stderr
-    assert "[worker 0] sync on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
-    follower = cloud.start("launch/tpu.sh", "logs", *WHERE, "--follow")
+    assert "[worker 0] ce on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
     assert cloud.tpu("stop").returncode == 0
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 75
     assert "run saved" in status.stdout
-    cloud.wait(lambda: "exit status 75" in (run / "logs" / "worker-0.log").read_text())
+    log = (run / "logs" / "worker-0.log").read_text()
+    (stopped,) = re.findall(r"stopped by SIGTERM, saved at step (\d+)", log)
+    assert saved() == int(stopped)
 
-    assert cloud.tpu("run", *command).returncode == 0
-    cloud.wait((run / "report.json").exists)
-    cloud.wait(lambda: "exit=0" in cloud.tpu("status").stdout)
+    # On from there; at its first checkpoint the machine is taken away, by SIGTERM first.
+    cloud.set(preempt_at=[int(stopped) + 1])
+    result = cloud.tpu("supervise", "--type=v4-8", "--yes", *command)
+    assert result.returncode == 0, result.stderr
+    assert f"started at step {stopped}\n" in result.stderr
+    assert "the machine is PREEMPTED: preemption 1" in result.stderr
+    (resumed,) = re.findall(
+        r"resuming at step (\d+) of 238", (cloud.home() / ".sync_jax" / "log").read_text()
+    )
+    assert int(stopped) < int(resumed) < 238
+    # What the machine that is gone said last: it had saved, and the run went on from there.
+    assert f"started at step {resumed}\n" in result.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["training"]["steps"] == 238
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 238
     status = cloud.tpu("status", WORKDIR)
     assert (status.returncode, "run done" in status.stdout) == (0, True)
-    assert "step=119" in status.stdout
-    assert "resuming at step" in cloud.tpu("logs").stdout
-    follower.terminate()
-    assert json.loads((run / "report.json").read_text())["training"]["steps"] == 119
+    assert "step=238" in status.stdout
 
     assert cloud.tpu("unlock").returncode == 0
     kept = sorted(cloud.bucket.rglob("*"))
+    deleted = len(cloud.calls("delete"))
     assert cloud.tpu("delete", stdin="n\n").returncode == 1
-    assert len(cloud.calls("delete")) == 0
+    assert len(cloud.calls("delete")) == deleted == 1
     assert cloud.tpu("delete", "--yes").returncode == 0
     assert sorted(cloud.bucket.rglob("*")) == kept
     gone = cloud.tpu("status", WORKDIR)
