@@ -212,7 +212,11 @@ push() (
 send_env() { # through stdin: a command line can be read by all on the machine, and stands in logs
   local variable i=0
   [ ${#names[@]} -gt 0 ] || return 0
-  note "${names[*]}: the values go through stdin"
+  note "${names[*]}: the values go through stdin, to each worker"
+  if [ $dry = 1 ]; then
+    on_host 0 "$(host env)"
+    return
+  fi
   while [ $i -lt "$hosts" ]; do
     for variable in "${names[@]}"; do
       printf '%s=%s\n' "$variable" "${!variable}"

@@ -78,13 +78,13 @@ class Cloud:
             fail={},  # verb: how many times it fails
         )
         (root / "calls.jsonl").touch()
-        fake = Path(__file__).with_name("fake_gcloud.py").read_text()
         for name in ("gcloud", "ssh", "scp"):
-            self.script(f"bin/{name}", fake, interpreter=f"{sys.executable} -IS")
+            fake = f"'{sys.executable}' -IS '{fake_gcloud.__file__}'"
+            self.script(f"bin/{name}", f'exec {fake} {name} "$@"')
         for name, text in HOST_BIN.items():
             self.script(f"host-bin/{name}", text)
         self.script("uv", UV)
-        self.script("python3.11-uv", PYTHON.replace("REAL", sys.executable))
+        self.script("python3.11-uv", PYTHON.replace("REAL", f"'{sys.executable}'"))
         self.environment = {
             "PATH": f"{root}/bin:/usr/bin:/bin",
             "HOME": str(root),
@@ -97,10 +97,10 @@ class Cloud:
             **{name: os.environ[name] for name in fake_gcloud.JAX if name in os.environ},
         }
 
-    def script(self, name: str, text: str, interpreter: str = "/bin/sh") -> None:
+    def script(self, name: str, text: str) -> None:
         path = self.root / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!{interpreter}\n{text}\n")
+        path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
     def set(self, **values: object) -> None:

@@ -229,10 +229,10 @@ def ssh(program: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program = os.path.basename(sys.argv[0])
+    _, program, *words = sys.argv
     with open(f"{ROOT}/calls.jsonl", "a") as log:
-        log.write(json.dumps([program, *sys.argv[1:]]) + "\n")
+        log.write(json.dumps([program, *words]) + "\n")
     if program == "gcloud":
-        gcloud(sys.argv[1:])
+        gcloud(words)
     else:
-        ssh(program, sys.argv[1:])
+        ssh(program, words)

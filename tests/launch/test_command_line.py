@@ -86,7 +86,9 @@ def test_no_flag_is_left_out_above():
         known = set()
         for file in (script, "launch/lib.sh"):
             known |= set(
-                re.findall(r"^ +(--[a-z-]+)(?:=\?\*)?\) ", (REPOSITORY / file).read_text(), re.M)
+                re.findall(
+                    r"^ +(--[a-z-]+)(?:=\?\*)?\) ", (REPOSITORY / file).read_text(), re.MULTILINE
+                )
             )
         known -= {"--help", "--dry-run"}
         shown = set(re.findall(r"--[a-z-]+", dry_help(script)))
@@ -274,17 +276,23 @@ REAL_GCLOUD = shutil.which("gcloud")
 @pytest.mark.skipif(REAL_GCLOUD is None, reason="the real gcloud is not installed")
 def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
     """It rejects what it does not know before it asks for an account, and has none here."""
-    cloud.trainer("exit 0")
-    cloud.set(preempt_at=[0])
-    for machine in ([*MACHINE, "--valid-until=6h"], [*WHERE, "--type=v4-8"]):
-        for verb in ("create", "setup", "run", "logs", "stop", "unlock", "status", "delete"):
-            cloud.run(TPU, verb, *machine, WORKDIR, CONFIG, "--yes", "--env=HOME")
+    cloud.trainer("exit 1")
+    cloud.run(TPU, "create", *WHERE, "--type=v4-8", "--yes")
+    cloud.run(TPU, "delete", *WHERE, "--yes")
+    for verb in ("create", "setup", "run", "logs", "stop", "unlock", "status", "delete"):
+        more = [*MACHINE, "--valid-until=6h", WORKDIR, CONFIG, "--yes", "--env=HOME"]
+        assert cloud.run(TPU, verb, *more).returncode == (1 if verb == "status" else 0), verb
     # One of each kind: they differ in names only.
     kinds = {
         tuple(w.partition("=")[0] if w.startswith("--") else w for w in call): call
         for call in cloud.calls("gcloud")
     }
-    assert len(kinds) >= 9
+    assert len(kinds) == 9, kinds  # auth, scp, ssh; list, create and delete of both
+    # And what the README says to type, but for the copy of a folder that is not there.
+    text = (LAUNCH / "README.md").read_text()
+    typed = set(re.findall(r"^gcloud (?!auth|storage rsync)(?!.* sync).*$", text, re.MULTILINE))
+    assert {line.split()[1] for line in typed} == {"services", "storage", "compute"}
+    kinds |= {(line,): shlex.split(line) for line in typed}
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),

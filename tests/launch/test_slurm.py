@@ -35,7 +35,7 @@ class Job:
             (self.checkout / name).symlink_to(REPOSITORY / name)
         cloud.script("bin/srun", SRUN)
         cloud.script("bin/scontrol", 'echo "$*" >>"$FAKE_ROOT/scontrol"')
-        cloud.script("python", PYTHON + f'exec {sys.executable} "$@"')
+        cloud.script("python", PYTHON + f"exec '{sys.executable}' \"$@\"")
         (self.checkout / ".venv" / "bin").mkdir(parents=True)
         (self.checkout / ".venv" / ".installed").write_text("all of it")
         (self.checkout / ".venv" / "bin" / "python").symlink_to(cloud.root / "python")
