@@ -43,7 +43,8 @@ as_root() {
 take_lock() {
   mkdir -p $state
   exec 9>>$state/lock
-  flock -n 9 || die "a run, or its setup, is going on here; stop ends it"
+  # A run that has noted its end is about to let go of it.
+  flock -w 0.5 9 || die "a run, or its setup, is going on here; stop ends it"
 }
 
 unpack() {
@@ -175,6 +176,7 @@ attempt() {
   trap 'signalled=1' TERM HUP INT
   if [ -f $state/env ]; then
     while IFS= read -r line; do export "${line?}"; done <$state/env
+    rm $state/env # the next run brings its own
   fi
   cd sync_jax
   # JAX_PLATFORMS names the accelerator: without, a chip that is locked means a run on the CPU.

@@ -12,7 +12,8 @@
 #   create, remove         the machine
 #   plan                   prints a line for each thing that will be used
 #   farewell               prints how to be rid of the machine
-# and the variables self, verbs, extra (see setup in host.sh) and creates: 1 where the machine is ours to make. Written for bash 3.2, which macOS has.
+# and the variables self, verbs, extra (see setup in host.sh) and creates (1: the machine is ours to
+# make). Written for bash 3.2, which macOS has.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 mounts=${SYNC_JAX_MOUNTS:-/mnt/sync_jax} # where hosts mount buckets, each below by its name

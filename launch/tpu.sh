@@ -109,9 +109,10 @@ tpus() { # GROUP VERB ARG...
   do_ gcloud compute tpus "$group" "$action" "$@" --project="$project" --zone="$zone"
 }
 
-on_hosts() { tpus tpu-vm ssh "$name" --worker=all --command="$1" </dev/null; }
-on_host() { tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; }
-copy() { tpus tpu-vm scp "$1" "$name:" --worker=all </dev/null; }
+# --quiet: what gcloud asks for at night, such as a passphrase for the key that it makes, nobody answers.
+on_hosts() { tpus tpu-vm ssh "$name" --worker=all --quiet --command="$1" </dev/null; }
+on_host() { tpus tpu-vm ssh "$name" --worker="$1" --quiet --command="$2"; }
+copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet </dev/null; }
 
 look() {
   local requests='' nodes='' state request count found

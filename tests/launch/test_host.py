@@ -234,6 +234,22 @@ def test_unprepared_data_in_a_bucket_is_refused(host: Host):
     assert host.do(*words)[0] == 0
 
 
+def test_a_secret_is_the_users_alone_and_goes_when_the_run_has_it(host: Host):
+    host.ready().cloud.trainer('echo "${#SECRET} characters"')
+    child = host.start("env", stdin=subprocess.PIPE)
+    child.communicate("SECRET= a 'b' $c \n")
+    assert (host.state / "env").stat().st_mode & 0o777 == 0o600
+    for _ in range(2):
+        assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+        host.ended()
+    assert not (host.state / "env").exists()
+    log = (host.state / "log").read_text()
+    assert [line for line in log.splitlines() if "=" not in line] == [
+        "10 characters",
+        "0 characters",
+    ]
+
+
 def test_the_help_lists_every_verb(host: Host):
     status, output = host.do("help")
     assert status == 2
