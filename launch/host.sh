@@ -10,6 +10,7 @@
 #   stop SECONDS                       TERM to the run; KILL after so long
 #   unlock                             removes libtpu's lock, if nobody holds the accelerator
 set -euo pipefail
+script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
 cd # names below are relative to it
 
 state=.sync_jax
@@ -161,7 +162,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
   printf '%s\n' "$id" >$state/run
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) starts" >>$state/log
   JAX_PLATFORMS=${JAX_PLATFORMS:-$extra,cpu} SYNC_JAX_RUN=$id \
-    setsid bash "$0" attempt "$@" </dev/null >>$state/log 2>&1 &
+    setsid bash "$script" attempt "$@" </dev/null >>$state/log 2>&1 &
   for _ in $(seq 100); do
     [ "$(wc -l <$state/run)" = 2 ] || [ -f $state/exit ] && break
     sleep 0.1
@@ -293,7 +294,7 @@ case $verb in
   unpack | setup | run | attempt | status | logs | stop | unlock) ;;
   env) verb=set_env ;;
   *)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
     exit 2
     ;;
 esac

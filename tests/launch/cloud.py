@@ -78,7 +78,7 @@ class Cloud:
             fail={},  # verb: how many times it fails
         )
         (root / "calls.jsonl").touch()
-        for name in ("gcloud", "ssh", "scp"):
+        for name in ("gcloud", "ssh", "scp", "preempt"):
             fake = f"'{sys.executable}' -IS '{fake_gcloud.__file__}'"
             self.script(f"bin/{name}", f'exec {fake} {name} "$@"')
         for name, text in HOST_BIN.items():

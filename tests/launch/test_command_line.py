@@ -52,6 +52,20 @@ def dry(*command: str) -> str:
     return result.stdout
 
 
+def test_a_dry_run_calls_nothing(cloud: Cloud):
+    verbs = re.findall(r"^  ([a-z]+)  ", dry_help(TPU), re.MULTILINE)
+    assert len(verbs) == 10
+    for verb in verbs:
+        result = cloud.run(TPU, verb, *MACHINE, WORKDIR, CONFIG, "--dry-run")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "gcloud compute tpus" in result.stdout
+    for verb in set(verbs) - {"create", "delete"}:
+        result = cloud.run(GPU, verb, "--host=me@server", WORKDIR, CONFIG, "--dry-run")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "ssh -o BatchMode=yes" in result.stdout
+    assert not cloud.calls()
+
+
 SUPERVISE = [TPU, "supervise", *MACHINE, WORKDIR, CONFIG]
 GPU_RUN = [GPU, "supervise", "--host=me@server", "--workdir=runs/a", CONFIG]
 FLAGS = [

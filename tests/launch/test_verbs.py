@@ -25,7 +25,7 @@ def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tm
     fresh = cloud.tpu("status", WORKDIR)
     assert (fresh.returncode, "run new" in fresh.stdout) == (1, True)
 
-    epochs = ["--config.train.epochs=20", "--config.checkpoint.every_epochs=1"]
+    epochs = ["--config.train.epochs=30", "--config.checkpoint.every_epochs=1"]
     overrides = [f"--config.{path}={value}" for path, value in tiny.OVERRIDES.items()]
     options = [*overrides, *epochs, "--config.method=ce"]
     command = [WORKDIR, CONFIG, "--", *options, "--config.data.data_dir=gs://bucket/data"]
@@ -35,15 +35,15 @@ def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tm
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     assert cloud.tpu("run", *command).returncode == 0
-    cloud.wait(lambda: saved() > 0)
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 0
     assert "worker=0 state=running exit=- step=" in status.stdout
     again = cloud.tpu("run", *command)
     assert again.returncode == 1
     assert "a run, or its setup, is going on here" in again.stderr
-    assert "[worker 0] ce on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
+    cloud.wait(lambda: saved() > 0)
     assert cloud.tpu("stop").returncode == 0
+    assert "[worker 0] ce on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 75
     assert "run saved" in status.stdout
@@ -52,25 +52,27 @@ def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tm
     assert saved() == int(stopped)
 
     # On from there; at its first checkpoint the machine is taken away, by SIGTERM first.
-    cloud.set(preempt_at=[int(stopped) + 1])
-    result = cloud.tpu("supervise", "--type=v4-8", "--yes", *command)
-    assert result.returncode == 0, result.stderr
-    assert f"started at step {stopped}\n" in result.stderr
-    assert "the machine is PREEMPTED: preemption 1" in result.stderr
+    child = cloud.start("launch/tpu.sh", "supervise", *WHERE, "--type=v4-8", "--yes", *command)
+    cloud.wait(lambda: saved() > int(stopped))
+    assert cloud.run(f"{cloud.root}/bin/preempt").returncode == 0
+    _, shown = child.communicate(timeout=300)
+    assert child.returncode == 0, shown
+    assert f"started at step {stopped}\n" in shown
+    assert "the machine is PREEMPTED: preemption 1" in shown
     (resumed,) = re.findall(
-        r"resuming at step (\d+) of 238", (cloud.home() / ".sync_jax" / "log").read_text()
+        r"resuming at step (\d+) of 356", (cloud.home() / ".sync_jax" / "log").read_text()
     )
-    assert int(stopped) < int(resumed) < 238
+    assert int(stopped) < int(resumed) < 356
     # What the machine that is gone said last: it had saved, and the run went on from there.
-    assert f"started at step {resumed}\n" in result.stderr
+    assert f"started at step {resumed}\n" in shown
     report = json.loads((run / "report.json").read_text())
-    assert report["training"]["steps"] == 238
+    assert report["training"]["steps"] == 356
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
-    assert steps[-1] == 238
+    assert steps[-1] == 356
     status = cloud.tpu("status", WORKDIR)
     assert (status.returncode, "run done" in status.stdout) == (0, True)
-    assert "step=238" in status.stdout
+    assert "step=356" in status.stdout
 
     assert cloud.tpu("unlock").returncode == 0
     kept = sorted(cloud.bucket.rglob("*"))
