@@ -177,6 +177,8 @@ def validate(config: ConfigDict) -> None:
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if type(value) not in accepted:
             raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
+    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+        check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
     _choice(config, "data.name", catalogue.NAMES)
     _choice(config, "data.placement", ("auto", "device", "host"))
@@ -281,6 +283,20 @@ def validate(config: ConfigDict) -> None:
                 f"config.train.epochs={config.train.epochs:g}"
             )
     check_sizes(config)
+
+
+def check_path(name: str, value: str) -> None:
+    """Refuses the address of a bucket: everything is read and written through a file system.
+
+    Raises:
+        InputError: saying what to do instead.
+    """
+    if "://" in value:
+        raise InputError(
+            f"{name}={value} must be a path: locks, renames and appended lines need a file system; "
+            "mount the bucket, as launch/tpu.sh does by itself (see launch/README.md), and name "
+            "the path below the mount"
+        )
 
 
 def check_sizes(config: ConfigDict) -> None:

@@ -73,6 +73,10 @@ def main(arguments: list[str]) -> None:
     from sync_jax import config as config_lib
     from sync_jax import distributed, errors, sharding, train
 
+    try:
+        config_lib.check_path("--workdir", _WORKDIR.value or "")
+    except errors.InputError as error:
+        _stop(error, 2)
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble
 

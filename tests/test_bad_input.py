@@ -412,6 +412,21 @@ BAD = {
         "data.source='nowhere'",
     ),
     "workdir is a file": Bad([QUICKSTART, "--workdir=configs/quickstart.py"], "is not a folder"),
+    "workdir in a bucket": Bad(
+        [QUICKSTART, "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run must be a path: .*mount the bucket, .*launch/README.md",
+    ),
+    "comparison in a bucket": Bad(
+        ["--mode=compare", "--runs=x", "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run must be a path",
+    ),
+    **{
+        f"{field} in a bucket": Bad(
+            [QUICKSTART, f"--config.{field}=gs://bucket/x"],
+            f"config.{field}=gs://bucket/x must be a path: .*mount the bucket",
+        )
+        for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained")
+    },
     "nothing to compare": Bad(["--mode=compare"], "--runs is missing"),
     "an ensemble of nothing": Bad(["--mode=ensemble"], "--runs is missing"),
     "no runs": Bad(["--mode=compare", "--runs=runs/x-*"], "--runs=runs/x-. matches no folder"),

@@ -1,0 +1,302 @@
+#!/usr/bin/env bash
+# What runs on the machine that trains. tpu.sh and gpu.sh call it there, on every host of a slice alike; its
+# place is the home folder: the code in sync_jax/, what it must remember in .sync_jax/.
+#   unpack                             sync_jax.tar.gz into sync_jax/; what an earlier one left there goes
+#   setup EXTRA [BUCKET:FOLDER]...     Python, the pinned packages (EXTRA: tpu or cuda), the mounts
+#   env                                stdin, lines NAME=value, for the environment of the runs
+#   run [BUCKET:FOLDER]... -- ARG...   starts python -m sync_jax.main ARG..., detached
+#   status [WORKDIR]                   one line: worker, state, exit status, step of the last checkpoint
+#   logs LINES [follow]                the log, each line after the worker's number
+#   stop SECONDS                       TERM to the run; KILL after so long
+#   unlock                             removes libtpu's lock, if nobody holds the accelerator
+set -euo pipefail
+script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
+cd # names below are relative to it
+
+state=.sync_jax
+# Pinned, as constraints.txt pins what they install; this Python is the one that the tests run on.
+uv=0.13.9 python=3.11 gcsfuse=3.2.0
+# Tests have neither the file nor the devices.
+lock_file=${SYNC_JAX_LIBTPU_LOCK:-/tmp/libtpu_lockfile}
+devices=${SYNC_JAX_DEVICES:-/dev/accel* /dev/vfio/*}
+poll=${SYNC_JAX_HOST_POLL:-0.5}
+
+die() {
+  echo "worker $(worker): $*" >&2
+  exit 1
+}
+
+worker() { # a slice's hosts are named after it and their number: t1v-n-0123abcd-w-3
+  local name
+  name=$(hostname)
+  case $name in
+    *-w-[0-9]*) echo "${name##*-w-}" ;;
+    *) echo 0 ;;
+  esac
+}
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# One run per machine, nor new code or packages under one. The run inherits the lock, and with it all
+# that it starts: the machine is free when the last of them is gone.
+take_lock() {
+  mkdir -p $state
+  exec 9>>$state/lock
+  # A run that has noted its end is about to let go of it.
+  flock -w 0.5 9 || die "a run, or its setup, is going on here; stop ends it"
+}
+
+unpack() {
+  take_lock
+  mkdir -p sync_jax
+  # Only what an earlier archive brought is removed: runs and data may lie there too.
+  tar -tzf sync_jax.tar.gz | grep -v '/$' >$state/files.new
+  if [ -f $state/files ]; then
+    sort $state/files.new | comm -13 - <(sort $state/files) |
+      while IFS= read -r file; do rm -f -- "sync_jax/$file"; done
+  fi
+  tar -xzf sync_jax.tar.gz -C sync_jax
+  mv $state/files.new $state/files
+  rm sync_jax.tar.gz
+}
+
+find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which needs no root
+  local name
+  for name in python3.11 python3.12 python3.13 python3; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  python3 -m pip --version >/dev/null 2>&1 ||
+    die "no Python 3.11 here, and no pip that could bring one: apt-get install python3-pip"
+  export UV_PYTHON_PREFERENCE=only-managed
+  python3 -m pip install --quiet --target $state/uv --upgrade "uv==$uv" >&2 &&
+    $state/uv/bin/uv python install --quiet $python >&2 &&
+    $state/uv/bin/uv python find $python
+}
+
+# Removing a checkpoint's temporary name renames a folder: atomic in a bucket with a hierarchical
+# namespace, file by file in others. No cache of names: other hosts must see what one has written.
+mount_bucket() { # BUCKET:FOLDER
+  local bucket=${1%%:*} folder=${1#*:} probe
+  if ! mountpoint -q "$folder"; then
+    command -v gcsfuse >/dev/null || install_gcsfuse
+    if ! mkdir -p "$folder" 2>/dev/null; then
+      as_root mkdir -p "$folder" && as_root chown "$(id -u):$(id -g)" "$folder"
+    fi
+    # It stays, and must not keep the lock.
+    gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$bucket" "$folder" 9>&- ||
+      die "gs://$bucket cannot be mounted: does it exist, and may this machine's service account use it?"
+  fi
+  probe=$(mktemp "$folder/.sync_jax-XXXXXX" 2>/dev/null) ||
+    die "gs://$bucket cannot be written: give this machine's service account the role Storage Object User"
+  rm -f "$probe"
+}
+
+install_gcsfuse() {
+  local file=gcsfuse_${gcsfuse}_amd64.deb
+  echo "Installing gcsfuse $gcsfuse"
+  if ! curl -fsSL -o "$state/$file" \
+    "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$gcsfuse/$file" ||
+    ! as_root apt-get -o DPkg::Lock::Timeout=300 install -qq -y "./$state/$file" >/dev/null; then
+    die "gcsfuse cannot be installed; put it on PATH, see Cloud Storage FUSE's documentation"
+  fi
+}
+
+identity() { # of an installation: what it was made from
+  echo "$1 $(cd sync_jax && cat setup.cfg pyproject.toml constraints.txt launch/venv.sh launch/host.sh | cksum)"
+}
+
+setup() { # EXTRA [BUCKET:FOLDER]...
+  local extra=$1 mount interpreter
+  shift
+  take_lock
+  rm -f $state/ready
+  [ -f sync_jax/setup.cfg ] || die "no code here: push brings it"
+  for mount; do mount_bucket "$mount"; done
+  interpreter=$(find_python) || die "uv cannot bring Python $python"
+  PYTHON=$interpreter sh sync_jax/launch/venv.sh "$extra" 9>&- ||
+    die "the packages cannot be installed"
+  # Last: an installation that failed half-way is never run.
+  identity "$extra" >$state/ready.new
+  mv $state/ready.new $state/ready
+  echo "worker $(worker): ready"
+}
+
+set_env() {
+  mkdir -p $state
+  (umask 077 && cat >$state/env.new)
+  mv $state/env.new $state/env
+}
+
+run() { # [BUCKET:FOLDER]... -- ARG...
+  local extra mount argument folder workdir=
+  take_lock
+  extra=$(cut -d' ' -f1 $state/ready 2>/dev/null || true)
+  [ -n "$extra" ] && [ "$(cat $state/ready)" = "$(identity "$extra")" ] ||
+    die "not set up, or not for this code: setup does it"
+  while [ "$1" != -- ]; do
+    mount=$1 folder=${1#*:}
+    shift
+    mount_bucket "$mount"
+    for argument; do # workers that all prepared the data at once would write over one another
+      case $argument in
+        --config.data.data_dir="$folder"*)
+          [ -n "$(ls -A "${argument#*=}" 2>/dev/null)" ] ||
+            die "${argument#*=} is empty: prepare the data once and copy it there, see launch/README.md"
+          ;;
+      esac
+    done
+  done
+  shift
+  for argument; do
+    case $argument in --workdir=*) workdir=${argument#*=} ;; esac
+  done
+  printf '%s\n' "$workdir" >$state/workdir
+  rm -f $state/exit
+  # By it stop knows this run's processes again, whatever became of their parents or numbers.
+  id=$(cat /proc/sys/kernel/random/uuid)
+  printf '%s\n' "$id" >$state/run
+  echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) starts" >>$state/log
+  JAX_PLATFORMS=${JAX_PLATFORMS:-$extra,cpu} SYNC_JAX_RUN=$id \
+    setsid bash "$script" attempt "$@" </dev/null >>$state/log 2>&1 &
+  for _ in $(seq 100); do
+    [ "$(wc -l <$state/run)" = 2 ] || [ -f $state/exit ] && break
+    sleep 0.1
+  done
+  echo "worker $(worker): started"
+}
+
+# The run's own parent, in a session of its own, which notes how the run ended. At a preemption the
+# system sends TERM to both: to the run it means save, to this nothing.
+attempt() {
+  local status signalled trainer
+  trap 'signalled=1' TERM HUP INT
+  if [ -f $state/env ]; then
+    while IFS= read -r line; do export "${line?}"; done <$state/env
+    rm $state/env # the next run brings its own
+  fi
+  cd sync_jax
+  # JAX_PLATFORMS names the accelerator: without, a chip that is locked means a run on the CPU.
+  .venv/bin/python -u -m sync_jax.main "$@" &
+  trainer=$!
+  cd ..
+  echo $trainer >>$state/run
+  while :; do
+    signalled=0 status=0
+    wait $trainer || status=$?
+    [ $signalled = 1 ] || break
+  done
+  echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) ended with exit status $status"
+  # A machine that is gone has no logs.
+  if [ -d "$(workdir)" ]; then
+    mkdir -p "$(workdir)/logs" && cp $state/log "$(workdir)/logs/worker-$(worker).log" || true
+  fi
+  echo $status >$state/exit.new
+  mv $state/exit.new $state/exit
+}
+
+workdir() ( # of the last run, as the run sees it
+  cd sync_jax
+  folder=$(cat ../$state/workdir 2>/dev/null) && [ -n "$folder" ] && cd "$folder" 2>/dev/null && pwd
+)
+
+ours() { # the recorded run's processes, its parent among them
+  local id file
+  id=$(head -n 1 $state/run 2>/dev/null) || return 0
+  [ -n "$id" ] || return 0
+  { grep -lzsxF "SYNC_JAX_RUN=$id" /proc/[0-9]*/environ || true; } |
+    while IFS=/ read -r _ _ file _; do echo "$file"; done
+}
+
+status() { # [WORKDIR]
+  local word exit=- step=0 folder name
+  folder=${1:-$(cat $state/workdir 2>/dev/null || true)}
+  if [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
+    word=running
+    [ "$folder" = "$(cat $state/workdir)" ] || word=other
+  elif [ -f $state/exit ]; then
+    word=exited exit=$(cat $state/exit)
+  elif [ -f $state/run ]; then
+    word=lost # killed, or the machine was restarted under it
+  elif [ -f $state/ready ]; then
+    word=ready
+  else
+    word=new
+  fi
+  for name in $(cd sync_jax 2>/dev/null && cd "$folder/checkpoints" 2>/dev/null && ls); do
+    case $name in
+      *[!0-9]*) ;; # being written, or put aside
+      *) if [ "$name" -gt "$step" ]; then step=$name; fi ;;
+    esac
+  done
+  echo "worker=$(worker) state=$word exit=$exit step=$step"
+}
+
+logs() { # LINES [follow]
+  [ -f $state/log ] || die "no log yet"
+  tail -n "$1" ${2:+-F} $state/log | sed -u "s/^/[worker $(worker)] /"
+}
+
+stop() { # SECONDS
+  local end trainer
+  if [ -n "$(ours)" ]; then
+    trainer=$(sed -n 2p $state/run)
+    if ours | grep -qx "${trainer:-none}"; then
+      kill -TERM "$trainer" 2>/dev/null || true
+    fi
+    end=$((SECONDS + $1))
+    while [ -n "$(ours)" ] && [ $SECONDS -lt $end ]; do sleep "$poll"; done
+    if ours | grep -qx "${trainer:-none}"; then # first it alone, so that its end is noted
+      kill -KILL "$trainer" 2>/dev/null || true
+      sleep "$poll"
+    fi
+    # shellcheck disable=SC2046 # numbers
+    kill -KILL $(ours) 2>/dev/null || true
+    for _ in $(seq 20); do
+      [ -n "$(ours)" ] || break
+      sleep "$poll"
+    done
+    [ -z "$(ours)" ] || die "process $(ours | tr '\n' ' ')does not end"
+  fi
+  if [ -e "$lock_file" ]; then unlock; fi
+  echo "worker $(worker): stopped"
+}
+
+holders() { # processes that have the accelerator open
+  local device tests=()
+  set -f
+  for device in $devices; do tests+=(-o -lname "$device"); done
+  set +f
+  # Processes end while find looks: its status says nothing.
+  { as_root find /proc/[0-9]*/fd "(" -false "${tests[@]}" ")" -print 2>/dev/null || true; } |
+    cut -d/ -f3 | sort -un | tr '\n' ' '
+}
+
+unlock() {
+  local found
+  if [ ! -e "$lock_file" ]; then
+    echo "worker $(worker): no lock of libtpu here"
+    return
+  fi
+  as_root true || die "only root sees who holds the accelerator: $lock_file is left"
+  found=$(holders)
+  [ -z "$found" ] || die "process ${found% } holds the accelerator: $lock_file is left"
+  as_root rm -f "$lock_file"
+  echo "worker $(worker): removed a stale $lock_file"
+}
+
+verb=${1:-}
+case $verb in
+  unpack | setup | run | attempt | status | logs | stop | unlock) ;;
+  env) verb=set_env ;;
+  *)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
+    exit 2
+    ;;
+esac
+shift
+"$verb" "$@"

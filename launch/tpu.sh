@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# From a laptop to a Cloud TPU slice: creates the machine, installs, runs, watches, deletes.
+#   usage: launch/tpu.sh VERB --name=N --project=P --zone=Z [OPTION...] [-- --config.x=y...]
+#   create     requests the machine and waits for it
+#   setup      push, then Python, the pinned packages and the bucket's mount on every host
+#   push       copies the code
+#   run        starts the run on every host; it goes on when the laptop sleeps
+#   logs       the last 100 lines of every worker; --follow: and what comes
+#   status     machine, and run on every worker
+#   stop       SIGTERM, which saves; SIGKILL after --grace seconds
+#   unlock     removes a stale lock of libtpu, if nobody holds the accelerator
+#   delete     the machine, never the workdir
+#   supervise  all of it: creates, sets up, runs, and does so again after preemptions and failures
+#   --name=N --project=P --zone=Z   which machine
+#   --type=T                   as v2-8, v4-32, v5litepod-16, v5p-8, v6e-64 (create, supervise)
+#   --version=auto             the runtime; auto: the one for the type
+#   --spot                     cheaper, and may be taken away at any time; a queued resource
+#   --valid-until=6h           how long the request may wait; a queued resource
+#   --workdir=gs://BUCKET/DIR  where the run saves and resumes, or a path that all hosts mount
+#   --config=FILE              of the trainer; after -- come more of its options
+#   --env=NAME                 passes a variable on; repeatable; its value is shown nowhere
+#   --preemptions=100 --failures=3  what supervise puts up with
+#   --grace=120                for stop
+#   --dry-run                  prints every command instead
+#   --yes                      asks nothing
+# Exit status: 0 done, 2 bad usage or no account, 75 preempted and saved, 1 anything else.
+set -uo pipefail
+self=launch/tpu.sh
+verbs='create setup push run logs status stop unlock delete supervise'
+extra=tpu
+creates=1
+# shellcheck source=launch/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+name='' project='' zone='' type='' version=auto spot=0 valid_until=''
+machine='' detail='' queued='' words=''
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+option() {
+  case $1 in
+    --name=?*) name=${1#*=} ;;
+    --project=?*) project=${1#*=} ;;
+    --zone=?*) zone=${1#*=} ;;
+    --type=?*) type=${1#*=} ;;
+    --version=?*) version=${1#*=} ;;
+    --spot) spot=1 ;;
+    --valid-until=?*) valid_until=${1#*=} ;;
+    *) return 1 ;;
+  esac
+}
+
+check() {
+  local option
+  for option in name project zone; do
+    [ -n "${!option}" ] || die 2 "--$option is missing"
+    case ${!option} in
+      [!a-z]* | *[!a-z0-9:.-]*) die 2 "--$option=${!option} is none: small letters, digits and hyphens" ;;
+    esac
+  done
+  case $verb in
+    create | supervise) [ -n "$type" ] || die 2 "--type is missing; for example --type=v5litepod-16" ;;
+  esac
+  case $valid_until in
+    '' | *[0-9][smhd]) ;;
+    *) die 2 "--valid-until=$valid_until is no duration such as 6h" ;;
+  esac
+  case $workdir in
+    '' | gs://* | /*) ;;
+    *) die 2 "--workdir=$workdir would lie on each host's own disk and go with it; say gs://BUCKET/PATH" ;;
+  esac
+  [ -z "$type" ] || describe_type
+}
+
+describe_type() { # sets runtime and words, its size
+  local size=${type##*-} generation=${type%-*} chips per_host
+  case $type in
+    *-*[!0-9]* | *-) size='' ;;
+  esac
+  runtime=$version chips=0 per_host=4
+  case $generation in # the number counts cores up to v3, and in v4 and v5p, chips in v5e and v6e
+    v2 | v3 | v4) runtime=tpu-ubuntu2204-base chips=$((${size:-0} / 2)) ;;
+    v5p) runtime=v2-alpha-tpuv5 chips=$((${size:-0} / 2)) ;;
+    v5litepod) runtime=v2-alpha-tpuv5-lite chips=${size:-0} ;;
+    v6e) runtime=v2-alpha-tpuv6e chips=${size:-0} ;;
+  esac
+  case $generation-$chips in
+    v5litepod-8 | v6e-8) per_host=8 ;;
+  esac
+  if [ "$version" != auto ]; then
+    runtime=$version
+  elif [ "$chips" = 0 ]; then
+    die 2 "--type=$type is not known here: v2-8, v3-8, v4-8, v5litepod-4, v5p-8, v6e-4 and larger are; or say --version"
+  fi
+  if [ "$chips" -gt 0 ]; then words=", chips: $chips, hosts: $(((chips + per_host - 1) / per_host))"; fi
+}
+
+account() {
+  command -v gcloud >/dev/null || die 2 "there is no gcloud here: install the Google Cloud CLI"
+  [ -n "$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null)" ] ||
+    die 2 "gcloud has no account: gcloud auth login"
+}
+
+wants_queue() { [ $spot = 1 ] || [ -n "$valid_until" ]; }
+
+tpus() { # GROUP VERB ARG...
+  local group=$1 action=$2
+  shift 2
+  do_ gcloud compute tpus "$group" "$action" "$@" --project="$project" --zone="$zone"
+}
+
+# --quiet: what gcloud asks for at night, such as a passphrase for the key that it makes, nobody answers.
+on_hosts() { tpus tpu-vm ssh "$name" --worker=all --quiet --command="$1" </dev/null; }
+on_host() { tpus tpu-vm ssh "$name" --worker="$1" --quiet --command="$2"; }
+copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet </dev/null; }
+
+look() {
+  local requests='' nodes='' state request count found
+  machine=unknown
+  if [ $dry = 1 ]; then
+    tpus queued-resources list '--format=value(name.basename(),state.state)'
+    tpus tpu-vm list '--format=value(name.basename(),state,networkEndpoints.len())'
+    return
+  fi
+  if ! requests=$(tpus queued-resources list '--format=value(name.basename(),state.state)' 2>"$chatter") ||
+    ! nodes=$(tpus tpu-vm list '--format=value(name.basename(),state,networkEndpoints.len())' 2>"$chatter"); then
+    detail=$(grep -v '^$' "$chatter" | tail -n 1)
+    return
+  fi
+  request=$(awk -v name="$name" '$1 == name { print $2 }' <<<"$requests")
+  read -r state count <<<"$(awk -v name="$name" '$1 == name { print $2, $3 }' <<<"$nodes")"
+  found=${request:-$state}
+  if [ "$request" = ACTIVE ]; then found=${state:-LOST}; fi
+  queued=$([ -z "$request" ] || echo 1)
+  case $found in
+    '') machine=gone ;;
+    READY) machine=ready hosts=${count:-1} ;;
+    # A request is not served again once suspended, and a spot machine cannot be restarted.
+    SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED | LOST) machine=gone ;;
+    STOPPED | STOPPING | DELETING | HIDING | HIDDEN) machine=unknown ;;
+    *) machine=waiting ;; # ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, CREATING, REPAIRING ...
+  esac
+  if [ "$found" != "$detail" ] && [ -n "$found" ]; then say "machine $name: $found"; fi
+  detail=$found
+}
+
+look_for_hosts() {
+  look
+  [ $dry = 1 ] || [ $machine = ready ] || die 1 "there is no machine $name that is ready${detail:+: $detail}"
+}
+
+create() {
+  local options=()
+  if wants_queue; then
+    if [ $spot = 1 ]; then options+=(--spot); fi
+    if [ -n "$valid_until" ]; then options+=("--valid-until-duration=$valid_until"); fi
+    tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+      --runtime-version="$runtime" "${options[@]}"
+  else
+    tpus tpu-vm create "$name" --accelerator-type="$type" --version="$runtime"
+  fi
+}
+
+remove() {
+  if [ $dry = 1 ]; then queued=$(wants_queue && echo 1); fi
+  if [ -n "$queued" ]; then
+    tpus queued-resources delete "$name" --force --quiet
+  else
+    tpus tpu-vm delete "$name" --quiet
+  fi
+}
+
+create_and_wait() {
+  confirm "Create it"
+  if [ $dry = 0 ]; then
+    look
+    [ $machine = gone ] && [ -z "$detail" ] || die 1 "there is a machine $name already: $detail"
+  fi
+  create || die 1 "it could not be created"
+  note "until it is READY:"
+  look
+  while [ $dry = 0 ] && [ $machine != ready ]; do
+    if [ $machine = gone ] && [ -n "$detail" ]; then die 1 "it will not come: $detail; delete the request"; fi
+    sleep "$interval"
+    look
+  done
+  farewell | comment
+}
+
+delete() {
+  look
+  if [ $dry = 0 ] && [ $machine = gone ] && [ -z "$detail" ]; then
+    say "there is no machine $name"
+    return
+  fi
+  confirm "Delete it"
+  remove
+}
+
+plan() {
+  echo "machine   $name${type:+: $type$words}"
+  if [ -n "$type" ]; then
+    echo "  runtime   $runtime"
+    if [ $spot = 1 ]; then
+      echo "  price     spot: may be taken away at any time"
+    else
+      echo "  price     on demand: paid until it is deleted"
+    fi
+    [ -z "$valid_until" ] || echo "  waits     at most $valid_until for it"
+  fi
+  echo "  where     project $project, zone $zone"
+  echo "  delete    $(farewell_command)"
+}
+
+farewell_command() { quote "$self" delete --name="$name" --project="$project" --zone="$zone"; }
+
+farewell() {
+  echo "It costs money until it is deleted:"
+  echo "  $(farewell_command)"
+}
+
+main "$@"

@@ -1,0 +1,177 @@
+"""A cloud in a folder, to launch into: see fake_gcloud.py for what is in it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.launch import fake_gcloud
+
+REPOSITORY = Path(__file__).parents[2]
+WHERE = ["--name=sync", "--project=my-project", "--zone=us-west4-a"]
+MACHINE = [*WHERE, "--type=v5litepod-16", "--spot"]
+CONFIG = "--config=configs/quickstart.py"
+WORKDIR = "--workdir=gs://bucket/run"
+
+# The host's python3 is 3.10, as in the TPU images: it can only install uv, which brings a newer
+# one, which can only make .venv, which runs the tests' own interpreter.
+HOST_BIN = {
+    "hostname": 'echo "$FAKE_HOSTNAME"',
+    "sudo": '[ "$1" = -n ] && shift; exec "$@"',
+    "mountpoint": 'grep -qx "$2" "$HOME/mounted" 2>/dev/null',
+    "gcsfuse": (
+        'while [ $# -gt 2 ]; do shift; done; [ -d "$2" ] && [ "${2##*/}" = bucket ] || exit 1\n'
+        'echo "$2" >>"$HOME/mounted"'
+    ),
+    "python3": (
+        'case "$*" in *sys.version_info*) exit 1 ;; "-m pip --version") ;;\n'
+        '  "-m pip install --quiet --target "*" --upgrade uv=="[0-9]*)\n'
+        '    mkdir -p "$6/bin" && cp "$FAKE_ROOT/uv" "$6/bin/uv" ;;\n'
+        "  *) exit 1 ;; esac"
+    ),
+    **dict.fromkeys(("python3.11", "python3.12", "python3.13"), "exit 127"),
+}
+UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.11-uv" ;; esac'
+PYTHON = """
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-c from ensurepip"* | "-c import pip") ;;
+  "-m pip install"*)
+    echo "$*" >>"$HOME/installed"
+    if [ -f "$FAKE_ROOT/pip-fails" ]; then rm "$FAKE_ROOT/pip-fails"; exit 1; fi ;;
+  "-u -m sync_jax.main"*)
+    if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
+    exec REAL "$@" ;;
+  *) exec REAL -S "$@" ;;
+esac
+"""
+
+
+class Cloud:
+    """What the tests arrange, and what they look at.
+
+    Attributes:
+        root: the cloud's folder.
+        bucket: the contents of gs://bucket, the only one there is.
+        environment: of the laptop.
+    """
+
+    def __init__(self, root: Path, *, workers: int = 1):
+        self.root = root
+        self.children: list[subprocess.Popen[str]] = []
+        self.mounts = root / "mnt"
+        self.bucket = self.mounts / "bucket"
+        self.bucket.mkdir(parents=True)
+        self.set(
+            account="me@example.org\n",
+            workers=workers,
+            serial=0,
+            requests={},  # name: its states from now on; each look takes the next
+            nodes={},
+            lives=[],  # such lists, for the requests to come
+            preempt_at=[],  # steps; once the first is saved, the machine is taken away
+            fail={},  # verb: how many times it fails
+        )
+        (root / "calls.jsonl").touch()
+        for name in ("gcloud", "ssh", "scp", "preempt"):
+            fake = f"'{sys.executable}' -IS '{fake_gcloud.__file__}'"
+            self.script(f"bin/{name}", f'exec {fake} {name} "$@"')
+        for name, text in HOST_BIN.items():
+            self.script(f"host-bin/{name}", text)
+        self.script("uv", UV)
+        self.script("python3.11-uv", PYTHON.replace("REAL", f"'{sys.executable}'"))
+        self.environment = {
+            "PATH": f"{root}/bin:/usr/bin:/bin",
+            "HOME": str(root),
+            "FAKE_ROOT": str(root),
+            "SYNC_JAX_MOUNTS": str(self.mounts),
+            "SYNC_JAX_POLL": "0.1",
+            "SYNC_JAX_PATIENCE": "8",
+            "SYNC_JAX_DEVICES": f"{root}/accel*",
+            "SYNC_JAX_LIBTPU_LOCK": f"{root}/libtpu_lockfile",
+            **{name: os.environ[name] for name in fake_gcloud.JAX if name in os.environ},
+        }
+
+    def script(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def set(self, **values: object) -> None:
+        path = self.root / "cloud.json"
+        state = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(state | values))
+
+    def trainer(self, text: str) -> None:
+        """Puts a script in the place of sync_jax.main; $step saves a checkpoint of that step."""
+        save = 'save() { for a; do :; done; mkdir -p "$workdir/checkpoints/$1"; }\n'
+        find = "for a; do case $a in --workdir=*) workdir=${a#*=} ;; esac; done\n"
+        (self.root / "trainer").write_text(f"{find}{save}{text}\n")
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self.environment | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.children.append(child)
+        return child
+
+    def run(
+        self, *command: str, stdin: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        child = self.start(*command, **environment)
+        try:
+            output, errors = child.communicate(stdin, timeout=300)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, errors = child.communicate()
+            raise AssertionError(f"{command} does not end:\n{output}\n{errors}") from None
+        return subprocess.CompletedProcess(command, child.returncode, output, errors)
+
+    def tpu(self, verb: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return self.run("launch/tpu.sh", verb, *WHERE, *arguments, **more)
+
+    def supervise(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(
+            *("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"), *arguments
+        )
+
+    def calls(self, *words: str) -> list[list[str]]:
+        """The command lines so far that have these words."""
+        text = (self.root / "calls.jsonl").read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
+        return [call for line in lines if set(words) <= set(call := json.loads(line))]
+
+    def home(self, worker: int = 0) -> Path:
+        (machine,) = (self.root / "hosts").iterdir()
+        return machine / str(worker) if machine.name != "server" else machine
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it does not come"
+            time.sleep(0.02)
+
+    def close(self) -> list[str]:
+        """Kills what is left; returns its command lines."""
+        left = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if f"FAKE_ROOT={self.root}".encode() in variables:
+                    left.append((entry / "cmdline").read_text().replace("\0", " "))
+                    os.kill(int(entry.name), signal.SIGKILL)
+        for child in self.children:
+            child.communicate()
+        return left

@@ -1,0 +1,257 @@
+"""host.sh, on a host that is a folder: one run at a time, installed whole, stopped for certain."""
+
+import os
+import signal
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.launch import fake_gcloud
+from tests.launch.cloud import REPOSITORY, Cloud
+
+CODE = ("setup.cfg", "pyproject.toml", "constraints.txt", "launch/venv.sh", "launch/host.sh")
+
+
+class Host:
+    """A host of its own, and what tpu.sh would say to it."""
+
+    def __init__(self, cloud: Cloud):
+        self.cloud = cloud
+        self.home = cloud.root / "hosts" / "server"
+        self.home.mkdir(parents=True)
+        self.state = self.home / ".sync_jax"
+        self.environment = fake_gcloud.environment(cloud.environment, str(self.home), 0)
+
+    def pack(self, *files: str) -> None:
+        with tarfile.open(self.home / "sync_jax.tar.gz", "w:gz") as archive:
+            for file in (*CODE, *files):
+                archive.add(REPOSITORY / file, file)
+
+    def start(self, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(REPOSITORY / "launch" / "host.sh"), *words],
+            env=self.environment,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def do(self, *words: str) -> tuple[int, str]:
+        child = self.start(*words)
+        output, errors = child.communicate(timeout=300)
+        return child.returncode, output + errors
+
+    def ready(self) -> "Host":
+        self.pack()
+        assert self.do("unpack") == (0, "")
+        status, output = self.do("setup", "tpu")
+        assert status == 0, output
+        return self
+
+    def ended(self) -> int:
+        self.cloud.wait((self.state / "exit").exists)
+        return int((self.state / "exit").read_text())
+
+
+@pytest.fixture
+def host(cloud: Cloud) -> Host:
+    return Host(cloud)
+
+
+PATIENT = "trap 'exit 75' TERM\necho begun\nfor i in $(seq 9999); do sleep 0.05; done"
+STUBBORN = "trap '' TERM\nsleep 300 & echo begun\nwait"
+
+
+def begin(host: Host, text: str) -> None:
+    host.cloud.trainer(text)
+    status, output = host.do("run", "--", "--workdir=runs/a")
+    assert (status, output) == (0, "worker 0: started\n")
+    host.cloud.wait(lambda: "begun" in (host.state / "log").read_text())
+
+
+def test_setup_brings_a_python_and_says_ready_last(host: Host):
+    host.pack()
+    host.do("unpack")
+    (host.cloud.root / "pip-fails").touch()
+    status, output = host.do("setup", "tpu")
+    assert status == 1
+    assert "the packages cannot be installed" in output
+    assert not (host.state / "ready").exists()
+    status, output = host.do("run", "--", "--workdir=runs/a")
+    assert status == 1
+    assert "not set up, or not for this code" in output
+    status, output = host.do("setup", "tpu")
+    assert (status, output.splitlines()[-1]) == (0, "worker 0: ready")
+    # The versions of constraints.txt, with what a TPU needs.
+    for line in (host.home / "installed").read_text().splitlines():
+        assert line.endswith("-c constraints.txt -e .[tpu]")
+    assert (host.state / "uv" / "bin" / "uv").exists()
+
+
+def test_newer_requirements_want_setup_again_and_newer_code_does_not(host: Host):
+    host.ready()
+    host.cloud.trainer("exit 0")
+    host.pack("README.md")
+    host.do("unpack")
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+    host.ended()
+    (host.home / "sync_jax" / "constraints.txt").write_text("numpy==1\n")
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 1
+
+
+def test_push_removes_what_was_pushed_and_nothing_else(host: Host):
+    host.pack("README.md", "sync_jax/main.py")
+    host.do("unpack")
+    run = host.home / "sync_jax" / "runs" / "a" / "report.json"
+    run.parent.mkdir(parents=True)
+    run.write_text("{}")
+    host.pack("README.md")
+    host.do("unpack")
+    assert run.exists()
+    assert (host.home / "sync_jax" / "README.md").exists()
+    assert not (host.home / "sync_jax" / "sync_jax" / "main.py").exists()
+
+
+def test_one_run_per_machine_nor_code_under_it(host: Host):
+    begin(host.ready(), PATIENT)
+    host.pack()
+    for words in (["run", "--", "--workdir=runs/b"], ["setup", "tpu"], ["unpack"]):
+        status, output = host.do(*words)
+        assert status == 1
+        assert "a run, or its setup, is going on here; stop ends it" in output
+    assert host.do("status")[1] == "worker=0 state=running exit=- step=0\n"
+    assert host.do("status", "runs/b")[1] == "worker=0 state=other exit=- step=0\n"
+    assert host.do("stop", "20") == (0, "worker 0: stopped\n")
+    assert host.ended() == 75
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+
+
+def test_of_two_that_start_at_once_one_does(host: Host):
+    host.ready().cloud.trainer(PATIENT)
+    children = [host.start("run", "--", "--workdir=runs/a") for _ in range(4)]
+    for child in children:
+        child.communicate()
+    assert sorted(child.returncode for child in children) == [0, 1, 1, 1]
+
+
+def test_stop_kills_what_does_not_end_and_nothing_but_the_run(host: Host):
+    bystander = subprocess.Popen(["sleep", "300"], env=host.environment)
+    begin(host.ready(), STUBBORN)
+    trainer = int((host.state / "run").read_text().split()[1])
+    assert host.do("stop", "1") == (0, "worker 0: stopped\n")
+    assert host.ended() == 128 + signal.SIGKILL
+    assert not Path(f"/proc/{trainer}").exists()
+    assert bystander.poll() is None
+    left = host.cloud.close()  # not even the sleep that the run had started
+    assert [line for line in left if "sleep" in line] == ["sleep 300 "]
+    bystander.wait()
+
+
+def test_stop_ends_what_outlived_the_run(host: Host):
+    """Its parent and the run itself were killed; a child of the run still holds the machine."""
+    begin(host.ready(), STUBBORN)
+    trainer = int((host.state / "run").read_text().split()[1])
+    parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
+    for pid in (parent, trainer):
+        os.kill(pid, signal.SIGKILL)
+    host.cloud.wait(lambda: not Path(f"/proc/{trainer}").exists())
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 1
+    assert host.do("stop", "1")[0] == 0
+    assert host.do("status")[1] == "worker=0 state=lost exit=- step=0\n"
+    host.cloud.trainer("exit 0")
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+
+
+def test_a_recorded_number_that_is_another_process_now_is_left_alone(host: Host):
+    begin(host.ready(), PATIENT)
+    bystander = subprocess.Popen(["sleep", "300"])
+    record = (host.state / "run").read_text().splitlines()
+    (host.state / "run").write_text(f"{record[0]}\n{bystander.pid}\n")
+    assert host.do("stop", "0")[0] == 0
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_a_term_to_all_processes_saves_and_is_noted(host: Host):
+    """As the system does when a spot machine goes."""
+    begin(host.ready(), PATIENT)
+    trainer = int((host.state / "run").read_text().split()[1])
+    parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
+    for pid in (parent, trainer):
+        os.kill(pid, signal.SIGTERM)
+    assert host.ended() == 75
+
+
+def test_the_stale_lock_goes_only_when_nobody_holds_the_accelerator(host: Host):
+    lock, device = host.cloud.root / "libtpu_lockfile", host.cloud.root / "accel0"
+    assert host.do("unlock") == (0, "worker 0: no lock of libtpu here\n")
+    lock.touch()
+    with device.open("w"):
+        status, output = host.do("unlock")
+        assert (status, lock.exists()) == (1, True)
+        assert f"process {os.getpid()} holds the accelerator: {lock} is left" in output
+    assert host.do("unlock") == (0, f"worker 0: removed a stale {lock}\n")
+    assert not lock.exists()
+
+
+def test_stop_removes_the_lock_of_what_it_killed(host: Host):
+    lock = host.cloud.root / "libtpu_lockfile"
+    lock.touch()
+    begin(host.ready(), 'exec 3>"$FAKE_ROOT/accel0"\n' + STUBBORN)
+    status, output = host.do("stop", "0")
+    assert status == 0
+    assert "removed a stale" in output
+    assert not lock.exists()
+
+
+def test_a_bucket_that_cannot_be_mounted_or_written_is_one_line(host: Host):
+    host.pack()
+    host.do("unpack")
+    status, output = host.do("setup", "tpu", f"nowhere:{host.cloud.mounts}/nowhere")
+    assert status == 1
+    assert "gs://nowhere cannot be mounted: does it exist, and may" in output
+    host.cloud.script("host-bin/mktemp", "exit 1")
+    status, output = host.do("setup", "tpu", f"bucket:{host.cloud.bucket}")
+    assert status == 1
+    assert "gs://bucket cannot be written: give this machine's service account the role" in output
+    assert not (host.state / "ready").exists()
+
+
+def test_unprepared_data_in_a_bucket_is_refused(host: Host):
+    """All hosts would prepare it at once, into one folder."""
+    host.ready().cloud.trainer("exit 0")
+    mount, data = f"bucket:{host.cloud.bucket}", host.cloud.bucket / "data"
+    words = ["run", mount, "--", "--workdir=x", f"--config.data.data_dir={data}"]
+    status, output = host.do(*words)
+    assert status == 1
+    assert f"{data} is empty: prepare the data once and copy it there" in output
+    assert not (host.state / "run").exists()
+    (data / "fashion_mnist").mkdir(parents=True)
+    assert host.do(*words)[0] == 0
+
+
+def test_a_secret_is_the_users_alone_and_goes_when_the_run_has_it(host: Host):
+    host.ready().cloud.trainer('echo "${#SECRET} characters"')
+    child = host.start("env", stdin=subprocess.PIPE)
+    child.communicate("SECRET= a 'b' $c \n")
+    assert (host.state / "env").stat().st_mode & 0o777 == 0o600
+    for _ in range(2):
+        assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+        host.ended()
+    assert not (host.state / "env").exists()
+    log = (host.state / "log").read_text()
+    assert [line for line in log.splitlines() if "=" not in line] == [
+        "10 characters",
+        "0 characters",
+    ]
+
+
+def test_the_help_lists_every_verb(host: Host):
+    status, output = host.do("help")
+    assert status == 2
+    for verb in ("unpack", "setup", "env", "run", "status", "logs", "stop", "unlock"):
+        assert f"\n  {verb}" in output

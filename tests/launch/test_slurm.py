@@ -1,0 +1,157 @@
+"""slurm.sbatch, under an srun that runs its command here and an scontrol that notes its own."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.launch.cloud import CONFIG, REPOSITORY, Cloud
+
+SRUN = """
+echo "$*" >>"$FAKE_ROOT/srun"
+while case $1 in --*) true ;; *) false ;; esac; do shift; done
+"$@" & trainer=$!
+echo $trainer >"$FAKE_ROOT/trainer-pid"
+wait $trainer
+"""
+PYTHON = """
+if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
+"""
+
+
+class Job:
+    """A job in a checkout of its own."""
+
+    def __init__(self, cloud: Cloud, tmp_path: Path):
+        self.cloud = cloud
+        self.checkout = tmp_path / "checkout"
+        self.checkout.mkdir()
+        for name in ("configs", "sync_jax"):
+            (self.checkout / name).symlink_to(REPOSITORY / name)
+        cloud.script("bin/srun", SRUN)
+        cloud.script("bin/scontrol", 'echo "$*" >>"$FAKE_ROOT/scontrol"')
+        cloud.script("python", PYTHON + f"exec '{sys.executable}' \"$@\"")
+        (self.checkout / ".venv" / "bin").mkdir(parents=True)
+        (self.checkout / ".venv" / ".installed").write_text("all of it")
+        (self.checkout / ".venv" / "bin" / "python").symlink_to(cloud.root / "python")
+
+    def start(self, *arguments: str, restart: int = 0) -> subprocess.Popen[str]:
+        (self.cloud.root / "trainer-pid").unlink(missing_ok=True)
+        return self.cloud.start(
+            *("bash", "launch/slurm.sbatch", *arguments),
+            SLURM_SUBMIT_DIR=str(self.checkout),
+            SLURM_JOB_ID="42",
+            SLURM_RESTART_COUNT=str(restart),
+            JAX_PLATFORMS="cpu",
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
+
+    def do(self, *arguments: str, restart: int = 0) -> tuple[int, str]:
+        child = self.start(*arguments, restart=restart)
+        output, errors = child.communicate(timeout=300)
+        return child.returncode, output + errors
+
+    def requeued(self) -> list[str]:
+        path = self.cloud.root / "scontrol"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def job(cloud: Cloud, tmp_path: Path) -> Job:
+    return Job(cloud, tmp_path)
+
+
+@pytest.mark.slow
+def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(job: Job, tmp_path):
+    run = tmp_path / "run"
+    command = tiny.command(tiny.prepare(tmp_path), run)[3:]
+    command += [
+        "--config.train.epochs=10",
+        "--config.checkpoint.every_epochs=1",
+        "--config.method=ce",
+    ]
+    child = job.start(*command)
+    job.cloud.wait(lambda: any(p.name.isdigit() for p in run.glob("checkpoints/*")))
+    # --signal=TERM@300: to the tasks alone.
+    os.kill(int((job.cloud.root / "trainer-pid").read_text()), signal.SIGTERM)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 75, errors
+    assert "saved at step" in output
+    assert job.requeued() == ["requeue 42"]
+    status, output = job.do(*command, restart=1)
+    assert status == 0, output
+    assert "resuming at step" in output
+    assert (run / "report.json").exists()
+    assert job.requeued() == ["requeue 42"]
+    first, second = (job.cloud.root / "srun").read_text().splitlines()
+    assert first == second
+    assert first.startswith("--wait=900 .venv/bin/python -u -m sync_jax.main --config=")
+
+
+def test_three_restarts_without_progress_are_enough(job: Job, tmp_path):
+    job.cloud.trainer("exit 75")
+    words = [CONFIG, f"--workdir={tmp_path}/run"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for restart in range(3):
+        (checkpoints / str(restart + 1)).mkdir(parents=True)
+        assert job.do(*words, restart=restart)[0] == 75
+    (checkpoints / "9.damaged").mkdir()
+    assert [job.do(*words, restart=restart)[0] for restart in (3, 4, 5)] == [75, 75, 1]
+    assert len(job.requeued()) == 5
+
+
+@pytest.mark.parametrize(("status", "ours"), [(0, 0), (1, 1), (2, 2), (137, 1)])
+def test_exit_statuses_and_nothing_queued_again(status, ours, job: Job, tmp_path):
+    job.cloud.trainer(f"exit {status}")
+    assert job.do(CONFIG, f"--workdir={tmp_path}/run")[0] == ours
+    assert job.requeued() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([CONFIG], "--workdir is missing"),
+        (["--workdir=a"], "--config is missing"),
+        ([CONFIG, "--workdir=a", "b"], "b is no option of sync_jax.main"),
+    ],
+)
+def test_bad_usage(arguments, message, job: Job):
+    status, output = job.do(*arguments)
+    assert status == 2
+    assert message in output
+    assert not (job.cloud.root / "srun").exists()
+
+
+def test_a_half_made_venv_is_not_used(job: Job):
+    (job.checkout / ".venv" / ".installed").write_text("incomplete\n")
+    status, output = job.do(CONFIG, "--workdir=a")
+    assert status == 2
+    assert "sh launch/venv.sh cuda makes it" in output
+
+
+def test_the_dry_run_is_the_command_and_arguments_arrive(job: Job, tmp_path):
+    nasty = ['--config.a=it\'s $HOME (x); "y"', "--config.b=two\nlines"]
+    words = [CONFIG, f"--workdir={tmp_path}/a run", *nasty]
+    status, shown = job.do("--dry-run", *words)
+    assert status == 0
+    plain = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, text=True
+    )
+    assert plain.stdout.split("\0")[:-1][-4:] == words
+    assert shlex.split(shown)[:2] == ["srun", "--wait=900"]
+    job.cloud.trainer('for a; do printf "%s\\0" "$a"; done >"$FAKE_ROOT/argv"')
+    assert job.do(*words)[0] == 0
+    assert (job.cloud.root / "argv").read_text().split("\0")[:-1] == words
+
+
+def test_what_the_head_of_the_file_asks_of_slurm():
+    text = (REPOSITORY / "launch" / "slurm.sbatch").read_text()
+    options = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {"--requeue", "--signal=TERM@300", "--open-mode=append"} <= set(options)
+    # Slurm reads such lines only above the first command.
+    assert text.index("set -uo pipefail") > text.rindex("#SBATCH")

@@ -1,0 +1,243 @@
+"""The supervise loop against a cloud that takes machines away, and runs that fail.
+
+The runs are scripts here; test_verbs.py has the real trainer in the loop.
+"""
+
+import re
+
+import pytest
+
+from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud
+
+DELETE = f"launch/tpu.sh delete {' '.join(WHERE)}"
+
+
+def last_line(result) -> str:
+    return result.stdout.strip().splitlines()[-1].strip()
+
+
+def test_from_nothing_to_done(cloud: Cloud):
+    cloud.trainer('save 5; echo "$@"; exit 0')
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "done; the results are in gs://bucket/run" in result.stderr
+    assert last_line(result) == DELETE
+    log = (cloud.home() / ".sync_jax" / "log").read_text()
+    assert f"--config=configs/quickstart.py --workdir={cloud.bucket}/run\n" in log
+    assert (cloud.bucket / "run" / "logs" / "worker-0.log").read_text() in log
+    assert not cloud.calls("delete")
+
+
+def patient(last: int) -> str:
+    """Saves five steps further each time, and waits for SIGTERM: the real trainer's manners."""
+    return f"""
+trap 'exit 75' TERM
+n=$(($(ls "$workdir/checkpoints" 2>/dev/null | wc -l) * 5 + 5))
+save $n
+if [ $n -ge {last} ]; then exit 0; fi
+for i in $(seq 9999); do sleep 0.05; done
+"""
+
+
+def test_a_preempted_machine_is_made_anew_and_the_run_goes_on(cloud: Cloud):
+    """Waiting, active, suspended; deleted, requested anew, set up and started again; twice."""
+    cloud.trainer(patient(15))
+    cloud.set(preempt_at=[5, 10])
+    cloud.set(lives=[["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"] for _ in range(3)])
+    (cloud.bucket / "precious").write_text("data")
+    result = cloud.supervise("--", "--config.seed=3")
+    assert result.returncode == 0, result.stderr
+    assert re.search("the machine is (SUSPENDED|PREEMPTED): preemption 2", result.stderr)
+    for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "READY"):
+        assert result.stderr.count(f"machine sync: {state}") == 3
+    assert len(cloud.calls("queued-resources", "create")) == 3
+    # Nothing is ever deleted but the request with its machine.
+    deleted = cloud.calls("delete")
+    assert [call[1:5] for call in deleted] == [
+        ["compute", "tpus", "queued-resources", "delete"]
+    ] * 2
+    assert not [call for call in cloud.calls() if "storage" in call or "rm" in call]
+    assert (cloud.bucket / "precious").read_text() == "data"
+    assert {p.name for p in (cloud.bucket / "run" / "checkpoints").iterdir()} == {"5", "10", "15"}
+    # The same command each time.
+    runs = [c for call in cloud.calls("ssh") for c in call if "host.sh run" in c]
+    assert len(runs) == 3
+    assert len(set(runs)) == 1
+    assert "--config.seed=3" in runs[0]
+
+
+def test_stopped_and_saved_on_a_living_machine_is_only_run_again(cloud: Cloud):
+    cloud.trainer('mkdir "$workdir" && save 7 && exit 75; exit 0')
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "stopped by SIGTERM and saved at step 7: preemption 1" in result.stderr
+    assert len(cloud.calls("create")) == 1
+    assert not cloud.calls("delete")
+    assert len(cloud.calls("scp")) == 1
+
+
+def test_the_budget_of_preemptions(cloud: Cloud):
+    cloud.trainer("save $(date +%s%N); exit 75")
+    result = cloud.supervise("--preemptions=2", "--failures=0")
+    assert result.returncode == 75
+    assert "preemption 3\n" in result.stderr
+    assert "more than 2; the same command goes on from the last checkpoint" in result.stderr
+    assert last_line(result) == DELETE
+
+
+def test_the_budget_of_failures_is_another(cloud: Cloud):
+    cloud.trainer("save $(date +%s%N); exit 9")
+    result = cloud.supervise("--preemptions=0", "--failures=2")
+    assert result.returncode == 1
+    assert "worker 0 ended with exit status 9: failure 3\n" in result.stderr
+    assert "more than 2: see the logs" in result.stderr
+    assert last_line(result) == DELETE
+
+
+@pytest.mark.parametrize("status", [75, 1])
+def test_three_restarts_without_progress_are_enough(status, cloud: Cloud):
+    cloud.trainer(f"save 4; exit {status}")
+    result = cloud.supervise("--preemptions=50", "--failures=50")
+    assert result.returncode == 1
+    assert "three restarts without progress, still at step 4" in result.stderr
+    # The first start saved step 4, the restart after it showed that, and three came to nothing.
+    assert result.stderr.count("started at step 4") == 3
+    assert result.stderr.count("started at step 0") == 1
+    assert last_line(result) == DELETE
+
+
+def test_a_checkpoint_being_written_is_no_progress(cloud: Cloud):
+    cloud.trainer('mkdir -p "$workdir/checkpoints/9.orbax-checkpoint-tmp"; exit 75')
+    result = cloud.supervise()
+    assert result.returncode == 1
+    assert "three restarts without progress, still at step 0" in result.stderr
+
+
+def test_bad_input_is_not_tried_again(cloud: Cloud):
+    cloud.trainer("exit 2")
+    result = cloud.supervise()
+    assert result.returncode == 2
+    assert "the config or its input is at fault" in result.stderr
+    assert result.stderr.count("started at") == 1
+
+
+def test_a_request_that_fails_is_made_anew(cloud: Cloud):
+    cloud.trainer("exit 0")
+    cloud.set(lives=[["ACCEPTED", "FAILED"], ["ACCEPTED", "PROVISIONING", "FAILED"]])
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "the machine is FAILED: preemption 2" in result.stderr
+    assert len(cloud.calls("create")) == 3
+
+
+def test_a_machine_on_demand(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(preempt_at=[5])
+    machine = [*WHERE, "--type=v4-8", WORKDIR, CONFIG, "--yes"]
+    result = cloud.run("launch/tpu.sh", "supervise", *machine)
+    assert result.returncode == 0, result.stderr
+    created = cloud.calls("create")
+    assert [call[3] for call in created] == ["tpu-vm", "tpu-vm"]
+    assert "--version=tpu-ubuntu2204-base" in created[0]
+    assert [call[3] for call in cloud.calls("delete")] == ["tpu-vm"]
+
+
+def test_what_fails_for_a_while_is_tried_again_and_no_preemption(cloud: Cloud):
+    cloud.trainer("exit 0")
+    cloud.set(fail={"ssh": 3, "scp": 2, "list": 3, "create": 2})
+    result = cloud.supervise("--preemptions=0", "--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert "the service is not there (3 in a row)" in result.stderr
+    assert "none can be created (5 in a row)" in result.stderr
+    assert "Connection timed out (3 in a row)" in result.stderr
+    assert "the machine cannot be set up (5 in a row)" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["ssh", "scp", "list", "create"])
+def test_what_fails_for_good_is_given_up_and_nothing_is_deleted(what, cloud: Cloud):
+    cloud.set(fail={what: 1000})
+    result = cloud.supervise()
+    assert result.returncode == 1
+    assert "(8 in a row)" in result.stderr
+    assert "given up" in result.stderr
+    assert last_line(result) == DELETE
+    assert not cloud.calls("delete")
+
+
+def test_a_half_failed_installation_is_made_again_before_anything_runs(cloud: Cloud):
+    cloud.trainer("exit 0")
+    (cloud.root / "pip-fails").touch()
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "the machine cannot be set up (1 in a row)" in result.stderr
+    assert len((cloud.home() / "installed").read_text().splitlines()) == 2
+    assert (cloud.home() / ".sync_jax" / "log").read_text().count("starts") == 1
+
+
+ONE_FAILS = """
+trap 'echo asked; exit 75' TERM
+if [ -d "$workdir" ]; then exit 0; fi
+if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then sleep 0.5; mkdir -p "$workdir"; exit 1; fi
+for i in $(seq 9999); do sleep 0.05; done
+"""
+
+
+def test_one_worker_of_three_fails_and_the_others_are_stopped(slice_of_three: Cloud):
+    cloud = slice_of_three
+    cloud.trainer(ONE_FAILS)
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "worker 1 ended with exit status 1: failure 1" in result.stderr
+    for worker in (0, 2):
+        assert "asked\n" in (cloud.home(worker) / ".sync_jax" / "log").read_text()
+    # Every command went to all.
+    assert {a for call in cloud.calls("ssh") for a in call if "--worker" in a} == {"--worker=all"}
+
+
+def test_workers_at_odds_are_stopped_after_a_while(slice_of_three: Cloud):
+    """One has ended well, and the others hang."""
+    cloud = slice_of_three
+    cloud.trainer(ONE_FAILS.replace("exit 1", "exit 0"))
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "workers still run" in result.stderr
+    assert "preemption 1" in result.stderr
+
+
+def test_a_worker_that_was_killed_counts_as_failed(slice_of_three: Cloud):
+    cloud = slice_of_three
+    cloud.trainer(ONE_FAILS.replace("exit 1", "kill -KILL $PPID $$"))
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "worker 1 lost its run: failure 1" in result.stderr
+
+
+def test_a_run_that_is_going_on_is_watched(cloud: Cloud):
+    cloud.trainer(patient(10))
+    assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 0
+    assert cloud.tpu("setup", WORKDIR).returncode == 0
+    assert cloud.tpu("run", WORKDIR, CONFIG).returncode == 0
+    child = cloud.start("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes")
+    other = cloud.run(
+        *("launch/tpu.sh", "supervise", *MACHINE, CONFIG, "--yes", "--workdir=gs://bucket/other")
+    )
+    assert other.returncode == 1
+    assert "another run is going on there" in other.stderr
+    assert cloud.tpu("stop").returncode == 0
+    _, errors = child.communicate(timeout=3000)
+    assert child.returncode == 0, errors
+    assert "found running at step 5" in errors
+    assert "saved at step 5: preemption 1" in errors
+
+
+def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
+    cloud.trainer(patient(10))
+    child = cloud.start("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes")
+    cloud.wait((cloud.bucket / "run" / "checkpoints" / "5").exists)
+    cloud.wait(lambda: len(cloud.calls("list")) > 14)
+    child.terminate()
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 1
+    assert "no longer watched: what runs goes on" in errors
+    assert output.strip().splitlines()[-1].strip() == DELETE
+    assert "state=running" in cloud.tpu("status", WORKDIR).stdout
