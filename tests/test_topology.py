@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -63,9 +64,14 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
         devices=2,
         XLA_FLAGS=os.environ["XLA_FLAGS"],
     )  # fmt: skip
+    # The processes' config is the quickstart's, with tiny's changes.
+    quickstart = runpy.run_path("configs/quickstart.py")["get_config"]()
+    quickstart.update_from_flattened_dict(
+        {**tiny.OVERRIDES, "train.epochs": 1.0, "data.data_dir": str(data_dir)}
+    )
     for devices in (1, 8):
         use(monkeypatch, devices)
-        config = tiny.config(data_dir, train__epochs=1.0)
+        config = quickstart.copy_and_resolve_references()
         assert sweep(config, vary, tmp_path / str(devices), name="quickstart")
     printed = processes.finish(children, timeout=400)
     assert [child.returncode for child in children] == [0, 0], printed
@@ -77,9 +83,8 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
     # Negative control: another seed's curve is not close.
     name = "quickstart-ce-seed0"
     use(monkeypatch, 1)
-    train.train_and_evaluate(
-        tiny.config(data_dir, method="ce", train__epochs=1.0, seed=1), tmp_path / "seed1"
-    )
+    quickstart.update({"method": "ce", "seed": 1})
+    train.train_and_evaluate(quickstart, tmp_path / "seed1")
     with pytest.raises(AssertionError):
         check_close(tmp_path / "1" / name, tmp_path / "seed1")
 
