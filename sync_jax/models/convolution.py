@@ -19,7 +19,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 # A map of few places is a sum over pairs of an input's and an output's place.
 _FEW_PLACES = 4
 # With fewer channels Winograd's additions cost more than the multiplications that they save.
-_WINOGRAD_CHANNELS = 32
+_WINOGRAD_CHANNELS = 64
+# With fewer, XLA's convolution falls far behind a product with a matrix of patches.
+_NATIVE_CHANNELS = 16
 
 
 class Conv(nn.Module):
@@ -122,7 +124,7 @@ def _place_by_place(x: Array, kernel: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_patches(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
     """One product of a matrix of patches with the kernel, or XLA's own for many channels."""
-    if kernel.shape[2] >= _WINOGRAD_CHANNELS:
+    if kernel.shape[2] >= _NATIVE_CHANNELS:
         return _native(x, kernel, strides, padding)
     return _matmul(_patches(x, kernel, strides, padding), kernel.reshape(-1, kernel.shape[-1]))
 
