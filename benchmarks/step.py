@@ -203,7 +203,7 @@ def matmul_step(size: int, dtype: str) -> Step:
 
 
 def training_flops(name: str, width: int, classes: int = 10) -> tuple[int, int]:
-    """Multiplications and additions for an image: of all convolutions and dense layers; of the last.
+    """FLOP for an image: of all convolutions and dense layers, and of the last.
 
     Forward once and back twice, but for the first layer, whose input needs no gradient.
     """
@@ -329,8 +329,8 @@ def describe_machine() -> str:
         processor = next((x.split(":")[1] for x in lines if x.startswith("model name")), "")
     settings = [f"{k}={os.environ[k]}" for k in ("GLIBC_TUNABLES", "XLA_FLAGS") if k in os.environ]
     return (
-        f"{datetime.date.today()}, {device.device_kind}, {os.cpu_count()} cores of{processor}, load "
-        f"{os.getloadavg()[0]:.1f}, {versions} {' '.join(settings)}"
+        f"{datetime.date.today()}, {device.device_kind}, {os.cpu_count()} cores of{processor}, "
+        f"load {os.getloadavg()[0]:.1f}, {versions} {' '.join(settings)}"
     )
 
 

@@ -50,12 +50,13 @@ class Conv(nn.Module):
         """Maps `[batch, height, width, channels]` to `[batch, height, width, features]`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        padding = self.padding
-        if padding == "SAME":
-            pads = jax.lax.padtype_to_pads(x.shape[1:3], self.kernel_size, self.strides, padding)
+        if isinstance(self.padding, str):
+            rows, columns = jax.lax.padtype_to_pads(
+                x.shape[1:3], self.kernel_size, self.strides, self.padding
+            )
         else:
-            pads = [(padding, padding)] * 2
-        y = convolve(x.astype(self.dtype), kernel, self.strides, tuple(pads))
+            rows = columns = (self.padding, self.padding)
+        y = convolve(x.astype(self.dtype), kernel, self.strides, (rows, columns))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
