@@ -51,6 +51,7 @@ INPUTS = {
     "resnet34": (32, 3, "cifar"),
     "resnet50": (224, 3, "imagenet"),
 }
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MEAN, STD = 0.5, 0.25  # of every channel
 Step = Callable[[], Any]  # does one and waits for it
 
@@ -231,27 +232,30 @@ def training_flops(name: str, width: int, classes: int = 10) -> tuple[int, int]:
     return 3 * sum(layers) - layers[0], 3 * layers[-1]
 
 
-def take_turns(cases: dict[str, Step], rounds: int, seconds: float) -> dict[str, np.ndarray]:
+def take_turns(
+    cases: dict[str, Step], rounds: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, np.ndarray]:
     """Seconds of a step of each case in each round; all in turn, in either direction.
 
     Args:
         cases: by name; each is run twice first, which compiles it.
         rounds: how many.
         seconds: that a case is to run for in each round, but at least one step.
+        clock: of wall-clock or of processor time.
     """
     repeats = {}
     for name, step in cases.items():
         step()
-        start = time.perf_counter()
+        start = clock()
         step()
-        repeats[name] = max(round(seconds / (time.perf_counter() - start)), 1)
+        repeats[name] = max(round(seconds / (clock() - start)), 1)
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         for name in list(cases)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 cases[name]()
-            taken[name].append((time.perf_counter() - start) / repeats[name])
+            taken[name].append((clock() - start) / repeats[name])
     return {name: np.asarray(values) for name, values in taken.items()}
 
 
@@ -287,11 +291,14 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> None:
         cases["torch channels last"] = theirs(channels_last=True)
         if not gpu:
             cases["torch"] = theirs(channels_last=False)
-    taken = take_turns(cases, arguments.rounds, arguments.seconds)
+    taken = take_turns(cases, arguments.rounds, arguments.seconds, CLOCKS[arguments.clock])
     ce = taken["ce"]
     flops, last = training_flops(name, width)
     last_of_1000 = training_flops(name, width, 1000)[1]
-    print(f"\n{name}, batch {batch}, {dtype}, {split.images.shape[1:]}, {arguments.rounds} rounds")
+    print(
+        f"\n{name}, batch {batch}, {dtype}, {split.images.shape[1:]}, {arguments.rounds} rounds, "
+        f"{arguments.clock} time on {len(os.sched_getaffinity(0))} cores"
+    )
     for case, values in taken.items():
         low, median, high = np.percentile(values, (10, 50, 90)) * 1e3
         rate = "" if case == "matmul" else f"{batch / median * 1e3:10,.0f} images/s"
@@ -336,6 +343,8 @@ def describe_machine() -> str:
 
 def main() -> None:
     """Prints the tables."""
+    if "--default-malloc" not in sys.argv:
+        keep_freed_memory()  # before anything starts a backend
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     gpu = jax.default_backend() != "cpu"
     parser.add_argument(
@@ -350,12 +359,13 @@ def main() -> None:
     parser.add_argument(
         "--default-malloc", action="store_true", help="do not keep freed memory; for CPUs"
     )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: on one core that other work shares"
+    )
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.batch = 3, [32]
-    if not arguments.default_malloc and not gpu:
-        keep_freed_memory()
     print(describe_machine())
     for name in arguments.networks:
         for batch in arguments.batch:

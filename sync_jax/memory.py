@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
 
     On a CPU XLA allocates a step's intermediate results anew each time. Blocks of this size come
     from the system, page by page, each cleared at its first touch: a fifth or more of a step on two
-    cores (benchmarks/README.md). Afterwards the process keeps the most that it has needed. For
-    processes that compute on a CPU, before their first large arrays.
+    cores (benchmarks/README.md). Afterwards the process keeps the most that it has needed. To be
+    called before JAX starts a backend, whose threads otherwise have arenas of their own already.
 
     Returns:
         Whether that was possible; elsewhere than on Linux with glibc nothing happens.
@@ -22,5 +22,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # One arena, for those of other threads cannot grow beyond 64 MB and then ask the system.
-    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
+    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))  # -1: never
     return all(mallopt(name, value) == 1 for name, value in settings)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-PAGES = 2_000
+PAGES = 10_000  # 40 MB: smaller blocks glibc learns to keep by itself
 
 PROGRAM = """
 import resource, sys, threading
