@@ -20,7 +20,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 _FEW_PLACES = 4
 # With fewer channels Winograd's additions cost more than the multiplications that they save.
 _WINOGRAD_CHANNELS = 64
-# With fewer, XLA's convolution falls far behind a product with a matrix of patches.
+# With a stride and fewer channels XLA's convolution is fast, its gradients too.
+_FEW_CHANNELS = 4
+# Otherwise, of fewer, a product with a matrix of patches is faster.
 _NATIVE_CHANNELS = 16
 
 
@@ -85,6 +87,8 @@ def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
             return _place_by_place(x, kernel)
         if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
             return _winograd(x, kernel)
+    if strides != (1, 1) and kernel.shape[2] < _FEW_CHANNELS:
+        return _native(x, kernel, strides, padding)
     return _by_patches(x, kernel, strides, padding)
 
 
@@ -101,8 +105,13 @@ def _matmul_gradient(x: Array, gradient: Array) -> Array:
 # --- Few places -----------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def _place_by_place(x: Array, kernel: Array) -> Array:
     """3 x 3, padded by 1: each place of the output sums over all places of the input near it."""
+    return _sum_over_places(x, kernel)
+
+
+def _sum_over_places(x: Array, kernel: Array) -> Array:
     height, width = x.shape[1:3]
     places = [(i, j) for i in range(height) for j in range(width)]
     outputs = [
@@ -117,6 +126,22 @@ def _place_by_place(x: Array, kernel: Array) -> Array:
         for k, m in places
     ]
     return jnp.stack(outputs, axis=1).reshape(x.shape[0], height, width, -1)
+
+
+def _place_by_place_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sum_over_places(x, kernel), (x, kernel)
+
+
+def _place_by_place_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    _, pullback = jax.vjp(lambda x: _sum_over_places(x, kernel), x)
+    # Of the kernel XLA's own is fast on maps as small as these.
+    pads = ((1, 1), (1, 1))
+    _, pullback_of_kernel = jax.vjp(lambda kernel: _native(x, kernel, (1, 1), pads), kernel)
+    return pullback(gradient)[0], pullback_of_kernel(gradient)[0]
+
+
+_place_by_place.defvjp(_place_by_place_forward, _place_by_place_backward)
 
 
 # --- Patches --------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ CASES = {
     "few places": (2, 2, 5, 6, 3, 1, ONE),
     "few places, three in a row": (1, 3, 5, 6, 3, 1, ONE),
     "patches": (7, 6, 3, 5, 3, 1, ONE),
-    "patches, stride": (9, 8, 3, 5, 5, 2, ((1, 2), (2, 1))),
-    "patches, more stride than kernel": (9, 8, 3, 5, 2, 3, NONE),
+    "patches, stride": (9, 8, 4, 5, 5, 2, ((1, 2), (2, 1))),
+    "patches, more stride than kernel": (9, 8, 4, 5, 2, 3, NONE),
     "a stem": (12, 13, 3, 4, 7, 2, ((3, 3), (3, 3))),
     "more channels": (8, 7, 20, 5, 3, 2, ONE),
     "1 x 1": (4, 5, 6, 7, 1, 1, NONE),
@@ -73,7 +73,10 @@ def test_values_and_gradients_are_xlas(case):
 
 def test_each_way_is_taken(monkeypatch):
     """The cases above are of the ways that they are named after."""
-    ways = {"winograd": "_winograd", "few": "_place_by_place", "one": "_place_by_place"}
+    ways = {
+        **{"winograd": "_winograd", "few": "_place_by_place", "one": "_place_by_place"},
+        **{"patches": "_by_patches", "more": "_by_patches", "a": "_native"},
+    }
     for name, case in CASES.items():
         way = ways.get(name.split()[0].rstrip(","))
         way = way or ("_by_patches" if case[4] > 1 or case[6] != NONE else "_matmul")
