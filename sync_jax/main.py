@@ -17,6 +17,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sync_jax.memory import keep_freed_memory
 from sync_jax.printable import printable
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -188,6 +189,7 @@ def _stop(message: object, status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # here and not in main: tests call that, long after JAX has begun
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # or tables could not be printed as ASCII
             stream.reconfigure(errors="backslashreplace")

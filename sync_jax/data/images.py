@@ -62,7 +62,8 @@ def decode(source: Path | bytes) -> Image.Image:
             if image.width * image.height > _MOST_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels are too many")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # copies only what it turns
+            return _to_rgb(image)
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -123,4 +124,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sync_jax.models.convolution import Conv
+
 
 class CNN(nn.Module):
     """Three convolutions and a dense layer, each with BatchNorm and ReLU.
@@ -40,7 +42,7 @@ class CNN(nn.Module):
             norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)
             return nn.relu(norm(x))
 
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
         x = norm_relu(conv(self.width, (5, 5), strides=(2, 2))(images))
         x = norm_relu(conv(2 * self.width, (3, 3))(x))
         x = max_pool_2x2(x)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sync_jax.models.convolution import Conv
+
 # Name: blocks of each stage, and whether they are bottlenecks.
 RESNETS = {
     "resnet18": ((2, 2, 2, 2), False),
@@ -47,7 +49,7 @@ class ResNet(nn.Module):
             The features; units are 8 x width, of bottlenecks 32 x width.
         """
         conv = functools.partial(
-            nn.Conv,
+            Conv,
             use_bias=False,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             dtype=self.dtype,

@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from sync_jax.models.cnn import max_pool_2x2
+from sync_jax.models.convolution import Conv
 
 # Channels in units of the first convolution's, dropout after it; "pool" halves the resolution.
 LAYERS = (
@@ -66,7 +67,7 @@ class VGG16(nn.Module):
                 x = max_pool_2x2(x) if min(x.shape[1:3]) > 1 else x
                 continue
             channels, rate = layer
-            x = nn.Conv(
+            x = Conv(
                 channels * self.width,
                 (3, 3),
                 kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),

@@ -1,0 +1,150 @@
+"""Our ways to convolve beside XLA's own: values, gradients, parameters, devices, precision."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from sync_jax.models import convolution
+from sync_jax.models.convolution import Conv, convolve
+from sync_jax.sharding import batch_sharding, make_mesh, replicated
+
+ONE, NONE = ((1, 1), (1, 1)), ((0, 0), (0, 0))
+# Height, width, channels, outputs, kernel size, stride, padding.
+CASES = {
+    "winograd": (6, 6, 64, 64, 3, 1, ONE),
+    "winograd, odd sizes": (5, 7, 65, 66, 3, 1, ONE),
+    "one place": (1, 1, 5, 6, 3, 1, ONE),
+    "few places": (2, 2, 5, 6, 3, 1, ONE),
+    "few places, three in a row": (1, 3, 5, 6, 3, 1, ONE),
+    "patches": (7, 6, 3, 5, 3, 1, ONE),
+    "patches, stride": (9, 8, 4, 5, 5, 2, ((1, 2), (2, 1))),
+    "patches, more stride than kernel": (9, 8, 4, 5, 2, 3, NONE),
+    "a stem": (12, 13, 3, 4, 7, 2, ((3, 3), (3, 3))),
+    "more channels": (8, 7, 20, 5, 3, 2, ONE),
+    "1 x 1": (4, 5, 6, 7, 1, 1, NONE),
+    "1 x 1, stride": (7, 6, 5, 4, 1, 2, NONE),
+    "1 x 1, padded": (3, 3, 5, 4, 1, 1, ONE),
+}
+
+
+def arrays(case, batch=2, dtype="float32"):
+    height, width, channels, outputs, size, _, _ = case
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, height, width, channels))
+    kernel = rng.standard_normal((size, size, channels, outputs)) / size / np.sqrt(channels)
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+
+
+def value_and_gradients(function, x, kernel, stride, padding):
+    y, pullback = jax.vjp(lambda x, k: function(x, k, (stride, stride), padding), x, kernel)
+    # Neither symmetric nor constant, so that an exchanged axis would be seen.
+    weights = jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    return y, *pullback(weights)
+
+
+compiled = jax.jit(value_and_gradients, static_argnums=(0, 3, 4))
+
+
+def distance(found, expected):
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    assert found.shape == expected.shape
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_and_gradients_are_xlas(case):
+    with jax.enable_x64(True):
+        x, kernel = arrays(case, dtype="float64")
+        exact = compiled(convolution._native, x, kernel, *case[5:])
+        for ours, theirs in zip(compiled(convolve, x, kernel, *case[5:]), exact, strict=True):
+            assert ours.dtype == jnp.float64
+            assert distance(ours, theirs) < 1e-14
+    x, kernel = arrays(case)
+    for ours, theirs in zip(compiled(convolve, x, kernel, *case[5:]), exact, strict=True):
+        assert ours.dtype == jnp.float32
+        assert distance(ours, theirs) < 1e-6
+
+
+def test_each_way_is_taken(monkeypatch):
+    """The cases above are of the ways that they are named after."""
+    ways = {
+        **{"winograd": "_winograd", "few": "_place_by_place", "one": "_place_by_place"},
+        **{"patches": "_by_patches", "more": "_by_patches", "a": "_native"},
+    }
+    for name, case in CASES.items():
+        way = ways.get(name.split()[0].rstrip(","))
+        way = way or ("_by_patches" if case[4] > 1 or case[6] != NONE else "_matmul")
+        with monkeypatch.context() as patch:
+            patch.setattr(convolution, way, lambda *_: "taken")
+            assert convolve(*arrays(case), (case[5], case[5]), case[6]) == "taken", name
+
+
+@pytest.mark.parametrize("name", ["few places", "patches, stride"])
+def test_gradients_are_those_of_the_values(name):
+    """By differences, without XLA's convolution."""
+    case = CASES[name]
+    with jax.enable_x64(True):
+        x, kernel = arrays(case, batch=1, dtype="float64")
+        function = functools.partial(convolve, strides=(case[5],) * 2, padding=case[6])
+        check_grads(jax.jit(function), (x, kernel), order=1, modes=["rev"])
+
+
+def test_elsewhere_and_in_low_precision_it_is_xlas(monkeypatch):
+    x, kernel = arrays(CASES["winograd"])
+    low = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+
+    def primitives(*arguments):
+        jaxpr = jax.make_jaxpr(lambda x, k: convolve(x, k, (1, 1), ONE))(*arguments)
+        return {equation.primitive.name for equation in jaxpr.eqns}
+
+    assert primitives(*low) == {"conv_general_dilated"}
+    assert "conv_general_dilated" not in primitives(x, kernel)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert primitives(x, kernel) == {"conv_general_dilated"}
+
+
+@pytest.mark.parametrize(("strides", "padding", "use_bias"), [
+    ((1, 1), "SAME", True), ((2, 2), "SAME", False), ((2, 2), 3, True),
+])  # fmt: skip
+def test_parameters_are_flaxs(strides, padding, use_bias):
+    fields = {"strides": strides, "padding": padding, "use_bias": use_bias}
+    ours, theirs = Conv(5, (3, 3), **fields), nn.Conv(5, (3, 3), **fields)
+    x = arrays(CASES["patches"])[0]
+    variables = theirs.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal(ours.init(jax.random.key(1), x), variables)
+    if use_bias:
+        variables["params"]["bias"] = jnp.arange(5.0)
+    chex.assert_trees_all_close(
+        ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["winograd", "few places", "patches, stride"])
+def test_a_batch_stays_split_over_the_devices(name):
+    """Each device convolves its own examples; only the kernel's gradient is exchanged."""
+    case, mesh = CASES[name], make_mesh()
+    x, kernel = arrays(case, batch=16)
+    expected = compiled(convolve, x, kernel, *case[5:])
+    x = jax.device_put(x, batch_sharding(mesh))
+    kernel = jax.device_put(kernel, replicated(mesh))
+    function = functools.partial(value_and_gradients, convolve, stride=case[5], padding=case[6])
+    split = batch_sharding(mesh)
+    sharded = jax.jit(function, out_shardings=(split, split, replicated(mesh)))
+    program = sharded.lower(x, kernel).compile()
+    text = program.as_text()
+    assert "all-reduce" in text
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    for found, wanted in zip(program(x, kernel), expected, strict=True):
+        assert distance(found, wanted) < 1e-6
+
+
+def test_the_same_inputs_give_the_same_bits():
+    case = CASES["winograd"]
+    first, second = (compiled(convolve, *arrays(case), *case[5:]) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)

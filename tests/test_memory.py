@@ -1,0 +1,46 @@
+"""What is freed stays with the process; in processes of their own, for it cannot be undone."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PAGES = 10_000  # 40 MB: smaller blocks glibc learns to keep by itself
+
+PROGRAM = """
+import resource, sys, threading
+from sync_jax.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+
+def touch():
+    for _ in range(10):
+        b"x" * ({pages} * 4096)  # NumPy asks for huge pages, XLA does not
+
+for thread in [threading.Thread(target=touch) for _ in range(2)]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread.start()
+    thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(mode):
+    program = PROGRAM.format(pages=PAGES)
+    done = subprocess.run(
+        [sys.executable, "-c", program, mode], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or bool(importlib.metadata.entry_points(group="jax_plugins")),
+    reason="nothing happens there",
+)
+def test_memory_is_used_again_instead_of_asked_for():
+    """Ten blocks, one after the other, in a thread that is not the first."""
+    assert page_faults("give back") > 5 * PAGES
+    assert page_faults("keep") < PAGES
