@@ -192,6 +192,38 @@ def test_processes_agree_and_name_those_that_are_missing():
     assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
 
 
+UNDER_SLURM = """
+from sync_jax import distributed
+
+distributed.initialize(None, None, None, seconds=60)
+processes = distributed.Processes(seconds=60)
+print(processes.share("who", processes.index), processes.count)
+"""
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) != 0
+
+
+@pytest.mark.slow
+def test_under_slurm_processes_find_each_other_by_themselves():
+    """What srun tells each task; JAX makes a port of the job's number."""
+    job = next(number for number in range(os.getpid() % 4000, 4096) if is_free(61440 + number))
+    children = [
+        processes.start(
+            [[sys.executable, "-c", UNDER_SLURM]],
+            SLURM_JOB_ID=str(job),
+            SLURM_STEP_NODELIST="localhost",
+            SLURM_NTASKS="2",
+            SLURM_PROCID=str(i),
+            SLURM_LOCALID=str(i),
+        )[0]
+        for i in range(2)
+    ]
+    assert processes.finish(children) == ["[0, 1] 2\n", "[0, 1] 2\n"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -155,6 +155,21 @@ def test_another_experiment_in_the_workdir_is_refused(data_dir, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+def test_checkpoints_know_their_config(data_dir, tmp_path):
+    """A folder whose config.json was lost is another experiment's all the same."""
+    config = tiny.config(data_dir, method="ce", train__epochs=1.0)
+    train.train_and_evaluate(config, tmp_path)
+    for name in ("config.json", "report.json"):
+        (tmp_path / name).unlink()
+    changed = tiny.config(data_dir, method="ce", train__epochs=1.0, optimizer__momentum=0.5)
+    with pytest.raises(
+        InputError, match=r"config\.optimizer\.momentum is 0\.9 there and 0\.5 here"
+    ):
+        train.train_and_evaluate(changed, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    train.train_and_evaluate(config, tmp_path)  # its own
+
+
 def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_path, monkeypatch):
     config = tiny.config(data_dir, train__epochs=1.0, evaluation__target_risks=(0.5,))
     train.train_and_evaluate(config, tmp_path)
