@@ -1,5 +1,7 @@
 """Checkpoints of the training state; the only file that imports Orbax."""
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -14,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from sync_jax.distributed import Processes
-from sync_jax.errors import InputError, WriteError
+from sync_jax.errors import FailedError, InputError, WriteError
 from sync_jax.hashing import mix
 from sync_jax.steps import TrainState
 
@@ -44,7 +46,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, keep_best: int = 0, processes: Processes | None = None
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        best_metric: str = "",
+        processes: Processes | None = None,
     ):
         """Opens a folder, which need not exist yet.
 
@@ -52,13 +60,16 @@ class Checkpoints:
             folder: one subfolder per checkpoint, named by its step.
             keep: how many of the latest to keep.
             keep_best: how many of those with the highest score to keep besides.
+            best_metric: what scores are made of; those of another are not compared.
             processes: of the run.
         """
         self._folder = folder.absolute()
-        self._keep, self._keep_best = keep, keep_best
+        self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
         self._processes = processes or Processes()
         self._scores: dict[int, float] = dict(
-            self._processes.from_first("the checkpoints' scores", lambda: _read_scores(folder))
+            self._processes.from_first(
+                "the checkpoints' scores", lambda: _read_scores(folder, best_metric)
+            )
         )
         self._guarded(self._open)
 
@@ -98,6 +109,7 @@ class Checkpoints:
             "fingerprints": fingerprints(state),
             "notes": dict(notes or {}),
             "score": score,
+            "best_metric": self._best_metric,
         }
         if score is not None:
             self._scores[step] = score
@@ -122,6 +134,7 @@ class Checkpoints:
 
         Raises:
             InputError: there are checkpoints, and none can be used. All are left as they are.
+            FailedError: one cannot be read for want of memory or the like.
         """
         steps: list[int] = self._processes.from_first(
             "the list of checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)
@@ -139,6 +152,11 @@ class Checkpoints:
             try:
                 restored = self._read(like, step)
             except Exception as error:  # Orbax and TensorStore raise what they like
+                if _is_passing(error) or self._processes.count > 1:  # found whole a moment ago
+                    raise FailedError(
+                        f"{self._folder / str(step)} cannot be read now: {_one_line(error)}; the "
+                        "same command tries again"
+                    ) from error
                 damaged[step] = _one_line(error)
                 continue
             if damaged:
@@ -186,6 +204,11 @@ class Checkpoints:
             )
             _checked(state, about)
         except Exception as error:  # as above
+            if _is_passing(error):
+                raise FailedError(
+                    f"{self._folder / str(step)} cannot be read now: {_one_line(error)}; the same "
+                    "command tries again"
+                ) from error
             return _one_line(error)
         return None
 
@@ -193,7 +216,8 @@ class Checkpoints:
         def rename() -> None:
             for step, reason in damaged.items():
                 path = self._folder / str(step)
-                name = f"{path.name}{_DAMAGED}"
+                names = (f"{path.name}{_DAMAGED}{suffix}" for suffix in ("", *range(2, 1000)))
+                name = next(name for name in names if not path.with_name(name).exists())
                 log(f"checkpoint {path} is damaged and put aside as {name}: {reason}")
                 self._guarded(functools.partial(path.rename, path.with_name(name)))
 
@@ -228,8 +252,10 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.wait()
-        self._manager.close()
+            self._guarded(self._manager.close)  # which waits
+            return
+        with contextlib.suppress(Exception):  # the error that there is says more than another
+            self._manager.close()
 
 
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
@@ -251,17 +277,31 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _read_scores(folder: Path) -> list[tuple[int, float]]:
-    """Those of the checkpoints in a folder whose description can be read."""
-    scores = []
+def latest_notes(folder: Path) -> dict[str, Any] | None:
+    """The notes of a folder's latest checkpoint of which they can be read; None without any."""
+    abouts = _read_abouts(folder)
+    return abouts[max(abouts)]["notes"] if abouts else None
+
+
+def _read_scores(folder: Path, best_metric: str) -> list[tuple[int, float]]:
+    return [
+        (step, about["score"])
+        for step, about in _read_abouts(folder).items()
+        if about["score"] is not None and about["best_metric"] == best_metric
+    ]
+
+
+def _read_abouts(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the checkpoints in a folder say about themselves, by their steps."""
+    abouts = {}
     for path in folder.glob(f"*/{_ABOUT}/metadata"):
         try:
             about = json.loads(path.read_text())
-            if about["digest"] == _digest(about) and about["score"] is not None:
-                scores.append((int(path.parts[-3]), about["score"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it is damaged, which `restore` finds out
-    return scores
+            if about["digest"] == _digest(about):
+                abouts[int(path.parts[-3])] = about
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # it is damaged or put aside, which `restore` finds out
+    return abouts
 
 
 def fingerprints(state: TrainState) -> dict[str, list[int]]:
@@ -270,7 +310,8 @@ def fingerprints(state: TrainState) -> dict[str, list[int]]:
     Sums of integers, so that neither the number of devices nor the sharding matters.
     """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    values = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
+    # One after the other: of arrays that are divided between devices each is a collective.
+    values = [jax.device_get(_fingerprint(leaf)) for _, leaf in leaves]
     return {
         jax.tree_util.keystr(path): value.tolist()
         for (path, _), value in zip(leaves, values, strict=True)
@@ -305,6 +346,14 @@ def _checked(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{wrong[0]} is not what was saved")
     return about["notes"]
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it says nothing about the files themselves."""
+    passing = (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+    if isinstance(error, OSError):
+        return error.errno in passing
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _one_line(error: Exception) -> str:

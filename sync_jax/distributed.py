@@ -7,6 +7,7 @@ where the others do not would otherwise leave them waiting in a collective for e
 
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from sync_jax.errors import (
 from sync_jax.printable import say
 
 T = TypeVar("T")
+
+_LONGEST = 7 * 24 * 3600.0  # seconds that anything is waited for
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -74,9 +77,11 @@ def initialize(
             shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
         )
     except (RuntimeError, ValueError) as error:
+        if given == (None, None, None) and "coordinator_address should be" in str(error):
+            return  # a TPU's library, but no slice
         raise InputError(
             f"the {processes or 'other'} processes did not all come together within {seconds:g} s: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{_one_line(error)}"
         ) from error
 
 
@@ -112,12 +117,13 @@ class Processes:
         if self.first:
             say(text)
 
-    def share(self, what: str, value: Any = None) -> list[Any]:
+    def share(self, what: str, value: Any = None, *, seconds: float | None = None) -> list[Any]:
         """Every process's value, in order; waits until all have come.
 
         Args:
             what: is being waited for, for the error.
             value: of JSON's types.
+            seconds: how long; None: as long as usual.
 
         Raises:
             FailedError: naming those that did not come in time.
@@ -128,19 +134,25 @@ class Processes:
         self._calls += 1
         key = f"sync_jax/{self._name}/{self._calls}/{what}"
         client.key_value_set(f"{key}/{self.index}", json.dumps(value))
-        deadline = time.monotonic() + self._seconds
+        seconds = self._seconds if seconds is None else seconds
+        deadline = time.monotonic() + seconds
         values, missing = [], []
         for process in range(self.count):
-            left = max(deadline - time.monotonic(), 0.001)
+            # Who has come must be found even when the time is over.
+            left = min(max(deadline - time.monotonic(), 2.0), _LONGEST)
             try:
-                text = client.blocking_key_value_get(f"{key}/{process}", int(1000 * left) + 1)
+                text = client.blocking_key_value_get(f"{key}/{process}", int(1000 * left))
                 values.append(json.loads(text))
-            except jax.errors.JaxRuntimeError:
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise FailedError(
+                        f"process 0, which the others meet at, is gone: {_one_line(error)}"
+                    ) from error
                 missing.append(str(process))
         if missing:
             raise FailedError(
                 f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
-                f"{self._seconds:g} s; its own log says why"
+                f"{seconds:g} s; its own log says why"
             )
         return values
 
@@ -159,7 +171,7 @@ class Processes:
         result, failure, failed = None, None, None
         try:
             result = function()
-        except _AGREED as error:
+        except Exception as error:
             failed, failure = error, _described(error)
         failures = self.share(what, failure)
         if failed is not None:
@@ -182,9 +194,10 @@ class Processes:
         if self.first:
             try:
                 result = function()
-            except _AGREED as error:
+            except Exception as error:
                 failed, failure = error, _described(error)
-        result, failure = self.share(what, [result, failure])[0]
+        # As long as it takes: if the first process dies, JAX ends the others.
+        result, failure = self.share(what, [result, failure], seconds=math.inf)[0]
         if failed is not None:
             raise failed
         if failure is not None:
@@ -192,9 +205,15 @@ class Processes:
         return result
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _described(error: Exception) -> list[str]:
-    kind = next(kind for kind in _AGREED if isinstance(error, kind))
-    return [kind.__name__, str(error)]
+    for kind in _AGREED:
+        if isinstance(error, kind):
+            return [kind.__name__, str(error)]
+    return [FailedError.__name__, f"{type(error).__name__}: {error}"]
 
 
 def _error(prefix: str, failure: list[str]) -> Exception:

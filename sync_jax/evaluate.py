@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from sync_jax import guarantees, metrics
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
+from sync_jax.files import write_atomically
 from sync_jax.scores import SCORES, available
 
 # A class has few calibration examples and a share of delta: fifty candidates would divide it so far
@@ -75,10 +75,8 @@ class Predictions:
     def save(self, path: Path) -> None:
         """Writes an .npz file, complete or not at all."""
         outputs = {f"outputs/{name}": output for name, output in self.outputs.items()}
-        temporary = path.with_name(f"{path.name}.incomplete")
-        with temporary.open("wb") as file:
-            np.savez(file, labels=self.labels, index=self.index, **outputs)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        arrays: dict[str, Any] = {"labels": self.labels, "index": self.index, **outputs}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":

@@ -8,7 +8,6 @@ positions in the official training split).
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, NonFiniteError
+from sync_jax.files import write_atomically
 
 FILE = "nonfinite.jsonl"
 ACTIONS = ("stop", "skip", "rollback")
@@ -108,12 +108,8 @@ class NonFiniteSteps:
     def _write(self) -> None:
         if not self._processes.first:
             return
-        temporary = self._path.with_name(f"{FILE}.incomplete")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in self._entries)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        text = "".join(json.dumps(entry) + "\n" for entry in self._entries)
+        write_atomically(self._path, lambda file: file.write(text.encode()))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

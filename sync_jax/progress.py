@@ -183,7 +183,8 @@ def read_metrics(workdir: Path) -> list[dict]:
         return []
     entries: list[dict] = []
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        # After a power cut what was not yet on the disk can be zeros.
+        lines = path.read_bytes().rstrip(b"\0").splitlines(keepends=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):

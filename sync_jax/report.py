@@ -67,6 +67,7 @@ from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
+from sync_jax.files import write_atomically
 from sync_jax.printable import printable
 
 SCHEMA = 2
@@ -117,9 +118,8 @@ def write_report(
         **record,
     }
     plot(record, test, workdir / "risk_coverage.png")
-    temporary = workdir / "report.json.incomplete"
-    temporary.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, workdir / "report.json")
+    text = json.dumps(strict(report), indent=1, allow_nan=False) + "\n"
+    write_atomically(workdir / "report.json", lambda file: file.write(text.encode()))
     return strict(report)
 
 

@@ -28,7 +28,7 @@ from sync_jax.data.resident import (
     training_batch,
 )
 from sync_jax.data.squares import Squares
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluate import Predictions, predict, summary
 from sync_jax.losses import Terms
 from sync_jax.methods import METHODS, training_objective
@@ -302,7 +302,11 @@ class Run:
         return memory.create(params, self.train_size, self.config) if memory else {}
 
     def predict(self, state: TrainState, part: Part) -> Predictions:
-        """The network's outputs for every example of a part; each process reads its share."""
+        """The network's outputs for every example of a part; each process reads its share.
+
+        Raises:
+            NonFiniteError: an output is not finite.
+        """
 
         def outputs_of(images: np.ndarray) -> dict[str, Array]:
             outputs = self._outputs(state, sharding.from_shares(images, self.mesh))
@@ -311,7 +315,13 @@ class Run:
 
         batch_size = self.config.evaluation.batch_size
         share = sharding.share(batch_size, self.mesh)
-        return predict(part, outputs_of, batch_size, share=share)
+        predictions = predict(part, outputs_of, batch_size, share=share)
+        bad = [name for name, x in predictions.outputs.items() if not np.isfinite(x).all()]
+        if bad:
+            raise NonFiniteError(
+                f"the evaluation of {len(part.labels):,} examples: {', '.join(bad)} not finite"
+            )
+        return predictions
 
     def calibration_metrics(self, state: TrainState, part: Part) -> dict[str, float]:
         """What is logged of the calibration split while training."""

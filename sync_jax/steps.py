@@ -108,8 +108,9 @@ def train_step(
     Returns:
         The state after the step, and scalars of the batch before it: loss, its terms,
         gradient_norm, accuracy and, with a selection head, mean_selection (mean of g) and coverage
-        (share with g >= 1/2); parameter_norm is of the parameters that the step led to. If any of
-        them is not finite, the state has its old values, and `step` counts on.
+        (share with g >= 1/2); parameter_norm and state_norm are of the parameters, and of the
+        statistics, the optimiser's state and the memory, that the step led to. If any of them is
+        not finite, the state has its old values, and `step` counts on.
     """
 
     def forward(params: optax.Params) -> tuple[dict[str, Array], optax.Params]:
@@ -143,10 +144,17 @@ def train_step(
         metrics["coverage"] = masked_mean(accepted, batch["mask"])
     params = optax.apply_updates(state.params, updates)
     metrics["parameter_norm"] = optax.tree.norm(params)
+    metrics["state_norm"] = _norm((batch_stats, opt_state, memory))
     good = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values())))) & jnp.logical_not(skip)
     after = TrainState(state.step, params, batch_stats, opt_state, memory)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
     return kept.replace(step=state.step + 1), metrics
+
+
+def _norm(tree: Any) -> Array:
+    """Of the floating-point numbers in a tree; 0 without any."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros(())))
 
 
 def _forward(

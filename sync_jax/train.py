@@ -16,7 +16,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax import sharding
-from sync_jax.checkpoint import Checkpoints
+from sync_jax.checkpoint import Checkpoints, latest_notes
 from sync_jax.config import check_sizes, to_json
 from sync_jax.data import catalogue, pictures
 from sync_jax.data.parts import Part, load_test, load_train_and_calibration
@@ -59,9 +59,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     mesh = sharding.make_mesh()
-    placement, train_part, calibration_part = processes.together(
-        "preparing the data", lambda: load_data(config, mesh)
-    )
+    placement, train_part, calibration_part = load_data(config, mesh, workdir, processes)
     with watchdog(config.process.watchdog_seconds) as alive:
         run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
         processes.together("the check of the memory", run.check)
@@ -72,6 +70,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 workdir / "checkpoints",
                 keep=config.checkpoint.keep,
                 keep_best=config.checkpoint.keep_best,
+                best_metric=config.checkpoint.best_metric,
                 processes=processes,
             ) as checkpoints,
         ):
@@ -228,7 +227,11 @@ def fit(job: Job, start: Start) -> TrainState:
                 score = best if config.checkpoint.best_metric == "accuracy" else -best
             if saves or stops:
                 writer.flush()
-                notes = {"config": config.to_dict(), "unlogged": unlogged}
+                notes = {
+                    "config": config.to_dict(),
+                    "unlogged": unlogged,
+                    "on_device": run.placement.on_device,
+                }
                 job.checkpoints.save(state, done, notes=notes, score=score)
             if stops:
                 job.checkpoints.wait()
@@ -245,8 +248,10 @@ def finish(job: Job, state: TrainState) -> None:
     """
     run, workdir, processes = job.run, job.workdir, job.processes
     calibration = run.predict(state, job.calibration_part)
-    if processes.first:
-        calibration.save(workdir / "predictions_calibration.npz")
+    processes.from_first(
+        "writing the predictions",
+        lambda: calibration.save(workdir / "predictions_calibration.npz"),
+    )
     if any(processes.share("the evaluation on test", job.stopping())):
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
@@ -298,22 +303,9 @@ def prepare(config: ConfigDict) -> None:
     """
     catalogue.make_ready(config.data)
     if config.data.name in pictures.NAMES:
-        print(place(config, sharding.make_mesh()).reason)
-
-
-def place(config: ConfigDict, mesh: jax.sharding.Mesh) -> Placement:
-    """Where the images of a prepared dataset are to be; makes the squares if that needs them.
-
-    Raises:
-        InputError: there is no room for them.
-    """
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
-    placement = choose(config.data, info, mesh)
-    if placement.on_device and config.data.name in pictures.NAMES:
-        pictures.prepare_squares(config.data)
-    return placement
+        placement = decide(config, sharding.make_mesh())
+        make_squares(config, placement)
+        print(placement.reason)
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
@@ -333,17 +325,55 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def load_data(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Placement, Part, Part]:
+def load_data(
+    config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path, processes: Processes
+) -> tuple[Placement, Part, Part]:
     """Where the training images are to be, and the training and the calibration part.
 
     Raises:
         InputError: they cannot be had, or the config does not fit them.
     """
-    if not catalogue.is_ready(config.data):
-        catalogue.make_ready(config.data)
-    check_sizes(config)
-    placement = place(config, mesh)
-    return placement, *load_train_and_calibration(config.data, decode=not placement.on_device)
+
+    def make_ready() -> None:
+        if not catalogue.is_ready(config.data):
+            catalogue.make_ready(config.data)
+        check_sizes(config)
+
+    processes.together("preparing the data", make_ready)
+    # One for all: each would decide by its own free memory.
+    decided = processes.from_first(
+        "where the images are to be", lambda: dataclasses.asdict(decide(config, mesh, workdir))
+    )
+    placement = Placement(**decided)
+
+    def load() -> tuple[Part, Part]:
+        make_squares(config, placement)
+        return load_train_and_calibration(config.data, decode=not placement.on_device)
+
+    return placement, *processes.together("reading the data", load)
+
+
+def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Placement:
+    """What `data.placement` says; a run that goes on stays where it was.
+
+    Raises:
+        InputError: there is no room.
+    """
+    info = catalogue.dataset_info(config.data)
+    if info is None:
+        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+    section = config.data.copy_and_resolve_references()
+    notes = latest_notes(workdir / "checkpoints") if workdir else None
+    if notes is not None and section.placement == "auto":
+        # Its augmentation has other random numbers elsewhere, and free memory changes.
+        section.placement = "device" if notes["on_device"] else "host"
+    return choose(section, info, mesh)
+
+
+def make_squares(config: ConfigDict, placement: Placement) -> None:
+    """Makes the squares that device memory is to hold, of pictures that are kept encoded."""
+    if placement.on_device and config.data.name in pictures.NAMES:
+        pictures.prepare_squares(config.data)
 
 
 def check(

@@ -1,7 +1,6 @@
 """A run's folder: whether it can be the run's, and whose it is while the run goes on."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sync_jax import sharding
+from sync_jax.checkpoint import latest_notes
 from sync_jax.config import describe_differences, read_config, to_json
 from sync_jax.distributed import Processes
 from sync_jax.errors import InputError
+from sync_jax.files import write_atomically
 from sync_jax.process import exclusive
 from sync_jax.progress import read_metrics
 
@@ -61,6 +62,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
     if has_config:
         refuse_differences(config, read_config(path), workdir)
+    elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
+        refuse_differences(config, notes["config"], workdir)
 
 
 def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
@@ -86,9 +89,8 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
     """Makes the folder and saves the resolved config in it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.incomplete"
-        temporary.write_text(to_json(config))
-        os.replace(temporary, workdir / "config.json")
+        text = to_json(config).encode()
+        write_atomically(workdir / "config.json", lambda file: file.write(text))
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 

@@ -15,6 +15,7 @@ import pytest
 
 from sync_jax import run, sharding, train
 from sync_jax.checkpoint import Checkpoints
+from sync_jax.distributed import Processes
 from sync_jax.errors import NonFiniteError
 from sync_jax.evaluate import Predictions
 from sync_jax.nonfinite import FILE
@@ -173,7 +174,7 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     assert (entry["step"], entry["action"]) == (9, "stop")
     assert {"loss", "selective_risk", "gradient_norm"} <= entry["bad"].keys()
     # The examples, found otherwise: by their order on the host.
-    _, part, _ = train.load_data(config, sharding.make_mesh())
+    _, part, _ = train.load_data(config, sharding.make_mesh(), tmp_path, Processes())
     host = Run(tiny.config(data_dir, method="sync", train__epochs=1.5, data__placement="host"),
                sharding.make_mesh(), train_size=len(part.labels),
                placement=train.Placement(on_device=False))  # fmt: skip

@@ -169,7 +169,10 @@ def test_initial_state_is_a_function_of_the_seed():
 ])  # fmt: skip
 def test_metrics(method, terms):
     _, metrics = run(method, 1)
-    assert metrics.keys() == {"loss", "accuracy", "gradient_norm", "parameter_norm"} | terms
+    assert (
+        metrics.keys()
+        == {"loss", "accuracy", "gradient_norm", "parameter_norm", "state_norm"} | terms
+    )
     chex.assert_shape(list(metrics.values()), ())
     chex.assert_type(list(metrics.values()), jnp.float32)
     chex.assert_tree_all_finite(metrics)
@@ -195,7 +198,7 @@ def test_metrics_are_those_of_the_batch_before_the_step():
     assert 0 < expected["coverage"] < 1
     after, metrics = compiled_step("sync", 1)(state, batch)
     expected["parameter_norm"] = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(after.params)))
-    del metrics["gradient_norm"]
+    del metrics["gradient_norm"], metrics["state_norm"]
     chex.assert_trees_all_close(metrics, expected, rtol=1e-5)
 
 

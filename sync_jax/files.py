@@ -1,0 +1,31 @@
+"""Files that are whole or absent, also after a power cut."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file beside its place, makes sure that it is on the disk, and puts it there.
+
+    Args:
+        path: in a folder that exists; a file there is replaced.
+        write: writes the content.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.incomplete")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass  # a file system without that, as a mounted bucket
+    finally:
+        os.close(folder)
