@@ -44,10 +44,12 @@ check() {
 
 account() { command -v ssh >/dev/null || die 2 "there is no ssh here"; }
 
-# No passwords: what supervise asks for at night nobody answers.
-on_hosts() { do_ ssh -o BatchMode=yes -o ConnectTimeout=20 "$server" "$1" </dev/null; }
-on_host() { do_ ssh -o BatchMode=yes -o ConnectTimeout=20 "$server" "$2"; }
-copy() { do_ scp -q -o BatchMode=yes -o ConnectTimeout=20 "$1" "$server:" </dev/null; }
+# No passwords: what supervise asks for at night nobody answers. A server that no longer answers, as after
+# the laptop has slept, is noticed.
+options=(-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30)
+on_hosts() { do_ ssh "${options[@]}" "$server" "$1" </dev/null; }
+on_host() { do_ ssh "${options[@]}" "$server" "$2"; }
+copy() { do_ scp -q "${options[@]}" "$1" "$server:" </dev/null; }
 
 look() { :; } # it is there; ssh says where not
 look_for_hosts() { :; }

@@ -87,8 +87,9 @@ mount_bucket() { # BUCKET:FOLDER
     if ! mkdir -p "$folder" 2>/dev/null; then
       as_root mkdir -p "$folder" && as_root chown "$(id -u):$(id -g)" "$folder"
     fi
-    # It stays, and must not keep the lock.
-    gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$bucket" "$folder" 9>&- ||
+    # It stays, must not keep the lock, and must outlive what ends a session: see attempt.
+    (trap '' HUP && gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 \
+      --metadata-cache-negative-ttl-secs=0 "$bucket" "$folder" 9>&-) ||
       die "gs://$bucket cannot be mounted: does it exist, and may this machine's service account use it?"
   fi
   probe=$(mktemp "$folder/.sync_jax-XXXXXX" 2>/dev/null) ||
@@ -144,7 +145,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     mount_bucket "$mount"
     for argument; do # workers that all prepared the data at once would write over one another
       case $argument in
-        --config.data.data_dir="$folder"*)
+        --config.data.data_dir="$folder" | --config.data.data_dir="$folder"/*)
           [ -n "$(ls -A "${argument#*=}" 2>/dev/null)" ] ||
             die "${argument#*=} is empty: prepare the data once and copy it there, see launch/README.md"
           ;;
@@ -171,10 +172,12 @@ run() { # [BUCKET:FOLDER]... -- ARG...
 }
 
 # The run's own parent, in a session of its own, which notes how the run ended. At a preemption the
-# system sends TERM to both: to the run it means save, to this nothing.
+# system sends TERM to both: to the run it means save, to this nothing. And at once HUP to all that a
+# login left behind (systemd's sessions have SendSIGHUP), which the run inherits as ignored.
 attempt() {
   local status signalled trainer
-  trap 'signalled=1' TERM HUP INT
+  trap 'signalled=1' TERM INT
+  trap '' HUP
   if [ -f $state/env ]; then
     while IFS= read -r line; do export "${line?}"; done <$state/env
     rm $state/env # the next run brings its own

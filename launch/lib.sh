@@ -277,10 +277,10 @@ survey() {
   done <<<"$lines"
   if [ $count -lt "$hosts" ]; then
     why="$count of $hosts workers answered"
-  elif [ -n "$broken" ]; then
-    run=failed why=${broken#, }
   elif [ $other -gt 0 ]; then
     run=other
+  elif [ -n "$broken" ]; then
+    run=failed why=${broken#, }
   elif [ $running -eq $count ]; then
     run=running
   elif [ $finished -eq $count ]; then
@@ -371,7 +371,11 @@ judge() { # what to do about the run, on a machine that is there
       fi
       ;;
     *)
-      if [ "$started" = 1 ]; then ended; fi
+      if [ "$started" = 1 ]; then
+        ended
+      elif [ "$run" = failed ]; then
+        stop # it failed while nobody watched: the other workers may still wait, and hold their machines
+      fi
       started=0
       launch
       ;;

@@ -125,7 +125,7 @@ look() {
   if ! requests=$(tpus queued-resources list '--format=value(name.basename(),state.state)' 2>"$chatter") ||
     ! nodes=$(tpus tpu-vm list '--format=value(name.basename(),state,networkEndpoints.len())' 2>"$chatter"); then
     detail=$(grep -v '^$' "$chatter" | tail -n 1)
-    return
+    return 1
   fi
   request=$(awk -v name="$name" '$1 == name { print $2 }' <<<"$requests")
   read -r state count <<<"$(awk -v name="$name" '$1 == name { print $2, $3 }' <<<"$nodes")"
@@ -188,7 +188,8 @@ create_and_wait() {
 }
 
 delete() {
-  look
+  # Without knowing whether there is a request, its machine alone would be deleted.
+  look || die 1 "it cannot be looked up, so nothing is deleted: $detail"
   if [ $dry = 0 ] && [ $machine = gone ] && [ -z "$detail" ]; then
     say "there is no machine $name"
     return

@@ -181,8 +181,10 @@ def test_a_term_to_all_processes_saves_and_is_noted(host: Host):
     begin(host.ready(), PATIENT)
     trainer = int((host.state / "run").read_text().split()[1])
     parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
-    for pid in (parent, trainer):
-        os.kill(pid, signal.SIGTERM)
+    # systemd follows the TERM by a HUP at once, to what belongs to a login's session.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        for pid in (parent, trainer):
+            os.kill(pid, number)
     assert host.ended() == 75
 
 
@@ -231,6 +233,10 @@ def test_unprepared_data_in_a_bucket_is_refused(host: Host):
     assert f"{data} is empty: prepare the data once and copy it there" in output
     assert not (host.state / "run").exists()
     (data / "fashion_mnist").mkdir(parents=True)
+    assert host.do(*words)[0] == 0
+    host.ended()
+    # Another bucket whose name only begins alike is not this one's to check.
+    words[-1] = f"--config.data.data_dir={host.cloud.bucket}-data/a"
     assert host.do(*words)[0] == 0
 
 

@@ -241,3 +241,18 @@ def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
     assert "no longer watched: what runs goes on" in errors
     assert output.strip().splitlines()[-1].strip() == DELETE
     assert "state=running" in cloud.tpu("status", WORKDIR).stdout
+
+
+def test_what_failed_while_nobody_watched_is_stopped_and_started_again(slice_of_three: Cloud):
+    """One worker has ended, the others wait for it and hold their machines."""
+    cloud = slice_of_three
+    cloud.trainer(ONE_FAILS)
+    for verb in (["create", "--type=v5litepod-16", "--spot", "--yes"], ["setup"], ["run", CONFIG]):
+        result = cloud.tpu(verb[0], *verb[1:], WORKDIR)
+        assert result.returncode == 0, result.stderr
+    cloud.wait((cloud.home(1) / ".sync_jax" / "exit").exists)
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "cannot be set up" not in result.stderr
+    for worker in (0, 2):
+        assert "asked\n" in (cloud.home(worker) / ".sync_jax" / "log").read_text()

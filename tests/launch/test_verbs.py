@@ -93,6 +93,16 @@ def test_delete_finds_out_what_it_is(cloud: Cloud):
     assert [call[3] for call in cloud.calls("delete")] == ["queued-resources"]
 
 
+def test_nothing_is_deleted_while_the_cloud_does_not_answer(cloud: Cloud):
+    """It would be the machine without its request."""
+    assert cloud.tpu("create", "--type=v4-8", "--spot", "--yes").returncode == 0
+    cloud.set(fail={"list": 1})
+    result = cloud.tpu("delete", "--yes")
+    assert (result.returncode, cloud.calls("delete")) == (1, [])
+    assert "so nothing is deleted: ERROR: (gcloud) UNAVAILABLE" in result.stderr
+    assert cloud.tpu("delete", "--yes").returncode == 0
+
+
 def test_a_request_that_will_not_be_served_ends_the_wait(cloud: Cloud):
     cloud.set(lives=[["WAITING_FOR_RESOURCES", "FAILED"]])
     result = cloud.tpu("create", "--type=v4-8", "--valid-until=1h", "--yes")
