@@ -20,6 +20,10 @@ from sync_jax.steps import TrainState
 
 fingerprints = checkpoint.fingerprints
 
+# Of many reads or writes under way Orbax awaits the first that fails; the others' errors, such as
+# that the loop they would report to is closed, go nowhere.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(value: float) -> TrainState:
     def tree() -> dict[str, jax.Array]:
@@ -239,8 +243,6 @@ def save_and_wait(checkpoints, state, step):
     checkpoints.wait()
 
 
-# Of the many writes under way Orbax awaits the first that fails; the others' errors go nowhere.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_write_that_fails_is_one_line_and_the_earlier_checkpoint_stays(tmp_path):
     """The system refuses files of more than so many bytes, as a full disk does."""
     big = state(1.0).replace(memory=jnp.asarray(np.random.default_rng(0).normal(size=200_000)))

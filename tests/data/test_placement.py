@@ -60,8 +60,12 @@ def test_free_memory_is_the_devices_own(monkeypatch):
         statistics = {"bytes_limit": limit, "bytes_in_use": used}
         return types.SimpleNamespace(platform="gpu", memory_stats=lambda: statistics)
 
-    mesh = types.SimpleNamespace(devices=np.asarray([device(70, 20), device(70, 10)]))
+    own = [device(70, 20), device(70, 10)]
+    mesh = types.SimpleNamespace(size=2, local_devices=own)
     assert placement.free_memory(mesh) == 110
+    # Another process's two, which do not tell, are taken to be as these.
+    mesh = types.SimpleNamespace(size=4, local_devices=own)
+    assert placement.free_memory(mesh) == 220
     available = placement.free_memory(sharding.make_mesh())  # a CPU's eight share the host's
     assert 1e8 < available < 1e13
 
