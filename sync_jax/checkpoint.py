@@ -1,6 +1,7 @@
 """Checkpoints of the training state; the only file that imports Orbax."""
 
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -107,7 +108,8 @@ class Checkpoints:
             return
         about = {
             "fingerprints": fingerprints(state),
-            "notes": dict(notes or {}),
+            # A copy: they are written in the background, while the caller goes on with his.
+            "notes": copy.deepcopy(dict(notes or {})),
             "score": score,
             "best_metric": self._best_metric,
         }

@@ -1,3 +1,4 @@
+import copy
 import gc
 import random
 import re
@@ -232,8 +233,10 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 def test_notes_come_back_as_they_were(tmp_path):
     notes = {"config": {"a": [1, 2.5, "x", None, True]}, "unlogged": [[3, {"loss": 0.1 + 0.2}]]}
+    given = copy.deepcopy(notes)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(state(1.0), 1, notes=notes)
+        checkpoints.save(state(1.0), 1, notes=given)
+        given["unlogged"].append([4, {"loss": 1.0}])  # while it is written in the background
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(state(0.0)).notes == notes
 
