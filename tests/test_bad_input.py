@@ -1111,12 +1111,13 @@ def world(template, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every path below, with what files hold and when they were changed."""
+    """Every path below, with what files hold and when they were changed, but for a config file's bytecode."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         if path.is_file()
         else None
         for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
     }
 
 
