@@ -1111,7 +1111,7 @@ def world(template, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every path below, with what files hold and when they were changed, but for a config file's bytecode."""
+    """Every path below, with what files hold and when they were changed; no config's bytecode."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         if path.is_file()
