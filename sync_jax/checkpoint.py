@@ -78,6 +78,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(self._keep, self._keep_best, self._scores),
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # of a process that was killed while it saved
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

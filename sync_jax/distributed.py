@@ -5,12 +5,15 @@ instead, which needs no device: who has arrived, and whether all may go on. A pr
 where the others do not would otherwise leave them waiting in a collective for ever.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -23,11 +26,12 @@ from sync_jax.errors import (
     TerminatedError,
     WriteError,
 )
-from sync_jax.printable import say
+from sync_jax.printable import printable, say
 
 T = TypeVar("T")
 
 _LONGEST = 7 * 24 * 3600.0  # seconds that anything is waited for
+_GRACE = 5.0  # seconds that a process has to end by itself after another has failed
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -204,12 +208,82 @@ class Processes:
             raise _error("", failure)
         return result
 
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Ends all processes when one of them fails within: the others would wait for it.
+
+        A disk that is full, a picture that cannot be decoded or a bug can meet one process alone,
+        between two steps, while the others are in a collective that nothing can interrupt. They
+        print its error and end with its status, wherever they are.
+
+        Raises:
+            FailedError: a computation failed here, as it does when another process is gone.
+        """
+        if self.count == 1:
+            yield
+            return
+        over = threading.Event()
+        watch = threading.Thread(target=self._end_with_others, args=(over,), daemon=True)
+        watch.start()
+        try:
+            yield
+        except (TerminatedError, NonFiniteError):
+            raise  # all of them, at the same step, however long each has to save
+        except BaseException as error:
+            known = self._tell(error)
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                reason = known or f"a computation failed: {_one_line(error)}"
+                raise FailedError(reason) from error
+            raise
+        finally:
+            over.set()
+            watch.join()
+
+    @property
+    def _failed(self) -> str:
+        return f"sync_jax/{self._name}/failed"
+
+    def _tell(self, error: BaseException) -> str | None:
+        """Tells the others of an error, and waits until they know; what another told before."""
+        client: Any = jax_distributed.global_state.client
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others are gone
+            try:
+                client.key_value_set(self._failed, json.dumps([self.index, *_described(error)]))
+            except jax.errors.JaxRuntimeError:
+                other, _, message = json.loads(client.key_value_try_get(self._failed))
+                return f"process {other} failed: {message}"
+            deadline = time.monotonic() + _GRACE
+            for process in set(range(self.count)) - {self.index}:
+                left = max(deadline - time.monotonic(), 0.1)
+                client.blocking_key_value_get(f"{self._failed}/{process}", int(1000 * left))
+        return None
+
+    def _end_with_others(self, over: threading.Event) -> None:
+        """Ends this process a little after another has failed, unless it is `over` by then."""
+        client: Any = jax_distributed.global_state.client
+        while not over.wait(1):
+            try:
+                other, kind, message = json.loads(client.key_value_try_get(self._failed))
+            except jax.errors.JaxRuntimeError:
+                continue  # nobody has failed, or process 0 is gone, which JAX ends us for
+            if other == self.index:
+                return
+            client.key_value_set(f"{self._failed}/{self.index}", "")
+            if over.wait(_GRACE):
+                return
+            text = f"sync_jax: process {other} failed: {printable(message)}"
+            print(text, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.shutdown()  # or the other would wait for us
+            os._exit(2 if kind == InputError.__name__ else 1)  # the main thread may be stuck
+
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _described(error: Exception) -> list[str]:
+def _described(error: BaseException) -> list[str]:
     for kind in _AGREED:
         if isinstance(error, kind):
             return [kind.__name__, str(error)]

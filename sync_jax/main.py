@@ -134,7 +134,8 @@ def main(arguments: list[str]) -> None:
     except errors.TerminatedError as error:
         _stop(f"{error}; the same command goes on from there", 75)
     except OSError as error:  # what no one expected: a disk that is full, a folder that vanished
-        _stop(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 1)
+        where = error.filename or f"a file of --workdir={_WORKDIR.value or 'runs'}"
+        _stop(f"{where} cannot be used: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint", 130)
 

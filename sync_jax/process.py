@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sync_jax.errors import InputError
+from sync_jax.printable import say
 
 
 @contextlib.contextmanager
@@ -40,8 +41,8 @@ def exclusive(workdir: Path) -> Iterator[None]:
                 f"--workdir={workdir} is in use by {lock.read().strip() or 'another process'}; "
                 "wait for it, stop it, or name another --workdir"
             ) from None
-        except OSError:
-            pass  # a file system without locks, as a mounted bucket
+        except OSError:  # a file system without locks, as a mounted bucket
+            say(f"{workdir} cannot be locked there: see that no other run uses it meanwhile")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()

@@ -1,11 +1,12 @@
 """What a run shows and writes while it goes on: console, metrics.jsonl and TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +14,7 @@ import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
 
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, WriteError
 
 _BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 
@@ -107,7 +108,7 @@ class MetricWriter:
             workdir: exists.
             start_step: steps done; later entries are dropped, for these steps are done again.
         """
-        path = workdir / "metrics.jsonl"
+        path = self._path = workdir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
         temporary = path.with_name(f"{path.name}.incomplete")
         self._file = temporary.open("w")
@@ -131,17 +132,30 @@ class MetricWriter:
             step: steps done.
             part: 'train' or 'calibration'.
             values: numbers by name.
+
+        Raises:
+            WriteError: it cannot be written, on a full disk for example.
         """
         entry = {"step": step, "part": part, "seconds": round(self.seconds, 3), **values}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with self._named_errors():
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{part}/{name}", value, step)
 
     def flush(self) -> None:
         """Makes sure that the entries are on the disk: before a checkpoint that follows them is."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """A failed write's error does not say of which file."""
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -152,7 +166,8 @@ class MetricWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be now
+            self._file.close()
         self._events.close()
 
 

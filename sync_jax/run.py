@@ -38,7 +38,7 @@ from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
 
-STOPS = "stops"  # the metric that says whether any process was asked to stop
+STOP_VOTE = "stop_vote"  # the metric that says whether any process was asked to stop
 
 
 class Run:
@@ -52,6 +52,7 @@ class Run:
         steps_per_epoch: may be fractional: no example is left out at an epoch's end.
         total_steps: of the run.
         state_like: shapes, dtypes and shardings of the training state.
+        alive: to be called whenever something has been done that may take long.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Run:
             mesh: over all devices of all processes.
             train_size: number of training examples.
             placement: of their images.
-            alive: called whenever a step or a batch of predictions is done.
+            alive: called whenever a step or a batch of predictions is done; the attribute.
 
         Raises:
             InputError: the dataset is not prepared.
@@ -134,7 +135,7 @@ class Run:
             data: ResidentSplit | Batch,
             seed: Array,
             skip: Array,
-            stops: Array | None,
+            vote: Array | None,
         ) -> tuple[TrainState, Terms]:
             batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
             batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
@@ -151,7 +152,7 @@ class Run:
                 microbatches=config.train.microbatches,
                 skip=skip,
             )
-            return state, metrics if stops is None else metrics | {STOPS: jnp.max(stops)}
+            return state, metrics if vote is None else metrics | {STOP_VOTE: jnp.max(vote)}
 
         def outputs(state: TrainState, images: Array) -> dict[str, Array]:
             return eval_step(state, normal(images), network=self.network)
@@ -161,17 +162,17 @@ class Run:
         # An argument and no constant: runs that differ in it alone share the compilation cache.
         self._seed = np.uint32(config.seed)
         # Whether this process was asked to stop, on each of its devices; see `step`.
-        self._asked: dict[bool, Any] = {False: None, True: None}
+        self._votes: dict[bool, Any] = {False: None, True: None}
         if mesh.is_multi_process:
             own = len(mesh.local_devices)
-            self._asked = {
+            self._votes = {
                 asked: sharding.from_shares(np.full(own, asked, np.float32), mesh)
                 for asked in (False, True)
             }
         self._outputs = sharding.one_at_a_time(
             jax.jit(outputs, in_shardings=(shardings, split), out_shardings=copied), mesh
         )
-        self._alive = alive
+        self.alive = alive
 
     def step(
         self,
@@ -190,13 +191,13 @@ class Run:
             stopping: whether this process was asked to stop.
 
         Returns:
-            The state after it and `steps.train_step`'s metrics; of several processes also STOPS,
-            above 0 where any was asked to stop: the one way to tell all of them the same, at the
-            same step, without waiting for each other.
+            The state after it and `steps.train_step`'s metrics; of several processes also
+            STOP_VOTE, above 0 where any was asked to stop: the one way to tell all of them the
+            same, at the same step, without waiting for each other.
         """
-        asked = self._asked[stopping]
-        result = self._compiled(state, data, self._seed, np.bool_(skip), asked)
-        self._alive()
+        vote = self._votes[stopping]
+        result = self._compiled(state, data, self._seed, np.bool_(skip), vote)
+        self.alive()
         return result
 
     def steps_of(self, epochs: float) -> int:
@@ -310,7 +311,7 @@ class Run:
 
         def outputs_of(images: np.ndarray) -> dict[str, Array]:
             outputs = self._outputs(state, sharding.from_shares(images, self.mesh))
-            self._alive()
+            self.alive()
             return outputs
 
         batch_size = self.config.evaluation.batch_size

@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def check_devices() -> None:
-    """Makes sure that JAX finds a device.
+    """Makes sure that JAX finds a device, and as many for each process.
 
     Raises:
-        InputError: it does not; says what it was told to look for.
+        InputError: it does not; says what it was told to look for, or who has how many.
     """
     try:
-        jax.devices()
+        owners = [device.process_index for device in jax.devices()]
     except RuntimeError as error:
         platforms = os.environ.get("JAX_PLATFORMS")
         told = f" (JAX_PLATFORMS={platforms})" if platforms else ""
@@ -35,6 +35,13 @@ def check_devices() -> None:
         raise InputError(
             f"JAX finds no device{told}: {reason}; JAX_PLATFORMS=cpu always works"
         ) from error
+    counts = [owners.count(process) for process in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        least, most = counts.index(min(counts)), counts.index(max(counts))
+        raise InputError(
+            f"process {least} has {min(counts)} devices and process {most} {max(counts)}; a batch "
+            "is split evenly, so give each process as many"
+        )
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -31,7 +31,7 @@ from sync_jax.printable import say
 from sync_jax.process import terminated, watchdog
 from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, write_report
-from sync_jax.run import STOPS, Run
+from sync_jax.run import STOP_VOTE, Run
 from sync_jax.steps import TrainState
 from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
 
@@ -64,6 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
         processes.together("the check of the memory", run.check)
         with (
+            processes.ending_together(),
             owned(workdir, processes),
             terminated() as stopping,
             Checkpoints(
@@ -177,7 +178,7 @@ def fit(job: Job, start: Start) -> TrainState:
     # Metrics by the steps then done: still on the device, and fetched but in no log line yet.
     unchecked: list[tuple[int, Terms]] = []
     unlogged = list(start.unlogged)
-    asked: deque[Array] = deque()
+    votes: deque[Array] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
     with (
         writes(job.workdir, start_step=start.step) as writer,
@@ -193,7 +194,7 @@ def fit(job: Job, start: Start) -> TrainState:
                 state, next(feed), skip=done in bad_steps.skipped, stopping=job.stopping()
             )
             if processes.count > 1:
-                asked.append(metrics.pop(STOPS))
+                votes.append(metrics.pop(STOP_VOTE))
             unchecked.append((done, metrics))
             progress.step(done)
             last = done == run.total_steps
@@ -211,7 +212,7 @@ def fit(job: Job, start: Start) -> TrainState:
             stops = job.stopping()
             if processes.count > 1:
                 # Two steps late, when it has long been computed: the device never waits.
-                stops = len(asked) > 2 and float(asked.popleft()) > 0
+                stops = len(votes) > 2 and float(votes.popleft()) > 0
             stops = stops and not last
             score = None
             if calibrates or saves or stops:
@@ -233,6 +234,7 @@ def fit(job: Job, start: Start) -> TrainState:
                     "on_device": run.placement.on_device,
                 }
                 job.checkpoints.save(state, done, notes=notes, score=score)
+                run.alive()
             if stops:
                 job.checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
@@ -258,6 +260,7 @@ def finish(job: Job, state: TrainState) -> None:
         "reading the test split",
         lambda: load_test(run.config.data, decode=not run.placement.on_device),
     )
+    run.alive()
     test = run.predict(state, test_part)
 
     def report() -> None:

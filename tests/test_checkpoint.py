@@ -53,12 +53,14 @@ def test_restores_the_latest_bit_for_bit_and_keeps_so_many(tmp_path):
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3"}
 
 
-def test_a_save_in_progress_is_no_checkpoint(tmp_path):
+def test_a_save_in_progress_is_no_checkpoint_and_what_is_left_of_it_goes(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state(1.0), 1)
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 1
+        checkpoints.save(state(2.0), 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
 def test_saved_state_may_be_donated(tmp_path):

@@ -1,6 +1,22 @@
 import json
+from pathlib import Path
 
+import pytest
+
+from sync_jax.errors import WriteError
 from sync_jax.progress import MetricWriter, Progress, read_metrics
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    def write_on(device: str) -> None:
+        with MetricWriter(tmp_path, start_step=0) as writer:
+            writer._file.close()
+            writer._file = Path(device).open("w")  # noqa: SIM115
+            writer.write(10, "train", {"loss": 1.0})
+
+    with pytest.raises(WriteError, match=r"metrics.jsonl cannot be written: No space left"):
+        write_on("/dev/full")
+    write_on("/dev/null")  # the control
 
 
 def test_a_resumed_log_has_every_step_once_and_its_whole_time(tmp_path):

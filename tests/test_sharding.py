@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,16 @@ from sync_jax.errors import InputError
 @pytest.fixture
 def mesh():
     return sharding.make_mesh()
+
+
+def test_processes_of_unequal_numbers_of_devices_are_refused(monkeypatch):
+    devices = [SimpleNamespace(process_index=process) for process in (0, 0, 0, 0, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="process 1 has 2 devices and process 0 4; a batch is"):
+        sharding.check_devices()
+    monkeypatch.setattr(jax, "devices", lambda: devices[2:])
+    sharding.check_devices()
 
 
 def test_mesh_holds_every_device_once(mesh):

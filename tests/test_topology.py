@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -51,14 +52,14 @@ def check_close(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monkeypatch):
+def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monkeypatch, capsys):
     """With BatchNorm, batches that straddle epochs, and a last batch of 40 examples by 16."""
     vary = [f"method={','.join(METHODS)}"]
     children = processes.start(
         [
             tiny.command(
                 data_dir, tmp_path / "two", "--config.train.epochs=1.0",
-                "--mode=sweep", f"--vary={vary[0]}",
+                "--mode=sweep", f"--vary={vary[0]}", "--config.optimizer.sharded=True",
             )
         ] * 2,
         devices=2,
@@ -80,9 +81,20 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
         name = f"quickstart-{method}-seed0"
         for other in ("8", "two"):
             check_close(tmp_path / "1" / name, tmp_path / other / name)
+    # What two processes saved, their optimiser's state divided, goes on with one device.
+    name = "quickstart-self_adaptive-seed0"
+    moved = tmp_path / "two" / name
+    (moved / "report.json").unlink()
+    shutil.rmtree(moved / "checkpoints" / "12")
+    use(monkeypatch, 1)
+    capsys.readouterr()
+    config = quickstart.copy_and_resolve_references()
+    config.update({"method": "self_adaptive", "optimizer": {"sharded": True}})
+    train.train_and_evaluate(config, moved)
+    assert "resuming at step 6 of 12" in capsys.readouterr().out
+    check_close(tmp_path / "1" / name, moved)
     # Negative control: another seed's curve is not close.
     name = "quickstart-ce-seed0"
-    use(monkeypatch, 1)
     quickstart.update({"method": "ce", "seed": 1})
     train.train_and_evaluate(quickstart, tmp_path / "seed1")
     with pytest.raises(AssertionError):
@@ -144,6 +156,12 @@ def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_d
     chex.assert_trees_all_equal(jax.device_get(restored), divided)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 AGREEING = """
 import sys
 from sync_jax import distributed, errors
@@ -175,9 +193,7 @@ if processes.first:
 @pytest.mark.slow
 def test_processes_agree_and_name_those_that_are_missing():
     script = [sys.executable, "-c", AGREEING]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     children = [processes.start([[*script, str(i), port]])[0] for i in range(2)]
     first, second = processes.finish(children)
     assert [child.returncode for child in children] == [0, 0], (first, second)
@@ -190,6 +206,40 @@ def test_processes_agree_and_name_those_that_are_missing():
         "FailedError process 1 of 2 did not come to 'the end' within 1 s; its own log says why",
     ]
     assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
+
+
+FAILING = """
+import sys
+import jax, numpy as np
+from sync_jax import distributed, errors, sharding
+
+i, port, failing = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+distributed.initialize(f"localhost:{port}", 2, i, seconds=60)
+mesh = sharding.make_mesh()
+total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(mesh))
+try:
+    with distributed.Processes(seconds=60).ending_together():
+        for step in range(3):
+            if (step, i) == (1, failing):
+                raise errors.InputError("no such picture")
+            print(float(total(sharding.from_shares(np.ones(1), mesh))), flush=True)
+except errors.InputError as error:
+    print("InputError", error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_on_one_process_alone_ends_the_others(failing):
+    """Though they are in a collective that waits for it."""
+    script = [sys.executable, "-c", FAILING]
+    port = free_port()
+    children = [processes.start([[*script, str(i), port, str(failing)]])[0] for i in range(2)]
+    printed = [text.splitlines()[1:] for text in processes.finish(children)]  # Gloo's line
+    assert printed[failing] == ["2.0", "InputError no such picture"]
+    assert printed[1 - failing] == ["2.0", f"sync_jax: process {failing} failed: no such picture"]
+    assert [child.returncode for child in children] == [2, 2]
 
 
 UNDER_SLURM = """

@@ -7,6 +7,7 @@ resident pipeline's. Nothing here computes with JAX, which a worker process must
 
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator
 
 import grain
@@ -132,6 +133,14 @@ def batches(
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which only main.py parses
             flags.FLAGS.mark_as_parsed()
         ordered = ordered.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_leave_signals_to_the_run,
         )
     yield from ordered
+
+
+def _leave_signals_to_the_run(worker: int, workers: int) -> None:
+    """What is sent to a whole process group would end a worker before its run has saved."""
+    del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

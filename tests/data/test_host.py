@@ -1,5 +1,9 @@
 """The host pipeline: the same batch whatever decodes it, from wherever it starts."""
 
+import multiprocessing
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +106,16 @@ def test_worker_processes_change_nothing(decoded):
         part.images, part.labels, epoch_constants(0, 9), 0, ALL._replace(min_crop_area=0.5), 12
     )
     threads = collect(source, start=1, stop=8)
-    assert_same(collect(source, start=1, stop=8, workers=2), threads)
+    before = set(multiprocessing.active_children())
+    batches = host.batches(source, start=1, stop=8, batch_size=6, workers=2)
+    first = next(batches)
+    # A whole process group is asked to stop; its run goes on until it has saved.
+    workers = set(multiprocessing.active_children()) - before
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert_same([first, *batches], threads)
 
 
 def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
