@@ -1,6 +1,6 @@
 """`sync_jax.main` in a process that comes to harm at a moment of the test's choosing.
 
-    python -m tests.faulty HARM:MOMENT:NUMBER ARGUMENT...
+    python -m tests.faulty HARM:MOMENT:NUMBER[,HARM:MOMENT:NUMBER] ARGUMENT...
 
 HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM); MOMENT 'step' (that step is under
 way), 'saving' (the so-manyth checkpoint is being written), 'saved' (it is complete) or
@@ -79,6 +79,7 @@ def spoil(*numbers: int) -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv.pop(1).split(":")
-    prepare(chosen[0], chosen[1], int(chosen[2]))
+    for chosen in sys.argv.pop(1).split(","):
+        how, moment, number = chosen.split(":")
+        prepare(how, moment, int(number))
     app.run(main.main, flags_parser=main.parse_flags)
