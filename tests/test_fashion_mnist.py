@@ -17,17 +17,20 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["selectivenet", "deep_gamblers", "self_adaptive"])
 def test_short_training(method, tmp_path):
-    """By the command line, on one device and with the usual optimisations."""
+    """By the command line, on one device and with the usual optimisations.
+
+    The methods that learn to abstain; `.ci/run` trains sync, and the others rank by the softmax.
+    """
     try:
         catalogue.make_ready(get_config().data, print)
     except InputError as error:
         pytest.skip(f"Fashion-MNIST cannot be had: {error}")
     changes = {
         "method": method,
-        "train.epochs": 1.2,
-        "optimizer.warmup_epochs": 0.2,
+        "train.epochs": 0.8,
+        "optimizer.warmup_epochs": 0.1,
     }
     subprocess.run(
         [sys.executable, "-m", "sync_jax.main", "--config=configs/quickstart.py"]

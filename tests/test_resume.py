@@ -52,7 +52,7 @@ def live(
     children = processes.start(
         [command(data_dir, workdir, harm, method) for harm in harms],
         devices=devices,
-        # Of several, only the first writes what it compiled to the cache: compile quickly.
+        # Once with the usual optimisations is enough; they take long.
         XLA_FLAGS=os.environ["XLA_FLAGS"] if len(harms) > 1 else "",
     )
     if any("kill" in harm for harm in harms):  # what kills one host takes the job with it
