@@ -29,8 +29,8 @@ def test_short_training(method, tmp_path):
         pytest.skip(f"Fashion-MNIST cannot be had: {error}")
     changes = {
         "method": method,
-        "train.epochs": 0.8,
-        "optimizer.warmup_epochs": 0.1,
+        "train.epochs": 1.2,
+        "optimizer.warmup_epochs": 0.2,
     }
     subprocess.run(
         [sys.executable, "-m", "sync_jax.main", "--config=configs/quickstart.py"]
