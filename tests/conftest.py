@@ -21,8 +21,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Most of the suite's time is compilation, and what is compiled runs for seconds at most. CI's own
 # training and the processes that tests start have XLA's usual optimisations.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # half as long again; a flag that later versions do not know
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # Before anything starts a backend: afterwards neither can be changed.
 jax.config.update("jax_platforms", "cpu")

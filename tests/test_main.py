@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
         return subprocess.run(
             [*command, *arguments],
             cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+            env={
+                **{"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+                "XLA_FLAGS": os.environ["XLA_FLAGS"],
+            },
             capture_output=True,
             text=True,
         )

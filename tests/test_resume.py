@@ -53,7 +53,7 @@ def live(
         [command(data_dir, workdir, harm, method) for harm in harms],
         devices=devices,
         # Once with the usual optimisations is enough; they take long.
-        XLA_FLAGS=os.environ["XLA_FLAGS"] if len(harms) > 1 else "",
+        XLA_FLAGS="" if len(harms) == 1 and method == METHOD else os.environ["XLA_FLAGS"],
     )
     if any("kill" in harm for harm in harms):  # what kills one host takes the job with it
         killed = next(i for i, harm in enumerate(harms) if "kill" in harm)
