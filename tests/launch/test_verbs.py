@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud
+from tests.launch.cloud import CONFIG, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
 
 
 def command(*arguments: str, epochs: int = 30) -> list[str]:
@@ -116,6 +118,17 @@ def test_a_preempted_slice_of_two_with_the_real_trainer(tmp_path):
         check_finished(run, 237)
     finally:
         cloud.close()
+
+
+def test_a_venv_that_is_a_link_is_not_pushed(tmp_path):
+    """It may lie on a larger disk; a host that got the link would install, and delete, there."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / ".venv").symlink_to("disk")
+    listed = ["git", "ls-files", "--others", "--exclude-standard"]  # what push packs
+    result = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == ".gitignore\n"
 
 
 def test_delete_finds_out_what_it_is(cloud: Cloud):
