@@ -185,26 +185,31 @@ run() { # [BUCKET:FOLDER]... -- ARG...
   echo "worker $(worker): started"
 }
 
-# The run's own parent, in a session of its own, which notes how the run ended. At a preemption the
-# system sends TERM to both: to the run it means save, to this that it was asked. And at once HUP to all
-# that a login left behind (systemd's sessions have SendSIGHUP), which the run inherits as ignored.
+# The run's own session. At a preemption the system sends TERM to all in it: to the run it means save, here
+# that it was asked. And at once HUP to all that a login left behind (systemd's sessions have
+# SendSIGHUP), which the run inherits as ignored.
 attempt() {
-  local status signalled trainer
-  trap 'signalled=1; : >$state/asked' TERM INT
+  trap ': >$state/asked' TERM INT
   trap '' HUP
+  watch_trainer "$@" &
+  while kill -0 $! 2>/dev/null; do wait $! || true; done
+}
+
+watch_trainer() { # and notes how it ended
+  local status=0 trainer
   if [ -f $state/env ]; then
     while IFS= read -r line; do export "${line?}"; done <$state/env
     rm $state/env # the next run brings its own
   fi
+  # Not ignored yet, which the trainer would inherit.
+  trap : TERM INT
   # JAX_PLATFORMS names the accelerator: without, a chip that is locked means a run on the CPU.
   (cd sync_jax && exec .venv/bin/python -u -m sync_jax.main "$@") &
   trainer=$!
+  # Ignored, not handled: bash's wait may lose the status of what ends as a handled signal comes.
+  trap '' TERM INT
   echo $trainer >>$state/run
-  while :; do
-    signalled=0 status=0
-    wait $trainer || status=$?
-    [ $signalled = 1 ] || break
-  done
+  wait $trainer || status=$?
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) ended with exit status $status"
   # A machine that is gone has no logs.
   if [ -d "$(workdir)" ]; then

@@ -51,6 +51,19 @@ class Host:
         assert status == 0, output
         return self
 
+    def signal(self, *numbers: int) -> int:
+        """To the trainer and all above it in its session; returns the session's first process."""
+        pid = int((self.state / "run").read_text().split()[1])
+        session = os.getsid(pid)
+        chain = [pid]
+        while chain[-1] != session:
+            chain.append(int(Path(f"/proc/{chain[-1]}/stat").read_text().split()[3]))
+        assert len(chain) > 1
+        for number in numbers:
+            for pid in reversed(chain):
+                os.kill(pid, number)
+        return session
+
     def ended(self) -> int:
         self.cloud.wait((self.state / "exit").exists)
         return int((self.state / "exit").read_text())
@@ -177,15 +190,13 @@ def test_a_recorded_number_that_is_another_process_now_is_left_alone(host: Host)
 
 
 def test_a_term_to_all_processes_saves_and_is_noted(host: Host):
-    """As the system does when a spot machine goes."""
-    begin(host.ready(), PATIENT)
-    trainer = int((host.state / "run").read_text().split()[1])
-    parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
-    # systemd follows the TERM by a HUP at once, to what belongs to a login's session.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        for pid in (parent, trainer):
-            os.kill(pid, number)
-    assert host.ended() == 75
+    """As the system does when a spot machine goes; systemd sends a HUP to a login's session too."""
+    host.ready()
+    for _ in range(3):
+        begin(host, PATIENT)
+        host.signal(signal.SIGTERM, signal.SIGHUP)
+        assert host.ended() == 75
+        (host.state / "log").unlink()
 
 
 def test_the_stale_lock_goes_only_when_nobody_holds_the_accelerator(host: Host):
@@ -290,10 +301,8 @@ def test_the_bucket_stays_until_the_run_has_saved(host: Host):
     assert status == 0, output
     host.cloud.wait(lambda: "begun" in (host.state / "log").read_text())
     gcsfuse = int((host.home / "gcsfuse").read_text())
-    trainer = int((host.state / "run").read_text().split()[1])
-    parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
-    for pid in (gcsfuse, parent, trainer):
-        os.kill(pid, signal.SIGTERM)
+    os.kill(gcsfuse, signal.SIGTERM)
+    parent = host.signal(signal.SIGTERM)
     assert host.ended() == 75
     assert (bucket / "run" / "checkpoints" / "7").is_dir()
     assert "ended with exit status 75" in (bucket / "run" / "logs" / "worker-0.log").read_text()
@@ -324,10 +333,7 @@ def test_a_second_stop_does_not_end_a_run_that_is_saving(first, host: Host):
         if first == "stop":
             child = host.start("stop", "20")
         else:
-            trainer = int((host.state / "run").read_text().split()[1])
-            parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
-            for pid in (parent, trainer):
-                os.kill(pid, signal.SIGTERM)
+            host.signal(signal.SIGTERM)
         host.cloud.wait((host.home / "saving").exists)
         assert host.do("stop", "20") == (0, "worker 0: stopped\n")
         assert host.ended() == 75
