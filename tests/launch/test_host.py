@@ -1,5 +1,6 @@
 """host.sh, on a host that is a folder: one run at a time, installed whole, stopped for certain."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -61,7 +62,8 @@ class Host:
         assert len(chain) > 1
         for number in numbers:
             for pid in reversed(chain):
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it may have ended by the first
+                    os.kill(pid, number)
         return session
 
     def ended(self) -> int:
