@@ -17,6 +17,8 @@
 #   --grace=120                for stop
 #   --dry-run                  prints every command instead
 #   --yes                      asks nothing
+# SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
+# row may find no answer.
 # Exit status: 0 done, 2 bad usage, 75 stopped and saved, 1 anything else.
 set -uo pipefail
 self=launch/gpu.sh
@@ -48,7 +50,6 @@ account() { command -v ssh >/dev/null || die 2 "there is no ssh here"; }
 # the laptop has slept, is noticed.
 options=(-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30)
 on_hosts() { do_ ssh "${options[@]}" "$server" "$1" </dev/null; }
-on_host() { do_ ssh "${options[@]}" "$server" "$2"; }
 copy() { do_ scp -q "${options[@]}" "$1" "$server:" </dev/null; }
 
 look() { :; } # it is there; ssh says where not

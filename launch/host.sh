@@ -3,11 +3,11 @@
 # place is the home folder: the code in sync_jax/, what it must remember in .sync_jax/.
 #   unpack                             sync_jax.tar.gz into sync_jax/; what an earlier one left there goes
 #   setup EXTRA [BUCKET:FOLDER]...     Python, the pinned packages (EXTRA: tpu or cuda), the mounts
-#   env                                stdin, lines NAME=value, for the environment of the runs
-#   run [BUCKET:FOLDER]... -- ARG...   starts python -m sync_jax.main ARG..., detached
+#   run [BUCKET:FOLDER]... -- ARG...   starts python -m sync_jax.main ARG..., detached; sync_jax.env, with
+#                                      lines NAME=value, is for its environment, and goes
 #   status [WORKDIR]                   one line: worker, state, exit status, step of the last checkpoint
 #   logs LINES [follow]                the log, each line after the worker's number
-#   stop SECONDS                       TERM to the run; KILL after so long
+#   stop SECONDS                       TERM to the run, once; KILL after so long
 #   unlock                             removes libtpu's lock, if nobody holds the accelerator
 set -euo pipefail
 script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
@@ -82,6 +82,11 @@ find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which n
 # namespace, file by file in others. No cache of names: other hosts must see what one has written.
 mount_bucket() { # BUCKET:FOLDER
   local bucket=${1%%:*} folder=${1#*:} probe
+  if dead "$folder"; then
+    echo "worker $(worker): the mount of gs://$bucket is dead, for its gcsfuse has ended: mounting it anew" >&2
+    fusermount -uz "$folder" 2>/dev/null || as_root umount -l "$folder" ||
+      die "the dead mount at $folder cannot be removed: umount -l $folder"
+  fi
   if ! mountpoint -q "$folder"; then
     command -v gcsfuse >/dev/null || install_gcsfuse
     if ! mkdir -p "$folder" 2>/dev/null; then
@@ -92,9 +97,16 @@ mount_bucket() { # BUCKET:FOLDER
       --metadata-cache-negative-ttl-secs=0 "$bucket" "$folder" 9>&-) ||
       die "gs://$bucket cannot be mounted: does it exist, and may this machine's service account use it?"
   fi
-  probe=$(mktemp "$folder/.sync_jax-XXXXXX" 2>/dev/null) ||
-    die "gs://$bucket cannot be written: give this machine's service account the role Storage Object User"
+  probe=$(mktemp "$folder/.sync_jax-XXXXXX" 2>&1) ||
+    die "gs://$bucket cannot be written (${probe##*: }): give this machine's service account the role Storage Object User"
   rm -f "$probe"
+}
+
+dead() { # FOLDER: whether it lies in a mount whose gcsfuse has ended
+  case $(LC_ALL=C stat "$1" 2>&1 >/dev/null) in
+    *"endpoint is not connected"*) ;;
+    *) return 1 ;;
+  esac
 }
 
 install_gcsfuse() {
@@ -127,14 +139,9 @@ setup() { # EXTRA [BUCKET:FOLDER]...
   echo "worker $(worker): ready"
 }
 
-set_env() {
-  mkdir -p $state
-  (umask 077 && cat >$state/env.new)
-  mv $state/env.new $state/env
-}
-
 run() { # [BUCKET:FOLDER]... -- ARG...
-  local extra mount argument folder workdir=
+  local extra mount argument folder held mounted=() workdir=
+  trap 'rm -f sync_jax.env' EXIT # also where the run is refused
   take_lock
   extra=$(cut -d' ' -f1 $state/ready 2>/dev/null || true)
   [ -n "$extra" ] && [ "$(cat $state/ready)" = "$(identity "$extra")" ] ||
@@ -143,6 +150,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     mount=$1 folder=${1#*:}
     shift
     mount_bucket "$mount"
+    mounted+=("$folder")
     for argument; do # workers that all prepared the data at once would write over one another
       case $argument in
         --config.data.data_dir="$folder" | --config.data.data_dir="$folder"/*)
@@ -157,42 +165,51 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     case $argument in --workdir=*) workdir=${argument#*=} ;; esac
   done
   printf '%s\n' "$workdir" >$state/workdir
-  rm -f $state/exit
+  rm -f $state/exit $state/asked $state/env
+  if [ -f sync_jax.env ]; then mv sync_jax.env $state/env; fi
+  # A shutdown's TERM has gcsfuse unmount what nobody uses. The run inherits these, until its log is copied.
+  for folder in "${mounted[@]}"; do
+    # shellcheck disable=SC2034 # a number that nobody needs
+    exec {held}<"$folder"
+  done
   # By it stop knows this run's processes again, whatever became of their parents or numbers.
   id=$(cat /proc/sys/kernel/random/uuid)
   printf '%s\n' "$id" >$state/run
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) starts" >>$state/log
   JAX_PLATFORMS=${JAX_PLATFORMS:-$extra,cpu} SYNC_JAX_RUN=$id \
     setsid bash "$script" attempt "$@" </dev/null >>$state/log 2>&1 &
-  for _ in $(seq 100); do
+  for _ in $(seq 200); do
     [ "$(wc -l <$state/run)" = 2 ] || [ -f $state/exit ] && break
-    sleep 0.1
+    sleep 0.05
   done
   echo "worker $(worker): started"
 }
 
-# The run's own parent, in a session of its own, which notes how the run ended. At a preemption the
-# system sends TERM to both: to the run it means save, to this nothing. And at once HUP to all that a
-# login left behind (systemd's sessions have SendSIGHUP), which the run inherits as ignored.
+# The run's own session. At a preemption the system sends TERM to all in it: to the run it means save, here
+# that it was asked. And at once HUP to all that a login left behind (systemd's sessions have
+# SendSIGHUP), which the run inherits as ignored.
 attempt() {
-  local status signalled trainer
-  trap 'signalled=1' TERM INT
+  trap ': >$state/asked' TERM INT
   trap '' HUP
+  watch_trainer "$@" &
+  while kill -0 $! 2>/dev/null; do wait $! || true; done
+}
+
+watch_trainer() { # and notes how it ended
+  local status=0 trainer
   if [ -f $state/env ]; then
     while IFS= read -r line; do export "${line?}"; done <$state/env
     rm $state/env # the next run brings its own
   fi
-  cd sync_jax
+  # Not ignored yet, which the trainer would inherit.
+  trap : TERM INT
   # JAX_PLATFORMS names the accelerator: without, a chip that is locked means a run on the CPU.
-  .venv/bin/python -u -m sync_jax.main "$@" &
+  (cd sync_jax && exec .venv/bin/python -u -m sync_jax.main "$@") &
   trainer=$!
-  cd ..
+  # Ignored, not handled: bash's wait may lose the status of what ends as a handled signal comes.
+  trap '' TERM INT
   echo $trainer >>$state/run
-  while :; do
-    signalled=0 status=0
-    wait $trainer || status=$?
-    [ $signalled = 1 ] || break
-  done
+  wait $trainer || status=$?
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) ended with exit status $status"
   # A machine that is gone has no logs.
   if [ -d "$(workdir)" ]; then
@@ -216,7 +233,7 @@ ours() { # the recorded run's processes, its parent among them
 }
 
 status() { # [WORKDIR]
-  local word exit=- step=0 folder name
+  local word exit=- step=0 folder name mount=
   folder=${1:-$(cat $state/workdir 2>/dev/null || true)}
   if [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
     word=running
@@ -236,7 +253,8 @@ status() { # [WORKDIR]
       *) if [ "$name" -gt "$step" ]; then step=$name; fi ;;
     esac
   done
-  echo "worker=$(worker) state=$word exit=$exit step=$step"
+  if dead "$folder"; then mount=' mount=dead'; fi
+  echo "worker=$(worker) state=$word exit=$exit step=$step$mount"
 }
 
 logs() { # LINES [follow]
@@ -248,7 +266,9 @@ stop() { # SECONDS
   local end trainer
   if [ -n "$(ours)" ]; then
     trainer=$(sed -n 2p $state/run)
-    if ours | grep -qx "${trainer:-none}"; then
+    # Once: the trainer takes a second for an order to end at once, though it is saving.
+    if ours | grep -qx "${trainer:-none}" && [ ! -e $state/asked ]; then
+      : >$state/asked
       kill -TERM "$trainer" 2>/dev/null || true
     fi
     end=$((SECONDS + $1))
@@ -295,7 +315,6 @@ unlock() {
 verb=${1:-}
 case $verb in
   unpack | setup | run | attempt | status | logs | stop | unlock) ;;
-  env) verb=set_env ;;
   *)
     sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
     exit 2

@@ -6,9 +6,10 @@
 #   check                  refuses what does not fit together
 #   account                refuses to begin where nobody is logged in
 #   on_hosts COMMAND       runs a shell command on every host; its status is not 0 where one's is not
-#   on_host I COMMAND      the same on one, with stdin
 #   copy FILE              copies a file into every host's home folder
-#   look                   sets machine (ready, waiting, gone or unknown), detail, and hosts, their number
+#   look                   sets detail, hosts, their number, and machine: ready; waiting, in a queue;
+#                          between, which passes or not; unknown, for nobody answers; gone; or of a
+#                          request that was not served: refused, or expired with its --valid-until
 #   create, remove         the machine
 #   plan                   prints a line for each thing that will be used
 #   farewell               prints how to be rid of the machine
@@ -16,9 +17,11 @@
 # make). Written for bash 3.2, which macOS has.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=launch/supervise.sh
+. "$repo/launch/supervise.sh"
 mounts=${SYNC_JAX_MOUNTS:-/mnt/sync_jax} # where hosts mount buckets, each below by its name
 interval=${SYNC_JAX_POLL:-60}            # seconds between looks
-patience=${SYNC_JAX_PATIENCE:-10}        # looks in a row that may fail, or find workers at odds
+patience=${SYNC_JAX_PATIENCE:-15}        # so many looks in a row are given to anything that may pass
 
 dry=0 yes=0 follow=0 workdir='' config='' grace=120 preemptions=100 failures=3
 trainer=() names=() buckets=()
@@ -210,21 +213,20 @@ push() (
   copy sync_jax.tar.gz && on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh | bash -s unpack'
 )
 
-send_env() { # through stdin: a command line can be read by all on the machine, and stands in logs
-  local variable i=0
-  [ ${#names[@]} -gt 0 ] || return 0
-  note "${names[*]}: the values go through stdin, to each worker"
-  if [ $dry = 1 ]; then
-    on_host 0 "$(host env)"
-    return
-  fi
-  while [ $i -lt "$hosts" ]; do
+send_env() ( # in a file: a command line can be read by all on the machine, and stands in logs
+  [ ${#names[@]} -gt 0 ] || exit 0
+  note "sync_jax.env: the values of ${names[*]}, for the user's eyes; the run takes it away"
+  if [ $dry = 0 ]; then
+    umask 077
+    values=$(mktemp -d)
+    trap 'rm -rf "$values"' EXIT
     for variable in "${names[@]}"; do
       printf '%s=%s\n' "$variable" "${!variable}"
-    done | on_host $i "$(host env)" || return 1
-    i=$((i + 1))
-  done
-}
+    done >"$values/sync_jax.env"
+    cd "$values" || exit 1
+  fi
+  copy sync_jax.env
+)
 
 setup() {
   push && on_hosts "$(host setup "$extra" ${buckets[@]+"${buckets[@]}"})"
@@ -243,7 +245,7 @@ status_command() {
 # How the run stands, over all workers, in $run: new, running, other, done, saved, failed, mixed
 # (some have ended, others not) or unknown; in $why the reason, in $step the last checkpoint's.
 survey() {
-  local word value worker state exit count=0 running=0 finished=0 saved=0 new=0 other=0 broken=''
+  local word value worker state exit mount count=0 running=0 finished=0 saved=0 new=0 other=0 broken=''
   run=unknown why='' step=0 code=1
   if ! lines=$(on_hosts "$(status_command)" 2>"$chatter"); then
     why=$(grep -v '^$' "$chatter" | tail -n 1)
@@ -251,13 +253,14 @@ survey() {
   fi
   lines=$(grep '^worker=' <<<"$lines" | sort -t= -k2n || true)
   while read -r line; do
-    worker='' state='' exit=''
+    worker='' state='' exit='' mount=''
     for word in $line; do
       value=${word#*=}
       case $word in
         worker=*) worker=$value ;;
         state=*) state=$value ;;
         exit=*) exit=$value ;;
+        mount=*) mount=$value ;;
         step=*) if [ "$value" -gt "$step" ]; then step=$value; fi ;;
       esac
     done
@@ -273,6 +276,10 @@ survey() {
         ;;
       lost:*) broken="$broken, worker $worker lost its run" ;;
       *) new=$((new + 1)) ;;
+    esac
+    case $mount:$state:$exit in
+      dead:exited:0 | dead:exited:75 | :*) ;;
+      *) broken="$broken, worker $worker has lost its bucket, for gcsfuse has ended there" ;;
     esac
   done <<<"$lines"
   if [ $count -lt "$hosts" ]; then
@@ -320,153 +327,6 @@ show_logs() {
 }
 
 stop() { on_hosts "$(host stop "$grace")"; }
-
-# From nothing to a finished run, over preemptions and failures. preempted and failed count against
-# their budgets, stale the restarts since the last checkpoint moved, missed the looks that failed and
-# odd those that found workers at odds, both in a row. owned: the machine is of our making; fresh: it
-# is to be set up; started: the run that is going on there was begun, or found, by us.
-supervise() {
-  owned=0 fresh=1 started=0 preempted=0 failed=0 best=-1 stale=0 missed=0 odd=0
-  trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM
-  while :; do
-    look
-    case $machine in
-      gone)
-        if [ $owned = 1 ]; then spend_preemption "the machine is ${detail:-no longer there}"; fi
-        owned=0 fresh=1 started=0
-        if [ -n "$detail" ] && ! remove; then
-          miss "it cannot be deleted"
-        elif create; then
-          owned=1 missed=0
-        else
-          miss "none can be created"
-        fi
-        ;;
-      waiting) owned=1 missed=0 ;;
-      unknown) miss "$detail" ;;
-      ready)
-        owned=1
-        survey
-        judge
-        ;;
-    esac
-    sleep "$interval"
-  done
-}
-
-judge() { # what to do about the run, on a machine that is there
-  [ "$run" = mixed ] || odd=0
-  case $run in
-    unknown) miss "$why" ;;
-    running)
-      if [ "$started" = 0 ]; then say "found running at step $step"; fi
-      fresh=0 started=1 missed=0
-      ;;
-    other) leave 1 "another run is going on there: watch that, or stop it" ;;
-    mixed)
-      odd=$((odd + 1))
-      if [ $odd -ge "$patience" ]; then
-        say "$why"
-        stop
-      fi
-      ;;
-    *)
-      if [ "$started" = 1 ]; then
-        ended
-      elif [ "$run" = failed ]; then
-        stop # it failed while nobody watched: the other workers may still wait, and hold their machines
-      fi
-      started=0
-      launch
-      ;;
-  esac
-}
-
-ended() { # a run of ours; returns where it is to be started again
-  case $run in
-    done) leave 0 "done; the results are in $workdir" ;;
-    saved) spend_preemption "stopped by SIGTERM and saved at step $step" ;;
-    new) spend_preemption "the machine has forgotten its run" ;;
-    failed)
-      failed=$((failed + 1))
-      say "$why: failure $failed"
-      stop # the other workers would wait for this one for ever
-      if [ "$code" = 2 ]; then leave 2 "the config or its input is at fault: see the logs"; fi
-      if [ $failed -gt "$failures" ]; then leave 1 "that is more than $failures: see the logs"; fi
-      ;;
-  esac
-}
-
-launch() {
-  if [ "$fresh" = 1 ]; then
-    setup || {
-      miss "the machine cannot be set up"
-      return
-    }
-    survey # the workdir can be seen from there only now
-    [ "$run" != unknown ] || {
-      miss "$why"
-      return
-    }
-  fi
-  if [ "$step" -gt "$best" ]; then
-    best=$step stale=0
-  elif [ "$stale" -ge 3 ]; then
-    leave 1 "three restarts without progress, still at step $step: see the logs"
-  fi
-  fresh=0
-  if ! start; then
-    stop
-    miss "the run cannot be started on every worker"
-    return
-  fi
-  started=1
-  if [ $((preempted + failed)) -gt 0 ]; then stale=$((stale + 1)); fi
-  say "started at step $step"
-}
-
-spend_preemption() {
-  preempted=$((preempted + 1))
-  say "$1: preemption $preempted"
-  if [ $preempted -gt "$preemptions" ]; then
-    leave 75 "that is more than $preemptions; the same command goes on from the last checkpoint"
-  fi
-}
-
-miss() {
-  missed=$((missed + 1))
-  say "$1 ($missed in a row)"
-  if [ $missed -ge "$patience" ]; then leave 1 "given up; what runs there goes on"; fi
-}
-
-leave() { # STATUS MESSAGE
-  say "$2"
-  farewell
-  exit "$1"
-}
-
-supervise_dry() { # one round
-  if [ "$creates" = 1 ]; then
-    note "creates the machine, unless it is there"
-    look
-    create
-  fi
-  note "sets it up"
-  setup
-  note "starts the run"
-  start
-  note "every $interval s: how the run stands on each worker, and the machine"
-  look
-  on_hosts "$(status_command)"
-  note "one worker failed: the others are stopped, and all started again"
-  stop
-  if [ "$creates" = 1 ]; then
-    note "preempted: this machine is deleted, and the next one created"
-    remove
-  fi
-  note "at the end:"
-  farewell | comment
-}
 
 main() {
   chatter=$(mktemp) # what commands say on stderr, shown where they fail

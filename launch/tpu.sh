@@ -23,6 +23,8 @@
 #   --grace=120                for stop
 #   --dry-run                  prints every command instead
 #   --yes                      asks nothing
+# SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
+# row may find no answer, or a machine that is neither in the queue nor ready.
 # Exit status: 0 done, 2 bad usage or no account, 75 preempted and saved, 1 anything else.
 set -uo pipefail
 self=launch/tpu.sh
@@ -33,7 +35,7 @@ creates=1
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name='' project='' zone='' type='' version=auto spot=0 valid_until=''
-machine='' detail='' queued='' words=''
+machine='' detail='' queued='' words='' expected=1 requested=''
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
@@ -61,10 +63,7 @@ check() {
   case $verb in
     create | supervise) [ -n "$type" ] || die 2 "--type is missing; for example --type=v5litepod-16" ;;
   esac
-  case $valid_until in
-    '' | *[0-9][smhd]) ;;
-    *) die 2 "--valid-until=$valid_until is no duration such as 6h" ;;
-  esac
+  [[ $valid_until =~ ^([0-9]+[smhd])*$ ]] || die 2 "--valid-until=$valid_until is no duration such as 6h or 1d12h"
   case $workdir in
     '' | gs://* | /*) ;;
     *) die 2 "--workdir=$workdir would lie on each host's own disk and go with it; say gs://BUCKET/PATH" ;;
@@ -92,13 +91,50 @@ describe_type() { # sets runtime and words, its size
   elif [ "$chips" = 0 ]; then
     die 2 "--type=$type is not known here: v2-8, v3-8, v4-8, v5litepod-4, v5p-8, v6e-4 and larger are; or say --version"
   fi
-  if [ "$chips" -gt 0 ]; then words=", chips: $chips, hosts: $(((chips + per_host - 1) / per_host))"; fi
+  if [ "$chips" -gt 0 ]; then
+    expected=$(((chips + per_host - 1) / per_host))
+    words=", chips: $chips, hosts: $expected"
+  fi
+}
+
+seconds() { # of a duration
+  local rest=$1 number sum=0
+  while [ -n "$rest" ]; do
+    number=${rest%%[smhd]*}
+    case ${rest:${#number}:1} in
+      s) sum=$((sum + 10#$number)) ;;
+      m) sum=$((sum + 10#$number * 60)) ;;
+      h) sum=$((sum + 10#$number * 3600)) ;;
+      d) sum=$((sum + 10#$number * 86400)) ;;
+    esac
+    rest=${rest:$((${#number} + 1))}
+  done
+  echo "$sum"
 }
 
 account() {
   command -v gcloud >/dev/null || die 2 "there is no gcloud here: install the Google Cloud CLI"
   [ -n "$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null)" ] ||
     die 2 "gcloud has no account: gcloud auth login"
+  case $verb in
+    create) [ $expected = 1 ] || check_key ;; # one host: ssh may ask
+    supervise) check_key ;;
+  esac
+}
+
+# A passphrase that nobody enters holds up every command for ever; and where an agent has keys but not
+# this one, gcloud refuses a slice of several hosts.
+check_key() {
+  local key=$HOME/.ssh/google_compute_engine print agent='' secret=0
+  if [ -f "$key" ]; then
+    print=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d' ' -f2)
+    ssh-keygen -y -P '' -f "$key" >/dev/null 2>&1 || secret=1
+  fi # else gcloud makes one, without a passphrase
+  agent=$(ssh-add -l 2>/dev/null) || agent=''
+  case $agent in *"${print:-no such print}"*) return ;; esac
+  [ $secret = 0 ] || die 2 "$key has a passphrase, and no ssh agent holds it: ssh-add $key"
+  [ -z "$agent" ] || [ $expected = 1 ] ||
+    die 2 "the ssh agent holds other keys, but not gcloud's: gcloud compute config-ssh; ssh-add $key"
 }
 
 wants_queue() { [ $spot = 1 ] || [ -n "$valid_until" ]; }
@@ -110,38 +146,53 @@ tpus() { # GROUP VERB ARG...
 }
 
 # --quiet: what gcloud asks for at night, such as a passphrase for the key that it makes, nobody answers.
-on_hosts() { tpus tpu-vm ssh "$name" --worker=all --quiet --command="$1" </dev/null; }
-on_host() { tpus tpu-vm ssh "$name" --worker="$1" --quiet --command="$2"; }
-copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet </dev/null; }
+# A host that no longer answers, as after the laptop has slept, is noticed.
+alive=-oServerAliveInterval=30
+on_hosts() { tpus tpu-vm ssh "$name" --worker=all --quiet "--ssh-flag=$alive" --command="$1" </dev/null; }
+copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet "--scp-flag=$alive" </dev/null; }
+
+# What look asks for, separated by tabs: why a request failed is a sentence.
+requests='--format=value(name.basename(),state.state,state.failedData.error.message)'
+nodes='--format=value(name.basename(),state,networkEndpoints.len())'
+field() { awk -F'\t' -v name="$name" -v field="$1" '$1 == name { print $field }'; }
 
 look() {
-  local requests='' nodes='' state request count found
+  local listed found state reason count
   machine=unknown
   if [ $dry = 1 ]; then
-    tpus queued-resources list '--format=value(name.basename(),state.state)'
-    tpus tpu-vm list '--format=value(name.basename(),state,networkEndpoints.len())'
+    tpus queued-resources list "$requests"
+    tpus tpu-vm list "$nodes"
     return
   fi
-  if ! requests=$(tpus queued-resources list '--format=value(name.basename(),state.state)' 2>"$chatter") ||
-    ! nodes=$(tpus tpu-vm list '--format=value(name.basename(),state,networkEndpoints.len())' 2>"$chatter"); then
+  if ! listed=$(tpus queued-resources list "$requests" 2>"$chatter") ||
+    ! found=$(tpus tpu-vm list "$nodes" 2>"$chatter"); then
     detail=$(grep -v '^$' "$chatter" | tail -n 1)
     return 1
   fi
-  request=$(awk -v name="$name" '$1 == name { print $2 }' <<<"$requests")
-  read -r state count <<<"$(awk -v name="$name" '$1 == name { print $2, $3 }' <<<"$nodes")"
-  found=${request:-$state}
-  if [ "$request" = ACTIVE ]; then found=${state:-LOST}; fi
-  queued=$([ -z "$request" ] || echo 1)
-  case $found in
+  queued=$(field 2 <<<"$listed")
+  reason=$(field 3 <<<"$listed")
+  state=$(field 2 <<<"$found")
+  count=$(field 3 <<<"$found")
+  case $queued in
+    ACTIVE) state=${state:-LOST} ;;
+    ?*) state=$queued ;;
+  esac
+  case $state in
     '') machine=gone ;;
     READY) machine=ready hosts=${count:-1} ;;
+    ACCEPTED | WAITING_FOR_RESOURCES) machine=waiting ;;
     # A request is not served again once suspended, and a spot machine cannot be restarted.
-    SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED | LOST) machine=gone ;;
-    STOPPED | STOPPING | DELETING | HIDING | HIDDEN) machine=unknown ;;
-    *) machine=waiting ;; # ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, CREATING, REPAIRING ...
+    SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | LOST) machine=gone ;;
+    FAILED)
+      machine=refused
+      if [ -n "$requested" ] && [ -n "$valid_until" ] &&
+        [ $((SECONDS - requested)) -ge "$(seconds "$valid_until")" ]; then machine=expired; fi
+      ;;
+    *) machine=between ;; # PROVISIONING, CREATING, REPAIRING, UNKNOWN, STOPPED, DELETING ...
   esac
-  if [ "$found" != "$detail" ] && [ -n "$found" ]; then say "machine $name: $found"; fi
-  detail=$found
+  state=$state${reason:+ ($reason)}
+  if [ "$state" != "$detail" ] && [ -n "$state" ]; then say "machine $name: $state"; fi
+  detail=$state
 }
 
 look_for_hosts() {
@@ -151,6 +202,7 @@ look_for_hosts() {
 
 create() {
   local options=()
+  requested=$SECONDS
   if wants_queue; then
     if [ $spot = 1 ]; then options+=(--spot); fi
     if [ -n "$valid_until" ]; then options+=("--valid-until-duration=$valid_until"); fi
@@ -178,9 +230,15 @@ create_and_wait() {
   fi
   create || die 1 "it could not be created"
   note "until it is READY:"
+  missed=0 between=0
   look
   while [ $dry = 0 ] && [ $machine != ready ]; do
-    if [ $machine = gone ] && [ -n "$detail" ]; then die 1 "it will not come: $detail; delete the request"; fi
+    case $machine:$detail in
+      gone:) machine=unknown ;; # not listed yet
+      expired:*) leave 1 "it was not served within $valid_until: $detail; delete the request" ;;
+      gone:* | refused:*) leave 1 "it will not come: $detail; delete the request" ;;
+    esac
+    linger
     sleep "$interval"
     look
   done

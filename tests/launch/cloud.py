@@ -1,7 +1,6 @@
-"""A cloud in a folder, to launch into: see fake_gcloud.py for what is in it."""
+"""A cloud in a folder, to launch into: see fake_cloud.py for what is in it."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.launch import fake_gcloud
+from tests.launch.fake_cloud import JAX, FakeCloud
 
 REPOSITORY = Path(__file__).parents[2]
 WHERE = ["--name=sync", "--project=my-project", "--zone=us-west4-a"]
@@ -40,14 +39,21 @@ UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.11-uv" ;; esac'
 PYTHON = """
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-c from ensurepip"* | "-c import pip") ;;
+  "-c from ensurepip"* | "-c import pip" | "-c import sys; sys.exit("*) ;;
+  -V) echo "Python 3.11.7" ;;
+  "-c import sys; print("*) echo "3.11 /opt/uv" ;;
   "-m pip install"*)
     echo "$*" >>"$HOME/installed"
     if [ -f "$FAKE_ROOT/pip-fails" ]; then rm "$FAKE_ROOT/pip-fails"; exit 1; fi ;;
   "-u -m sync_jax.main"*)
     if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
+    # What a slice's hosts learn from each other, where the test has a port for it.
+    if [ -f "$FAKE_ROOT/port" ]; then
+      set -- "$@" --coordinator="localhost:$(cat "$FAKE_ROOT/port")" --processes=2
+      set -- "$@" --process="$FAKE_WORKER"
+    fi
     exec REAL "$@" ;;
-  *) exec REAL -S "$@" ;;
+  *) exit 1 ;;
 esac
 """
 
@@ -67,20 +73,10 @@ class Cloud:
         self.mounts = root / "mnt"
         self.bucket = self.mounts / "bucket"
         self.bucket.mkdir(parents=True)
-        self.set(
-            account="me@example.org\n",
-            workers=workers,
-            serial=0,
-            requests={},  # name: its states from now on; each look takes the next
-            nodes={},
-            lives=[],  # such lists, for the requests to come
-            preempt_at=[],  # steps; once the first is saved, the machine is taken away
-            fail={},  # verb: how many times it fails
-        )
-        (root / "calls.jsonl").touch()
-        for name in ("gcloud", "ssh", "scp", "preempt"):
-            fake = f"'{sys.executable}' -IS '{fake_gcloud.__file__}'"
-            self.script(f"bin/{name}", f'exec {fake} {name} "$@"')
+        self.fake = FakeCloud(root, workers=workers)
+        for name in ("gcloud", "ssh", "scp"):
+            self.script(f"bin/{name}", self.fake.client(name))
+        self.script("bin/gzip", 'exec /usr/bin/gzip -1 "$@"')  # half the cost of a push
         for name, text in HOST_BIN.items():
             self.script(f"host-bin/{name}", text)
         self.script("uv", UV)
@@ -90,23 +86,24 @@ class Cloud:
             "HOME": str(root),
             "FAKE_ROOT": str(root),
             "SYNC_JAX_MOUNTS": str(self.mounts),
-            "SYNC_JAX_POLL": "0.1",
+            "SYNC_JAX_POLL": "0.05",
             "SYNC_JAX_PATIENCE": "8",
             "SYNC_JAX_DEVICES": f"{root}/accel*",
             "SYNC_JAX_LIBTPU_LOCK": f"{root}/libtpu_lockfile",
-            **{name: os.environ[name] for name in fake_gcloud.JAX if name in os.environ},
+            **{name: os.environ[name] for name in JAX if name in os.environ},
         }
+        self.fake.environment = self.environment
 
     def script(self, name: str, text: str) -> None:
         path = self.root / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
     def set(self, **values: object) -> None:
-        path = self.root / "cloud.json"
-        state = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(state | values))
+        for name, value in values.items():
+            assert hasattr(self.fake, name)
+            setattr(self.fake, name, value)
 
     def trainer(self, text: str) -> None:
         """Puts a script in the place of sync_jax.main; $step saves a checkpoint of that step."""
@@ -149,9 +146,7 @@ class Cloud:
 
     def calls(self, *words: str) -> list[list[str]]:
         """The command lines so far that have these words."""
-        text = (self.root / "calls.jsonl").read_text()
-        lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
-        return [call for line in lines if set(words) <= set(call := json.loads(line))]
+        return [call for call in list(self.fake.calls) if set(words) <= set(call)]
 
     def home(self, worker: int = 0) -> Path:
         (machine,) = (self.root / "hosts").iterdir()
@@ -174,4 +169,20 @@ class Cloud:
                     os.kill(int(entry.name), signal.SIGKILL)
         for child in self.children:
             child.communicate()
+        self.fake.close()
         return left
+
+
+def dead_mounts(cloud: Cloud) -> None:
+    """From now on a host whose home holds a file `dead` has a mount whose gcsfuse has ended."""
+    cloud.script(
+        "host-bin/stat",
+        """case $* in *"$FAKE_ROOT/mnt"*) if [ -f "$HOME/dead" ]; then
+  echo "stat: cannot statx '$1': Transport endpoint is not connected" >&2; exit 1
+fi ;; esac
+exec /usr/bin/stat "$@" """,
+    )
+    cloud.script(
+        "host-bin/fusermount",
+        'rm "$HOME/dead"; grep -vx "$2" "$HOME/mounted" >"$HOME/m"\nmv "$HOME/m" "$HOME/mounted"',
+    )

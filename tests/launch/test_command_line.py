@@ -150,6 +150,7 @@ BAD = {
     "unknown flag": ([TPU, "status", *WHERE, "--naem=x"], "--naem=x is no option"),
     "flag without value": ([TPU, "status", *WHERE, "--name"], "--name is no option"),
     "stray word": ([TPU, "status", *WHERE, "now"], "now is no option"),
+    "half a duration": ([TPU, "create", *MACHINE, "--valid-until=1h30"], "no duration such as 6h"),
     "bad duration": ([TPU, "create", *MACHINE, "--valid-until=soon"], "no duration such as 6h"),
     "bad number": ([TPU, "stop", *WHERE, "--grace=soon"], "soon is no number"),
     "no config": ([TPU, "run", *WHERE, WORKDIR], "--config is missing; for example"),
@@ -199,6 +200,56 @@ def test_without_gcloud_one_line_says_so(cloud: Cloud, tmp_path: Path):
     result = cloud.run(TPU, "status", *WHERE, PATH=str(tmp_path))
     assert result.returncode == 2
     assert "there is no gcloud here" in result.stderr
+
+
+KEYGEN = shutil.which("ssh-keygen")
+OTHER = 'echo "256 SHA256:abcdefgh me@laptop (ED25519)"'
+
+
+def make_key(cloud: Cloud, passphrase: str) -> str:
+    """gcloud's key; what ssh-add -l prints of it."""
+    key = cloud.root / ".ssh" / "google_compute_engine"
+    key.parent.mkdir()
+    command = [str(KEYGEN), "-q", "-t", "ed25519", "-N", passphrase, "-f", str(key)]
+    subprocess.run(command, check=True)
+    result = subprocess.run([str(KEYGEN), "-lf", str(key)], capture_output=True, check=True)
+    return f"echo {shlex.quote(result.stdout.decode().strip())}"
+
+
+@pytest.mark.skipif(KEYGEN is None, reason="ssh-keygen is not installed")
+@pytest.mark.parametrize(
+    ("passphrase", "agent", "message"),
+    [
+        ("hunter2", "exit 2", "has a passphrase, and no ssh agent holds it: ssh-add"),
+        ("hunter2", "exit 1", "has a passphrase, and no ssh agent holds it: ssh-add"),
+        ("hunter2", OTHER, "has a passphrase, and no ssh agent holds it: ssh-add"),
+        ("", OTHER, "the ssh agent holds other keys, but not gcloud's: gcloud compute config-ssh"),
+        (None, OTHER, "the ssh agent holds other keys, but not gcloud's: gcloud compute"),
+        ("hunter2", "its own", ""),
+        ("", "its own", ""),
+        ("", "exit 2", ""),
+        (None, "exit 2", ""),
+    ],
+)
+def test_a_key_that_would_hold_up_every_command_is_found_before(
+    passphrase, agent, message, cloud: Cloud
+):
+    own = OTHER if passphrase is None else make_key(cloud, passphrase)
+    cloud.script("bin/ssh-add", own if agent == "its own" else agent)
+    result = cloud.run(TPU, "create", *MACHINE, "--yes")  # of four hosts
+    if not message:
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 2
+    assert re.fullmatch(r"launch/tpu\.sh: .+\n", result.stderr), result.stderr
+    assert message in result.stderr
+    assert cloud.calls() == cloud.calls("auth")
+    # One host: who is there may type the passphrase; gcloud asks nothing of the agent.
+    single = [*WHERE, "--type=v4-8", "--yes"]
+    if passphrase:
+        watched = cloud.run(TPU, "supervise", *single, WORKDIR, CONFIG)
+        assert (watched.returncode, message in watched.stderr) == (2, True)
+    assert cloud.run(TPU, "create", *single).returncode == 0
 
 
 @pytest.mark.parametrize("answer", ["", "n\n", "\n", "yes please\n"])
@@ -278,7 +329,7 @@ def test_secrets_arrive_and_are_shown_nowhere(script, slice_of_three: Cloud):
         assert not (home / ".sync_jax" / "env").exists()
         assert "hunter2" not in (home / ".sync_jax" / "log").read_text()
     assert not [result for result in results if "hunter2" in result.stdout + result.stderr]
-    assert "hunter2" not in (cloud.root / "calls.jsonl").read_text()
+    assert not [word for call in cloud.calls() for word in call if "hunter2" in word]
     assert not [p for p in cloud.bucket.rglob("*") if p.is_file() and "hunter2" in p.read_text()]
     assert "hunter2" not in dry(script, "run", *where, *more)
 
@@ -298,7 +349,7 @@ def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
         assert cloud.run(TPU, verb, *more).returncode == (1 if verb == "status" else 0), verb
     # One of each kind: they differ in names only.
     kinds = {
-        tuple(w.partition("=")[0] if w.startswith("--") else w for w in call): call
+        (*call[:5], *(w.partition("=")[0] for w in call[5:] if w.startswith("--"))): call
         for call in cloud.calls("gcloud")
     }
     assert len(kinds) == 9, kinds  # auth, scp, ssh; list, create and delete of both
@@ -340,14 +391,14 @@ def test_shellcheck_is_clean():
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     scripts = sorted(str(p) for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     result = subprocess.run([shellcheck, "-x", *scripts], cwd=REPOSITORY, capture_output=True)
     assert result.returncode == 0, result.stdout.decode()
 
 
 def test_no_bashism_that_macos_lacks():
     """Its bash is 3.2: no ${x@Q}, no ${x,,}, no mapfile, no associative arrays."""
-    for name in ("lib.sh", "tpu.sh", "gpu.sh"):
+    for name in ("lib.sh", "supervise.sh", "tpu.sh", "gpu.sh"):
         text = (LAUNCH / name).read_text()
         assert not re.search(
             r"\$\{\w+@|\$\{\w+(,,|\^\^)|mapfile|readarray|declare -A|&>>|\|&", text

@@ -1,5 +1,6 @@
 """host.sh, on a host that is a folder: one run at a time, installed whole, stopped for certain."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import fake_gcloud
-from tests.launch.cloud import REPOSITORY, Cloud
+from tests.launch.cloud import REPOSITORY, Cloud, dead_mounts
+from tests.launch.fake_cloud import host_environment
 
 CODE = ("setup.cfg", "pyproject.toml", "constraints.txt", "launch/venv.sh", "launch/host.sh")
 
@@ -22,7 +23,7 @@ class Host:
         self.home = cloud.root / "hosts" / "server"
         self.home.mkdir(parents=True)
         self.state = self.home / ".sync_jax"
-        self.environment = fake_gcloud.environment(cloud.environment, str(self.home), 0)
+        self.environment = host_environment(cloud.environment, str(self.home), 0)
 
     def pack(self, *files: str) -> None:
         with tarfile.open(self.home / "sync_jax.tar.gz", "w:gz") as archive:
@@ -50,6 +51,20 @@ class Host:
         status, output = self.do("setup", "tpu")
         assert status == 0, output
         return self
+
+    def signal(self, *numbers: int) -> int:
+        """To the trainer and all above it in its session; returns the session's first process."""
+        pid = int((self.state / "run").read_text().split()[1])
+        session = os.getsid(pid)
+        chain = [pid]
+        while chain[-1] != session:
+            chain.append(int(Path(f"/proc/{chain[-1]}/stat").read_text().split()[3]))
+        assert len(chain) > 1
+        for number in numbers:
+            for pid in reversed(chain):
+                with contextlib.suppress(ProcessLookupError):  # it may have ended by the first
+                    os.kill(pid, number)
+        return session
 
     def ended(self) -> int:
         self.cloud.wait((self.state / "exit").exists)
@@ -177,15 +192,13 @@ def test_a_recorded_number_that_is_another_process_now_is_left_alone(host: Host)
 
 
 def test_a_term_to_all_processes_saves_and_is_noted(host: Host):
-    """As the system does when a spot machine goes."""
-    begin(host.ready(), PATIENT)
-    trainer = int((host.state / "run").read_text().split()[1])
-    parent = int(Path(f"/proc/{trainer}/stat").read_text().split()[3])
-    # systemd follows the TERM by a HUP at once, to what belongs to a login's session.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        for pid in (parent, trainer):
-            os.kill(pid, number)
-    assert host.ended() == 75
+    """As the system does when a spot machine goes; systemd sends a HUP to a login's session too."""
+    host.ready()
+    for _ in range(3):
+        begin(host, PATIENT)
+        host.signal(signal.SIGTERM, signal.SIGHUP)
+        assert host.ended() == 75
+        (host.state / "log").unlink()
 
 
 def test_the_stale_lock_goes_only_when_nobody_holds_the_accelerator(host: Host):
@@ -216,10 +229,10 @@ def test_a_bucket_that_cannot_be_mounted_or_written_is_one_line(host: Host):
     status, output = host.do("setup", "tpu", f"nowhere:{host.cloud.mounts}/nowhere")
     assert status == 1
     assert "gs://nowhere cannot be mounted: does it exist, and may" in output
-    host.cloud.script("host-bin/mktemp", "exit 1")
+    host.cloud.script("host-bin/mktemp", "echo \"mktemp: '$1': Permission denied\" >&2; exit 1")
     status, output = host.do("setup", "tpu", f"bucket:{host.cloud.bucket}")
     assert status == 1
-    assert "gs://bucket cannot be written: give this machine's service account the role" in output
+    assert "gs://bucket cannot be written (Permission denied): give this machine's" in output
     assert not (host.state / "ready").exists()
 
 
@@ -240,24 +253,121 @@ def test_unprepared_data_in_a_bucket_is_refused(host: Host):
     assert host.do(*words)[0] == 0
 
 
-def test_a_secret_is_the_users_alone_and_goes_when_the_run_has_it(host: Host):
+def test_a_dead_mount_is_called_that_and_mounted_anew(host: Host):
+    """As the kernel leaves it when gcsfuse has ended: there, and no file in it."""
+    host.ready().cloud.trainer("exit 0")
+    mount, workdir = f"bucket:{host.cloud.bucket}", f"{host.cloud.bucket}/run"
+    words = ["run", mount, "--", f"--workdir={workdir}"]
+    assert host.do(*words)[0] == 0
+    host.ended()
+    dead_mounts(host.cloud)
+    (host.home / "dead").touch()
+    assert host.do("status", workdir)[1] == "worker=0 state=exited exit=0 step=0 mount=dead\n"
+    assert host.do("status", "runs/a")[1] == "worker=0 state=exited exit=0 step=0\n"
+    status, output = host.do(*words)
+    assert status == 0, output
+    assert "the mount of gs://bucket is dead, for its gcsfuse has ended: mounting it anew" in output
+    assert (host.home / "mounted").read_text() == f"{host.cloud.bucket}\n"
+    host.ended()
+    assert host.do("status", workdir)[1] == "worker=0 state=exited exit=0 step=0\n"
+    (host.home / "dead").touch()
+    for name in ("fusermount", "umount"):
+        host.cloud.script(f"host-bin/{name}", "exit 1")
+    status, output = host.do(*words)
+    assert status == 1
+    assert output.splitlines()[-1] == (
+        f"worker 0: the dead mount at {host.cloud.bucket} cannot be removed: "
+        f"umount -l {host.cloud.bucket}"
+    )
+
+
+GCSFUSE = """
+while [ $# -gt 2 ]; do shift; done
+echo "$2" >>"$HOME/mounted"
+unmount() { # what is in use stays; what is not is no longer there
+  if [ -z "$(find /proc/[0-9]*/fd -lname "$2*" 2>/dev/null)" ]; then mv "$2" "$2-gone"; exit; fi
+}
+(trap 'unmount "$@"' TERM; while :; do sleep 0.02; done) >/dev/null 2>&1 &
+echo $! >"$HOME/gcsfuse"
+"""
+
+
+def test_the_bucket_stays_until_the_run_has_saved(host: Host):
+    """A shutdown's TERM reaches gcsfuse too, which then unmounts what nobody uses."""
+    bucket = host.cloud.bucket
+    host.cloud.script("host-bin/gcsfuse", GCSFUSE)
+    host.ready().cloud.trainer(
+        "trap 'sleep 0.5; save 7; exit 75' TERM\necho begun\nwhile :; do sleep 0.02; done"
+    )
+    status, output = host.do("run", f"bucket:{bucket}", "--", f"--workdir={bucket}/run")
+    assert status == 0, output
+    host.cloud.wait(lambda: "begun" in (host.state / "log").read_text())
+    gcsfuse = int((host.home / "gcsfuse").read_text())
+    os.kill(gcsfuse, signal.SIGTERM)
+    parent = host.signal(signal.SIGTERM)
+    assert host.ended() == 75
+    assert (bucket / "run" / "checkpoints" / "7").is_dir()
+    assert "ended with exit status 75" in (bucket / "run" / "logs" / "worker-0.log").read_text()
+    gone = bucket.with_name("bucket-gone")
+    assert not gone.exists()
+    host.cloud.wait(lambda: not Path(f"/proc/{parent}").exists())
+    os.kill(gcsfuse, signal.SIGTERM)  # now it may
+    host.cloud.wait((gone / "run").exists)
+
+
+SAVING = """
+asked=0
+trap 'asked=$((asked + 1))' TERM
+echo begun
+until [ $asked = 1 ]; do sleep 0.02; done
+touch "$HOME/saving"
+for i in $(seq 40); do sleep 0.02; if [ $asked = 2 ]; then exit 143; fi; done
+exit 75
+"""
+
+
+@pytest.mark.parametrize("first", ["stop", "system"])
+def test_a_second_stop_does_not_end_a_run_that_is_saving(first, host: Host):
+    """The trainer takes a second SIGTERM as an order to end at once."""
+    host.ready()
+    for _ in range(2):  # and the next run is asked again
+        begin(host, SAVING)
+        if first == "stop":
+            child = host.start("stop", "20")
+        else:
+            host.signal(signal.SIGTERM)
+        host.cloud.wait((host.home / "saving").exists)
+        assert host.do("stop", "20") == (0, "worker 0: stopped\n")
+        assert host.ended() == 75
+        (host.home / "saving").unlink()
+        (host.state / "log").unlink()
+        if first == "stop":
+            assert child.communicate()[0] == "worker 0: stopped\n"
+
+
+def test_a_secret_goes_when_the_run_has_it(host: Host):
     host.ready().cloud.trainer('echo "${#SECRET} characters"')
-    child = host.start("env", stdin=subprocess.PIPE)
-    child.communicate("SECRET= a 'b' $c \n")
-    assert (host.state / "env").stat().st_mode & 0o777 == 0o600
+    file = host.home / "sync_jax.env"
+    file.write_text("SECRET= a 'b' $c \n")
     for _ in range(2):
         assert host.do("run", "--", "--workdir=runs/a")[0] == 0
         host.ended()
+    assert not file.exists()
     assert not (host.state / "env").exists()
     log = (host.state / "log").read_text()
     assert [line for line in log.splitlines() if "=" not in line] == [
         "10 characters",
         "0 characters",
     ]
+    # And where no run comes of it.
+    (host.state / "ready").unlink()
+    file.write_text("SECRET=a\n")
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 1
+    assert not file.exists()
 
 
 def test_the_help_lists_every_verb(host: Host):
     status, output = host.do("help")
     assert status == 2
-    for verb in ("unpack", "setup", "env", "run", "status", "logs", "stop", "unlock"):
+    for verb in ("unpack", "setup", "run", "status", "logs", "stop", "unlock"):
         assert f"\n  {verb}" in output

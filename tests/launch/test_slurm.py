@@ -15,9 +15,18 @@ from tests.launch.cloud import CONFIG, REPOSITORY, Cloud
 SRUN = """
 echo "$*" >>"$FAKE_ROOT/srun"
 while case $1 in --*) true ;; *) false ;; esac; do shift; done
-"$@" & trainer=$!
-echo $trainer >"$FAKE_ROOT/trainer-pid"
-wait $trainer
+children='' highest=0
+for task in $(seq 0 $((${FAKE_TASKS:-1} - 1))); do
+  SLURM_PROCID=$task "$@" &
+  children="$children $!"
+done
+echo $children >"$FAKE_ROOT/tasks"
+for child in $children; do
+  wait $child
+  status=$?
+  if [ $status -gt $highest ]; then highest=$status; fi
+done
+exit $highest
 """
 PYTHON = """
 if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
@@ -31,7 +40,7 @@ class Job:
         self.cloud = cloud
         self.checkout = tmp_path / "checkout"
         self.checkout.mkdir()
-        for name in ("configs", "sync_jax"):
+        for name in ("configs", "launch", "sync_jax"):
             (self.checkout / name).symlink_to(REPOSITORY / name)
         cloud.script("bin/srun", SRUN)
         cloud.script("bin/scontrol", 'echo "$*" >>"$FAKE_ROOT/scontrol"')
@@ -40,21 +49,29 @@ class Job:
         (self.checkout / ".venv" / ".installed").write_text("all of it")
         (self.checkout / ".venv" / "bin" / "python").symlink_to(cloud.root / "python")
 
-    def start(self, *arguments: str, restart: int = 0) -> subprocess.Popen[str]:
-        (self.cloud.root / "trainer-pid").unlink(missing_ok=True)
+    def start(self, *arguments: str, restart: int = 0, tasks: int = 1) -> subprocess.Popen[str]:
+        (self.cloud.root / "tasks").unlink(missing_ok=True)
         return self.cloud.start(
             *("bash", "launch/slurm.sbatch", *arguments),
             SLURM_SUBMIT_DIR=str(self.checkout),
             SLURM_JOB_ID="42",
             SLURM_RESTART_COUNT=str(restart),
+            FAKE_TASKS=str(tasks),
             JAX_PLATFORMS="cpu",
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         )
 
-    def do(self, *arguments: str, restart: int = 0) -> tuple[int, str]:
-        child = self.start(*arguments, restart=restart)
+    def do(self, *arguments: str, restart: int = 0, tasks: int = 1) -> tuple[int, str]:
+        child = self.start(*arguments, restart=restart, tasks=tasks)
         output, errors = child.communicate(timeout=300)
         return child.returncode, output + errors
+
+    def terminate(self) -> None:
+        """As --signal=TERM@300 does: all processes of the tasks, and not the script."""
+        for task in (self.cloud.root / "tasks").read_text().split():
+            children = Path(f"/proc/{task}/task/{task}/children").read_text().split()
+            for process in (task, *children):
+                os.kill(int(process), signal.SIGTERM)
 
     def requeued(self) -> list[str]:
         path = self.cloud.root / "scontrol"
@@ -77,8 +94,7 @@ def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(j
     ]
     child = job.start(*command)
     job.cloud.wait(lambda: any(p.name.isdigit() for p in run.glob("checkpoints/*")))
-    # --signal=TERM@300: to the tasks alone.
-    os.kill(int((job.cloud.root / "trainer-pid").read_text()), signal.SIGTERM)
+    job.terminate()
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 75, errors
     assert "saved at step" in output
@@ -90,7 +106,9 @@ def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(j
     assert job.requeued() == ["requeue 42"]
     first, second = (job.cloud.root / "srun").read_text().splitlines()
     assert first == second
-    assert first.startswith("--wait=900 .venv/bin/python -u -m sync_jax.main --config=")
+    assert first.startswith(
+        "--wait=900 bash launch/slurm.sbatch --task .venv/bin/python -u -m sync_jax.main --config="
+    )
 
 
 def test_three_restarts_without_progress_are_enough(job: Job, tmp_path):
@@ -110,6 +128,39 @@ def test_exit_statuses_and_nothing_queued_again(status, ours, job: Job, tmp_path
     job.cloud.trainer(f"exit {status}")
     assert job.do(CONFIG, f"--workdir={tmp_path}/run")[0] == ours
     assert job.requeued() == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ours", "message"),
+    [
+        ("75 75 75", 75, "saved at step 0; queued again"),
+        ("0 0 0", 0, ""),
+        ("75 1 75", 1, "a task ended with exit status 1\n"),
+        ("1 75 0", 1, "a task ended with exit status 1\n"),
+        ("75 0 137", 1, "a task ended with exit status 137\n"),
+        ("2 2 2", 2, ""),
+    ],
+)
+def test_of_several_tasks_one_that_failed_decides(statuses, ours, message, job: Job, tmp_path):
+    """srun's own status is the highest of all, which of 1 and 75 is 75: saved."""
+    job.cloud.trainer(f"set -- {statuses}; shift $SLURM_PROCID; exit $1")
+    status, output = job.do(CONFIG, f"--workdir={tmp_path}/run", tasks=3)
+    assert (status, message in output) == (ours, True), output
+    assert len(job.requeued()) == (ours == 75)
+
+
+def test_a_sigterm_to_all_of_a_task_is_one_to_the_trainer(job: Job, tmp_path):
+    job.cloud.trainer(
+        "asked=0; trap 'asked=$((asked + 1))' TERM; touch \"$FAKE_ROOT/begun-$SLURM_PROCID\"\n"
+        "until [ $asked -gt 0 ]; do sleep 0.02; done\n"
+        "for i in $(seq 20); do sleep 0.02; done; exit $((74 + asked))"
+    )
+    child = job.start(CONFIG, f"--workdir={tmp_path}/run", tasks=2)
+    job.cloud.wait(lambda: len(list(job.cloud.root.glob("begun-*"))) == 2)
+    job.terminate()
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 75, output + errors
+    assert job.requeued() == ["requeue 42"]
 
 
 @pytest.mark.parametrize(

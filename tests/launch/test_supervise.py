@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud
+from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud, dead_mounts
 
 DELETE = f"launch/tpu.sh delete {' '.join(WHERE)}"
 
@@ -121,13 +121,132 @@ def test_bad_input_is_not_tried_again(cloud: Cloud):
     assert result.stderr.count("started at") == 1
 
 
-def test_a_request_that_fails_is_made_anew(cloud: Cloud):
+REFUSED = [["ACCEPTED", "FAILED\tno quota"], ["ACCEPTED", "PROVISIONING", "FAILED\tno room"]]
+
+
+def test_a_request_that_fails_is_a_failure_and_made_anew(cloud: Cloud):
     cloud.trainer("exit 0")
-    cloud.set(lives=[["ACCEPTED", "FAILED"], ["ACCEPTED", "PROVISIONING", "FAILED"]])
+    cloud.set(lives=list(REFUSED))
+    result = cloud.supervise("--preemptions=0", "--failures=2")
+    assert result.returncode == 0, result.stderr
+    assert "the request was not served: FAILED (no quota): failure 1\n" in result.stderr
+    assert "the request was not served: FAILED (no room): failure 2\n" in result.stderr
+    assert len(cloud.calls("create")) == 3
+
+
+def test_requests_that_fail_spend_the_budget_of_failures(cloud: Cloud):
+    cloud.set(lives=list(REFUSED))
+    result = cloud.supervise("--preemptions=0", "--failures=1")
+    assert result.returncode == 1
+    assert "more than 1: another type or zone may have room" in result.stderr
+    assert "preemption" not in result.stderr
+    assert last_line(result) == DELETE
+
+
+def test_a_request_that_fails_once_it_was_served_is_a_preemption(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(preempt_at=[5], suspension=["FAILED"])
+    result = cloud.supervise("--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert "the machine is FAILED: preemption 1" in result.stderr
+
+
+def test_an_expired_request_ends_it_and_only_the_request_is_deleted(cloud: Cloud):
+    cloud.set(lives=[["WAITING_FOR_RESOURCES"]])
+    (cloud.bucket / "precious").write_text("data")
+    result = cloud.supervise("--valid-until=0m1s", "--preemptions=50", "--failures=50")
+    assert result.returncode == 1
+    assert "the request was not served within 0m1s: FAILED (the valid-until" in result.stderr
+    assert last_line(result) == DELETE
+    assert len(cloud.calls("create")) == 1
+    assert [call[3:6] for call in cloud.calls("delete")] == [["queued-resources", "delete", "sync"]]
+    assert [p.name for p in cloud.bucket.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("verb", ["create", "supervise"])
+def test_a_queue_may_take_long(verb, cloud: Cloud):
+    """Longer than patience, which is eight looks here; the queue's limit is --valid-until."""
+    cloud.trainer("exit 0")
+    cloud.set(lives=[["ACCEPTED"] + ["WAITING_FOR_RESOURCES"] * 12 + ["ACTIVE"]])
+    more = [WORKDIR, CONFIG] if verb == "supervise" else []
+    result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["create", "supervise"])
+@pytest.mark.parametrize("state", ["PROVISIONING", "UNKNOWN"])
+def test_a_machine_that_does_not_get_ready_is_given_up(verb, state, cloud: Cloud):
+    """Of the request, and of the machine itself."""
+    if state == "PROVISIONING":
+        cloud.set(lives=[[state]])
+    else:
+        cloud.set(node_lives=[[state]])
+    more = [WORKDIR, CONFIG] if verb == "supervise" else []
+    result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
+    assert result.returncode == 1
+    assert f"still {state} after 8 looks: given up" in result.stderr
+    assert last_line(result) == DELETE
+    assert not cloud.calls("delete")
+
+
+@pytest.mark.parametrize("state", ["REPAIRING", "UNKNOWN", "STOPPED", "DELETING"])
+def test_a_machine_that_is_there_no_more_is_given_up(state, cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(node_lives=[["READY"] * 3 + [state]])
+    result = cloud.supervise()
+    assert result.returncode == 1
+    assert "started at step 0" in result.stderr
+    assert f"machine sync: {state}\n" in result.stderr
+    assert f"still {state} after 8 looks: given up" in result.stderr
+    assert not cloud.calls("delete")
+
+
+def test_a_repair_is_waited_for(cloud: Cloud):
+    cloud.trainer(patient(5))
+    cloud.set(node_lives=[["READY", "REPAIRING", "UNKNOWN", "REPAIRING", "READY"]])
+    result = cloud.supervise("--preemptions=0", "--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert len(cloud.calls("create")) == 1
+
+
+def test_a_machine_being_taken_away_is_deleted_once_it_lets(cloud: Cloud):
+    """The preemption is counted once, however often its deletion fails."""
+    cloud.trainer(patient(10))
+    cloud.set(preempt_at=[5], suspension=["SUSPENDING", "SUSPENDED"], fail={"delete": 2})
+    result = cloud.supervise("--preemptions=1")
+    assert result.returncode == 0, result.stderr
+    assert re.search("the machine is (SUSPENDING|PREEMPTED): preemption 1", result.stderr)
+    assert "it cannot be deleted (2 in a row)" in result.stderr
+    assert "preemption 2" not in result.stderr
+    assert len(cloud.calls("delete")) == 3
+
+
+def test_a_machine_that_cannot_be_deleted_is_given_up(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(preempt_at=[5], fail={"delete": 1000})
+    result = cloud.supervise()
+    assert result.returncode == 1
+    assert "it cannot be deleted (8 in a row)" in result.stderr
+    assert len(cloud.calls("create")) == 1
+    assert last_line(result) == DELETE
+
+
+def test_a_request_whose_machine_is_lost_is_made_anew(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(node_lives=[["READY"] * 9 + ["GONE"]])
     result = cloud.supervise()
     assert result.returncode == 0, result.stderr
-    assert "the machine is FAILED: preemption 2" in result.stderr
-    assert len(cloud.calls("create")) == 3
+    assert "the machine is LOST: preemption 1" in result.stderr
+
+
+def test_what_somebody_else_deletes_is_made_anew(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(lives=[["ACTIVE"] * 9 + ["DELETING", "DELETING", "GONE"]])
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "machine sync: DELETING\n" in result.stderr
+    assert "the machine is no longer there: preemption 1" in result.stderr
+    assert not cloud.calls("delete")
 
 
 def test_a_machine_on_demand(cloud: Cloud):
@@ -210,6 +329,21 @@ def test_a_worker_that_was_killed_counts_as_failed(slice_of_three: Cloud):
     result = cloud.supervise()
     assert result.returncode == 0, result.stderr
     assert "worker 1 lost its run: failure 1" in result.stderr
+
+
+def test_a_worker_without_its_bucket_is_a_failure(slice_of_three: Cloud):
+    """Its gcsfuse has ended: the run can save no more, and the next start mounts anew."""
+    cloud = slice_of_three
+    cloud.trainer(
+        'trap "exit 75" TERM; if [ -d "$workdir" ]; then exit 0; fi\n'
+        "if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then touch $HOME/dead; fi\n"
+        'sleep 0.3; mkdir -p "$workdir"; for i in $(seq 9999); do sleep 0.05; done'
+    )
+    dead_mounts(cloud)
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "worker 1 has lost its bucket, for gcsfuse has ended there: failure 1" in result.stderr
+    assert "worker 1: the mount of gs://bucket is dead" in result.stderr
 
 
 def test_a_run_that_is_going_on_is_watched(cloud: Cloud):

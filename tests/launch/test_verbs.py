@@ -2,16 +2,41 @@
 
 import json
 import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.launch.cloud import CONFIG, WHERE, WORKDIR, Cloud
+from tests.launch.cloud import CONFIG, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
+
+
+def command(*arguments: str, epochs: int = 30) -> list[str]:
+    """Of a run of the real trainer: 12 steps an epoch, and a checkpoint every four."""
+    options = [f"--config.{path}={value}" for path, value in tiny.OVERRIDES.items()]
+    options += [f"--config.train.epochs={epochs}", "--config.checkpoint.every_epochs=4"]
+    data = ["--config.method=ce", "--config.data.data_dir=gs://bucket/data"]
+    return [WORKDIR, CONFIG, *arguments, "--", *options, *data]
+
+
+def saved(run: Path) -> int:
+    names = [p.name for p in run.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def check_finished(run: Path, last: int) -> None:
+    """Once, however often it was started."""
+    assert json.loads((run / "report.json").read_text())["training"]["steps"] == last
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == saved(run) == last
 
 
 @pytest.mark.slow
-def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tmp_path):
-    """Every verb: stop saves, status tells, supervise resumes, twice, delete leaves the workdir."""
+def test_every_verb_with_the_real_trainer(cloud: Cloud, tmp_path):
+    """Stop saves, status tells, supervise resumes, delete leaves the workdir."""
     tiny.prepare(tmp_path).rename(cloud.bucket / "data")
     run = cloud.bucket / "run"
     created = cloud.tpu("create", "--type=v4-8", "--yes")
@@ -25,23 +50,14 @@ def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tm
     fresh = cloud.tpu("status", WORKDIR)
     assert (fresh.returncode, "run new" in fresh.stdout) == (1, True)
 
-    epochs = ["--config.train.epochs=30", "--config.checkpoint.every_epochs=1"]
-    overrides = [f"--config.{path}={value}" for path, value in tiny.OVERRIDES.items()]
-    options = [*overrides, *epochs, "--config.method=ce"]
-    command = [WORKDIR, CONFIG, "--", *options, "--config.data.data_dir=gs://bucket/data"]
-
-    def saved() -> int:
-        names = [p.name for p in run.glob("checkpoints/*")]
-        return max((int(name) for name in names if name.isdigit()), default=0)
-
-    assert cloud.tpu("run", *command).returncode == 0
+    assert cloud.tpu("run", *command()).returncode == 0
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 0
     assert "worker=0 state=running exit=- step=" in status.stdout
-    again = cloud.tpu("run", *command)
+    again = cloud.tpu("run", *command())
     assert again.returncode == 1
     assert "a run, or its setup, is going on here" in again.stderr
-    cloud.wait(lambda: saved() > 0)
+    cloud.wait(lambda: saved(run) > 0)
     assert cloud.tpu("stop").returncode == 0
     assert "[worker 0] ce on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
     status = cloud.tpu("status", WORKDIR)
@@ -49,41 +65,70 @@ def test_a_run_of_the_real_trainer_over_a_stop_and_a_preemption(cloud: Cloud, tm
     assert "run saved" in status.stdout
     log = (run / "logs" / "worker-0.log").read_text()
     (stopped,) = re.findall(r"stopped by SIGTERM, saved at step (\d+)", log)
-    assert saved() == int(stopped)
+    assert saved(run) == int(stopped)
 
-    # On from there; at its first checkpoint the machine is taken away, by SIGTERM first.
-    child = cloud.start("launch/tpu.sh", "supervise", *WHERE, "--type=v4-8", "--yes", *command)
-    cloud.wait(lambda: saved() > int(stopped))
-    assert cloud.run(f"{cloud.root}/bin/preempt").returncode == 0
-    _, shown = child.communicate(timeout=300)
-    assert child.returncode == 0, shown
-    assert f"started at step {stopped}\n" in shown
-    assert "the machine is PREEMPTED: preemption 1" in shown
-    (resumed,) = re.findall(
-        r"resuming at step (\d+) of 356", (cloud.home() / ".sync_jax" / "log").read_text()
-    )
-    assert int(stopped) < int(resumed) < 356
-    # What the machine that is gone said last: it had saved, and the run went on from there.
-    assert f"started at step {resumed}\n" in shown
-    report = json.loads((run / "report.json").read_text())
-    assert report["training"]["steps"] == 356
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert steps[-1] == 356
+    result = cloud.tpu("supervise", *command("--type=v4-8", "--yes"), SYNC_JAX_POLL="0.5")
+    assert result.returncode == 0, result.stderr
+    assert f"started at step {stopped}\n" in result.stderr
+    assert f"resuming at step {stopped} of 356" in (run / "logs" / "worker-0.log").read_text()
+    check_finished(run, 356)
     status = cloud.tpu("status", WORKDIR)
     assert (status.returncode, "run done" in status.stdout) == (0, True)
     assert "step=356" in status.stdout
 
     assert cloud.tpu("unlock").returncode == 0
     kept = sorted(cloud.bucket.rglob("*"))
-    deleted = len(cloud.calls("delete"))
     assert cloud.tpu("delete", stdin="n\n").returncode == 1
-    assert len(cloud.calls("delete")) == deleted == 1
+    assert not cloud.calls("delete")
     assert cloud.tpu("delete", "--yes").returncode == 0
     assert sorted(cloud.bucket.rglob("*")) == kept
     gone = cloud.tpu("status", WORKDIR)
     assert (gone.returncode, gone.stdout) == (1, "machine gone\n")
     assert "there is no machine sync" in cloud.tpu("delete", "--yes").stderr
+
+
+@pytest.mark.slow
+def test_a_preempted_slice_of_two_with_the_real_trainer(tmp_path):
+    """Two processes that train one network, saved by one SIGTERM each and resumed on new hosts."""
+    cloud = Cloud(tmp_path / "cloud", workers=2)
+    try:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            (cloud.root / "port").write_text(str(free.getsockname()[1]))
+        tiny.prepare(tmp_path).rename(cloud.bucket / "data")
+        run = cloud.bucket / "run"
+        spot = ["--type=v5litepod-8", "--spot", "--yes"]
+        words = ["supervise", *WHERE, *command(*spot, epochs=16)]
+        child = cloud.start("launch/tpu.sh", *words, SYNC_JAX_POLL="0.5")
+        cloud.wait(lambda: saved(run) > 0)
+        cloud.fake.preempt()
+        _, shown = child.communicate(timeout=300)
+        assert child.returncode == 0, shown
+        assert re.search("the machine is (SUSPENDED|PREEMPTED): preemption 1\n", shown)
+        assert "failure" not in shown
+        for worker in range(2):
+            log = (cloud.home(worker) / ".sync_jax" / "log").read_text()
+            assert "ended with exit status 0" in log
+        # What the machines that are gone said last: they had saved, and the run went on from there.
+        log = (cloud.home() / ".sync_jax" / "log").read_text()
+        assert "2 CPU devices of 2 processes" in log
+        (resumed,) = re.findall(r"resuming at step (\d+) of 190", log)
+        assert 0 < int(resumed) < 190
+        assert f"started at step {resumed}\n" in shown
+        check_finished(run, 190)
+    finally:
+        cloud.close()
+
+
+def test_a_venv_that_is_a_link_is_not_pushed(tmp_path):
+    """It may lie on a larger disk; a host that got the link would install, and delete, there."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / ".venv").symlink_to("disk")
+    listed = ["git", "ls-files", "--others", "--exclude-standard"]  # what push packs
+    result = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == ".gitignore\n"
 
 
 def test_delete_finds_out_what_it_is(cloud: Cloud):
@@ -104,10 +149,29 @@ def test_nothing_is_deleted_while_the_cloud_does_not_answer(cloud: Cloud):
 
 
 def test_a_request_that_will_not_be_served_ends_the_wait(cloud: Cloud):
-    cloud.set(lives=[["WAITING_FOR_RESOURCES", "FAILED"]])
+    cloud.set(lives=[["WAITING_FOR_RESOURCES", "FAILED\tno quota"]])
     result = cloud.tpu("create", "--type=v4-8", "--valid-until=1h", "--yes")
     assert result.returncode == 1
-    assert "it will not come: FAILED; delete the request" in result.stderr
+    assert "it will not come: FAILED (no quota); delete the request" in result.stderr
+
+
+def test_a_request_that_expires_ends_the_wait(cloud: Cloud):
+    cloud.set(lives=[["WAITING_FOR_RESOURCES"]])
+    result = cloud.tpu("create", "--type=v4-8", "--valid-until=1s", "--yes")
+    assert result.returncode == 1
+    assert "it was not served within 1s: FAILED (the valid-until" in result.stderr
+    assert result.stdout.splitlines()[-1] == f"  launch/tpu.sh delete {' '.join(WHERE)}"
+    assert not cloud.calls("delete")
+
+
+def test_a_cloud_that_never_answers_ends_the_wait(cloud: Cloud):
+    cloud.set(lives=[["WAITING_FOR_RESOURCES"]])
+    child = cloud.start("launch/tpu.sh", "create", *MACHINE, "--yes")
+    cloud.wait(lambda: bool(cloud.calls("create")))
+    cloud.set(fail={"list": 1000})
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 1
+    assert "UNAVAILABLE: the service is not there (8 in a row)" in errors
 
 
 def test_every_worker_has_its_log(slice_of_three: Cloud):

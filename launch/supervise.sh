@@ -1,0 +1,184 @@
+# shellcheck shell=bash disable=SC2154
+# Of tpu.sh and gpu.sh: how long anything is waited for, and supervise. The verbs are lib.sh's.
+
+# From nothing to a finished run, over preemptions and failures. preempted and failed count against
+# their budgets, stale the restarts since the last checkpoint moved, missed the looks that failed and
+# odd those that found workers at odds, both in a row. owned: the machine is of our making; served: it
+# was there; fresh: it is to be set up; started: the run there was begun, or found, by us; begun: so was any.
+supervise() {
+  owned=0 served=0 fresh=1 started=0 begun=0 preempted=0 failed=0 best=-1 stale=0 missed=0 between=0 odd=0
+  trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM
+  while :; do
+    look
+    case $machine in
+      gone | refused | expired)
+        if [ $owned = 1 ]; then spend_machine; fi
+        owned=0 served=0 fresh=1 started=0 between=0
+        if [ -n "$detail" ] && ! remove; then
+          miss "it cannot be deleted"
+        elif create; then
+          owned=1 missed=0
+        else
+          miss "none can be created"
+        fi
+        ;;
+      waiting | between | unknown)
+        [ "$machine" = unknown ] || owned=1
+        linger
+        ;;
+      ready)
+        owned=1 served=1 between=0
+        survey
+        judge
+        ;;
+    esac
+    sleep "$interval"
+  done
+}
+
+judge() { # what to do about the run, on a machine that is there
+  [ "$run" = mixed ] || odd=0
+  case $run in
+    unknown) miss "$why" ;;
+    running)
+      if [ "$started" = 0 ]; then say "found running at step $step"; fi
+      fresh=0 started=1 begun=1 missed=0
+      ;;
+    other) leave 1 "another run is going on there: watch that, or stop it" ;;
+    mixed)
+      odd=$((odd + 1))
+      if [ $odd -ge "$patience" ]; then
+        say "$why"
+        stop
+      fi
+      ;;
+    *)
+      if [ "$started" = 1 ]; then
+        ended
+      elif [ "$run" = failed ]; then
+        stop # it failed while nobody watched: the other workers may still wait, and hold their machines
+      fi
+      started=0
+      launch
+      ;;
+  esac
+}
+
+ended() { # a run of ours; returns where it is to be started again
+  case $run in
+    done) leave 0 "done; the results are in $workdir" ;;
+    saved) spend_preemption "stopped by SIGTERM and saved at step $step" ;;
+    new) spend_preemption "the machine has forgotten its run" ;;
+    failed)
+      spend_failure "$why"
+      stop # the other workers would wait for this one for ever
+      if [ "$code" = 2 ]; then leave 2 "the config or its input is at fault: see the logs"; fi
+      allow_failures "see the logs"
+      ;;
+  esac
+}
+
+launch() {
+  if [ "$fresh" = 1 ]; then
+    setup || {
+      miss "the machine cannot be set up"
+      return
+    }
+    survey # the workdir can be seen from there only now
+    [ "$run" != unknown ] || {
+      miss "$why"
+      return
+    }
+  fi
+  if [ "$step" -gt "$best" ]; then
+    best=$step stale=0
+  elif [ "$stale" -ge 3 ]; then
+    leave 1 "three restarts without progress, still at step $step: see the logs"
+  fi
+  fresh=0
+  if ! start; then
+    stop
+    miss "the run cannot be started on every worker"
+    return
+  fi
+  if [ "$begun" = 1 ]; then stale=$((stale + 1)); fi
+  started=1 begun=1
+  say "started at step $step"
+}
+
+spend_preemption() {
+  preempted=$((preempted + 1))
+  say "$1: preemption $preempted"
+  if [ $preempted -gt "$preemptions" ]; then
+    leave 75 "that is more than $preemptions; the same command goes on from the last checkpoint"
+  fi
+}
+
+spend_failure() {
+  failed=$((failed + 1))
+  say "$1: failure $failed"
+}
+
+allow_failures() { # WHAT TO DO
+  [ "$failed" -le "$failures" ] || leave 1 "that is more than $failures: $1"
+}
+
+spend_machine() { # ours, and no longer there
+  case $served:$machine in
+    0:refused)
+      spend_failure "the request was not served: $detail"
+      allow_failures "another type or zone may have room"
+      ;;
+    0:expired)
+      remove || say "the request cannot be deleted"
+      leave 1 "the request was not served within $valid_until: $detail; the same command makes another"
+      ;;
+    *) spend_preemption "the machine is ${detail:-no longer there}" ;;
+  esac
+}
+
+linger() { # a look that found no machine, but may yet
+  case $machine in
+    waiting) missed=0 between=0 ;; # for days, perhaps: --valid-until is the limit
+    between)
+      missed=0 between=$((between + 1))
+      [ $between -lt "$patience" ] || leave 1 "still $detail after $between looks: given up"
+      ;;
+    *) miss "${detail:-the machine is not to be seen}" ;;
+  esac
+}
+
+miss() {
+  missed=$((missed + 1))
+  say "$1 ($missed in a row)"
+  if [ $missed -ge "$patience" ]; then leave 1 "given up; what runs there goes on"; fi
+}
+
+leave() { # STATUS MESSAGE
+  say "$2"
+  farewell
+  exit "$1"
+}
+
+supervise_dry() { # one round
+  if [ "$creates" = 1 ]; then
+    note "creates the machine, unless it is there"
+    look
+    create
+  fi
+  note "sets it up"
+  setup
+  note "starts the run"
+  start
+  note "every $interval s: how the run stands on each worker, and the machine"
+  look
+  on_hosts "$(status_command)"
+  note "one worker failed: the others are stopped, and all started again"
+  stop
+  if [ "$creates" = 1 ]; then
+    note "preempted: this machine is deleted, and the next one created"
+    remove
+  fi
+  note "at the end:"
+  farewell | comment
+}
