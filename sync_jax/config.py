@@ -24,6 +24,11 @@ from sync_jax.nonfinite import ACTIONS
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
 
+PATHS = (
+    *("data.data_dir", "data.source", "data.folder", "model.pretrained"),
+    "process.compilation_cache",
+)
+
 _MOST_VALUES = 1000  # of a list: a report has a row for each
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
@@ -148,6 +153,9 @@ def default_config() -> ConfigDict:
     config.process.wait_seconds = 600.0  # for the other processes, wherever all must come together
     # Prints what each thread is doing when no step has finished for so long; 0: never.
     config.process.watchdog_seconds = 600.0
+    # A folder for what XLA compiled, which later runs take from there; it must be the user's alone.
+    # Empty: nothing is kept. JAX's own JAX_COMPILATION_CACHE_DIR goes before it.
+    config.process.compilation_cache = os.path.join("~", ".cache", "sync_jax_compiled")
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 1000
@@ -177,7 +185,7 @@ def validate(config: ConfigDict) -> None:
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if type(value) not in accepted:
             raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
-    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+    for field in PATHS:
         check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
     _choice(config, "data.name", catalogue.NAMES)
@@ -198,7 +206,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.short_side", low=0, high=1024)
     _integer(config, "data.stored_size", low=0, high=1024)
     _integer(config, "data.workers", low=0, high=256)
-    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+    for field in PATHS:
         if "\0" in _get(config, field):
             raise InputError(f"config.{field}={_get(config, field)!r} can be no path")
     if not config.data.data_dir:
