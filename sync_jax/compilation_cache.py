@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ def use(folder: str) -> str | None:
     Returns:
         Why nothing is kept though a folder is named, in a line; None where all is well.
     """
-    if not folder or jax.config.jax_compilation_cache_dir or jax.process_count() > 1:
+    settings: Any = jax.config
+    if not folder or settings.jax_compilation_cache_dir or jax.process_count() > 1:
         return None
     try:
         path = Path(folder).expanduser().absolute() / _processor()

@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax import sharding
+from sync_jax import sharding, timing
 from sync_jax.data import catalogue, host, pictures
 from sync_jax.data.augmentation import normalise
 from sync_jax.data.parts import Part
@@ -331,6 +331,28 @@ class Run:
         values["aurc"] = aurc(predictions.confidence("softmax_response"), predictions.wrong)
         names = ("accuracy", "negative_log_likelihood", "aurc", "mean_selection")
         return {name: values[name] for name in names if name in values}
+
+    def speed(self, steps: int, seconds: dict[str, float]) -> dict[str, Any] | None:
+        """How fast a training was, see `timing.speed`; None of no steps.
+
+        Measures the device, which must have nothing else to do.
+
+        Args:
+            steps: done.
+            seconds: that they took, by phase; see `timing.Stopwatch`.
+        """
+        if not steps:
+            return None
+        # Simulated devices share a processor; other hosts and devices are taken to be as this one.
+        devices = jax.process_count() if jax.default_backend() == "cpu" else self.mesh.size
+        return timing.speed(
+            seconds,
+            steps=steps,
+            batch_size=self.config.train.batch_size,
+            train_size=self.train_size,
+            flops=timing.training_flops(self.network, self.info.image_shape),
+            peak=devices * timing.matmul_flops(self.config.model.dtype),
+        )
 
     def describe(self, calibration_size: int) -> str:
         """One line on what will run."""

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ from sync_jax.nonfinite import NonFiniteSteps, RollbackError
 from sync_jax.printable import say
 from sync_jax.process import terminated, watchdog
 from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
-from sync_jax.report import read_report, show_report, write_report
+from sync_jax.report import read_report, show_report, speed_before, write_report
 from sync_jax.run import STOP_VOTE, Run
 from sync_jax.steps import TrainState
+from sync_jax.timing import Stopwatch
 from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
 
 
@@ -88,15 +89,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
             )  # fmt: skip
             processes.print(run.describe(len(calibration_part.labels)))
             processes.print(placement.reason)
-            state = None
-            while state is None:
+            fitted = None
+            while fitted is None:
                 start = begin(job)
                 try:
-                    state = fit(job, start)
+                    fitted = fit(job, start)
                 except RollbackError as error:
                     processes.print(str(error))
                     checkpoints.wait()
-            finish(job, state)
+            finish(job, fitted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,20 @@ class Start(NamedTuple):
     unlogged: list[tuple[int, dict[str, float]]]
 
 
+class Fitted(NamedTuple):
+    """What the training loop leaves.
+
+    Attributes:
+        state: after the last step.
+        steps: done by this process, or since the last checkpoint that was gone back to.
+        seconds: that they took, by phase; see `timing.Stopwatch`.
+    """
+
+    state: TrainState
+    steps: int
+    seconds: dict[str, float]
+
+
 def begin(job: Job) -> Start:
     """The latest checkpoint, or the state before the first step.
 
@@ -161,7 +176,7 @@ def begin(job: Job) -> Start:
     return Start(state, 0, [])
 
 
-def fit(job: Job, start: Start) -> TrainState:
+def fit(job: Job, start: Start) -> Fitted:
     """The training loop: the steps after `start` to the last.
 
     Raises:
@@ -180,7 +195,14 @@ def fit(job: Job, start: Start) -> TrainState:
     unlogged = list(start.unlogged)
     votes: deque[Array] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
+
+    def busy() -> bool:
+        """Whether the device has something to do."""
+        newest: Any = unchecked[-1][1]["loss"] if unchecked else None
+        return newest is not None and not newest.is_ready()
+
     with (
+        Stopwatch() as watch,
         writes(job.workdir, start_step=start.step) as writer,
         Progress(
             total_steps=run.total_steps,
@@ -190,8 +212,10 @@ def fit(job: Job, start: Start) -> TrainState:
         ) as progress,
     ):
         for done in range(start.step + 1, run.total_steps + 1):
+            with watch.spent("data", busy=busy):
+                data = next(feed)
             state, metrics = run.step(
-                state, next(feed), skip=done in bad_steps.skipped, stopping=job.stopping()
+                state, data, skip=done in bad_steps.skipped, stopping=job.stopping()
             )
             if processes.count > 1:
                 votes.append(metrics.pop(STOP_VOTE))
@@ -221,7 +245,8 @@ def fit(job: Job, start: Start) -> TrainState:
                 unchecked = []
                 check_state(state, done)
             if calibrates:
-                values = run.calibration_metrics(state, job.calibration_part)
+                with watch.spent("evaluating"):
+                    values = run.calibration_metrics(state, job.calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
                 best = values[config.checkpoint.best_metric]
@@ -233,22 +258,24 @@ def fit(job: Job, start: Start) -> TrainState:
                     "unlogged": unlogged,
                     "on_device": run.placement.on_device,
                 }
-                job.checkpoints.save(state, done, notes=notes, score=score)
+                with watch.spent("saving"):
+                    job.checkpoints.save(state, done, notes=notes, score=score)
                 run.alive()
             if stops:
                 job.checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
-        job.checkpoints.wait()
-    return state
+        with watch.spent("saving"):
+            job.checkpoints.wait()
+    return Fitted(state, run.total_steps - start.step, watch.seconds())
 
 
-def finish(job: Job, state: TrainState) -> None:
+def finish(job: Job, fitted: Fitted) -> None:
     """Predicts on the calibration and the test split, and writes the report.
 
     Raises:
         TerminatedError: `stopping` said so; the trained state is saved.
     """
-    run, workdir, processes = job.run, job.workdir, job.processes
+    run, workdir, processes, state = job.run, job.workdir, job.processes, fitted.state
     calibration = run.predict(state, job.calibration_part)
     processes.from_first(
         "writing the predictions",
@@ -265,12 +292,14 @@ def finish(job: Job, state: TrainState) -> None:
 
     def report() -> None:
         test.save(workdir / "predictions_test.npz")
-        evaluate_finished(run.config, workdir)
+        evaluate_finished(run.config, workdir, speed=run.speed(fitted.steps, fitted.seconds))
 
     processes.from_first("the report", report)
 
 
-def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
+def evaluate_finished(
+    config: ConfigDict, workdir: Path, *, speed: dict[str, Any] | None = None
+) -> None:
     """Makes the report of a trained run from its saved predictions; nothing is trained.
 
     Of several processes the first does it.
@@ -278,6 +307,7 @@ def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     Args:
         config: validated; of its run, but for the `evaluation` section.
         workdir: of a run that was trained to its end.
+        speed: of the training, for the report; None: what an earlier report says.
 
     Raises:
         InputError: there is no such run, or it is another experiment.
@@ -293,6 +323,7 @@ def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     record["training"] = {
         "steps": max((entry["step"] for entry in entries), default=None),
         "seconds": max((entry["seconds"] for entry in entries), default=None),
+        "speed": speed or speed_before(workdir),
     }
     report = write_report(record, test, config, workdir)
     show_report(report, workdir)
