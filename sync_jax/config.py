@@ -20,6 +20,7 @@ from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
 from sync_jax.models.resnet import RESNETS
 from sync_jax.nonfinite import ACTIONS
+from sync_jax.tracing import parse_steps
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
@@ -35,7 +36,7 @@ _MOST_VALUES = 1000  # of a list: a report has a row for each
 OPERATIONAL = (
     *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
     *("train.on_nonfinite", "train.nonfinite_budget"),
-    *("log.", "checkpoint.", "evaluation.", "process."),
+    *("log.", "checkpoint.", "evaluation.", "process.", "profile."),
 )
 
 
@@ -157,6 +158,10 @@ def default_config() -> ConfigDict:
     # Empty: nothing is kept. JAX's own JAX_COMPILATION_CACHE_DIR goes before it.
     config.process.compilation_cache = os.path.join("~", ".cache", "sync_jax_compiled")
 
+    config.profile = ConfigDict()
+    # Steps to write a trace of, for TensorBoard and Perfetto, such as "100-110"; empty: none.
+    config.profile.steps = ""
+
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 1000
     config.evaluation.coverages = COVERAGES  # percent
@@ -228,6 +233,7 @@ def validate(config: ConfigDict) -> None:
             "feature vector follows from config.model.width; leave it at 0"
         )
     check_weights_file(config.model.pretrained, config.model.name)
+    parse_steps(config.profile.steps)
     _integer(config, "model.dropout_samples", low=1, high=10_000)
     _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)

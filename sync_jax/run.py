@@ -37,6 +37,7 @@ from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
+from sync_jax.tracing import parse_steps
 
 STOP_VOTE = "stop_vote"  # the metric that says whether any process was asked to stop
 
@@ -244,12 +245,19 @@ class Run:
             }
 
     def check(self) -> None:
-        """Makes sure, before anything is written, that the state fits and that the weights do.
+        """Makes sure, before anything is written, of what depends on the dataset and the machine.
 
         Raises:
-            InputError: it takes more memory than is free, or the file cannot be used.
+            InputError: the state takes more memory than is free, the weights' file cannot be used,
+                or the steps to be traced are not the run's.
         """
         config, state = self.config, self.state_like
+        traced = parse_steps(config.profile.steps)
+        if traced and traced[-1] > self.total_steps:
+            raise InputError(
+                f"config.profile.steps={config.profile.steps!r} is beyond the run's "
+                f"{self.total_steps:,} steps"
+            )
         size = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(state)

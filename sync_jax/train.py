@@ -34,6 +34,7 @@ from sync_jax.report import read_report, show_report, speed_before, write_report
 from sync_jax.run import STOP_VOTE, Run
 from sync_jax.steps import TrainState
 from sync_jax.timing import Stopwatch
+from sync_jax.tracing import Trace, parse_steps
 from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
 
 
@@ -196,6 +197,8 @@ def fit(job: Job, start: Start) -> Fitted:
     votes: deque[Array] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
 
+    traced = parse_steps(config.profile.steps) if processes.first else range(0)
+
     def busy() -> bool:
         """Whether the device has something to do."""
         newest: Any = unchecked[-1][1]["loss"] if unchecked else None
@@ -210,13 +213,16 @@ def fit(job: Job, start: Start) -> Fitted:
             batch_size=config.train.batch_size,
             shown=processes.first,
         ) as progress,
+        Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
         for done in range(start.step + 1, run.total_steps + 1):
             with watch.spent("data", busy=busy):
                 data = next(feed)
-            state, metrics = run.step(
-                state, data, skip=done in bad_steps.skipped, stopping=job.stopping()
-            )
+            with trace.step(done, done):
+                state, metrics = run.step(
+                    state, data, skip=done in bad_steps.skipped, stopping=job.stopping()
+                )
+            trace.done(done, metrics)
             if processes.count > 1:
                 votes.append(metrics.pop(STOP_VOTE))
             unchecked.append((done, metrics))
