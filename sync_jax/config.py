@@ -35,7 +35,7 @@ _MOST_VALUES = 1000  # of a list: a report has a row for each
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 OPERATIONAL = (
     *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
-    *("train.on_nonfinite", "train.nonfinite_budget"),
+    *("train.on_nonfinite", "train.nonfinite_budget", "train.steps_per_dispatch"),
     *("log.", "checkpoint.", "evaluation.", "process.", "profile."),
 )
 
@@ -132,6 +132,9 @@ def default_config() -> ConfigDict:
     config.train.batch_size = 128  # over all devices together
     # Gradient accumulation: the network sees each device's share of a batch in so many parts.
     config.train.microbatches = 1
+    # Steps that the device does for one command of the host, where it holds the images; 0: 8 on
+    # accelerators, 1 on CPUs, where it would gain nothing.
+    config.train.steps_per_dispatch = 0
     # What a step does whose loss, gradient or parameters are not finite: "stop" the run; "skip":
     # leave everything as it was and go on; "rollback": go back to the latest checkpoint, and leave
     # that step out when it comes again. No more often than the budget allows.
@@ -239,6 +242,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
     _integer(config, "train.microbatches", low=1)
+    _integer(config, "train.steps_per_dispatch", low=0, high=1000)
     _integer(config, "train.nonfinite_budget", low=0)
     _integer(config, "checkpoint.keep", low=1)
     _integer(config, "checkpoint.keep_best", low=0)

@@ -24,14 +24,13 @@ from sync_jax.data.placement import Placement, choose
 from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, NonFiniteError, TerminatedError
 from sync_jax.evaluate import Predictions, evaluation_record
-from sync_jax.losses import Terms
 from sync_jax.methods import METHODS
 from sync_jax.nonfinite import NonFiniteSteps, RollbackError
 from sync_jax.printable import say
 from sync_jax.process import terminated, watchdog
 from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
 from sync_jax.report import read_report, show_report, speed_before, write_report
-from sync_jax.run import STOP_VOTE, Run
+from sync_jax.run import Metrics, Run
 from sync_jax.steps import TrainState
 from sync_jax.timing import Stopwatch
 from sync_jax.tracing import Trace, parse_steps
@@ -191,17 +190,18 @@ def fit(job: Job, start: Start) -> Fitted:
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
     bad_steps.begin(start.step)
-    # Metrics by the steps then done: still on the device, and fetched but in no log line yet.
-    unchecked: list[tuple[int, Terms]] = []
+    # Metrics by their steps: on the device still, and fetched but in no log line yet.
+    unchecked: list[tuple[range, Metrics]] = []
     unlogged = list(start.unlogged)
+    every = config.log.every_steps
+    next_line = (start.step // every + 1) * every
     votes: deque[Array] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
-
     traced = parse_steps(config.profile.steps) if processes.first else range(0)
 
     def busy() -> bool:
         """Whether the device has something to do."""
-        newest: Any = unchecked[-1][1]["loss"] if unchecked else None
+        newest: Any = unchecked[-1][1].values if unchecked else None
         return newest is not None and not newest.is_ready()
 
     with (
@@ -215,40 +215,40 @@ def fit(job: Job, start: Start) -> Fitted:
         ) as progress,
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
-        for done in range(start.step + 1, run.total_steps + 1):
+        for steps in run.dispatches(start.step):
+            done = steps[-1]
             with watch.spent("data", busy=busy):
                 data = next(feed)
-            with trace.step(done, done):
-                state, metrics = run.step(
-                    state, data, skip=done in bad_steps.skipped, stopping=job.stopping()
-                )
+            skips = [step in bad_steps.skipped for step in steps]
+            with trace.step(steps[0], done):
+                state, metrics = run.step(state, data, skips=skips, stopping=job.stopping())
             trace.done(done, metrics)
-            if processes.count > 1:
-                votes.append(metrics.pop(STOP_VOTE))
-            unchecked.append((done, metrics))
+            unchecked.append((steps, metrics))
             progress.step(done)
             last = done == run.total_steps
-            if done % config.log.every_steps == 0 or last:
-                # All but the newest, which is being computed.
-                unlogged += check(unchecked if last else unchecked[:-1], bad_steps)
-                unchecked = [] if last else unchecked[-1:]
-                if unlogged:
-                    averages, unlogged = average(unlogged), []
-                    writer.write(done, "train", averages)
-                    progress.metrics(done, averages)
-            calibrates, saves = (
-                done % every == 0 or last for every in (calibrate_every, save_every)
-            )
+            calibrates, saves = (done % x == 0 or last for x in (calibrate_every, save_every))
             stops = job.stopping()
-            if processes.count > 1:
-                # Two steps late, when it has long been computed: the device never waits.
+            if metrics.stop_vote is not None:
+                # Two dispatches late, when it has long been computed: the device never waits.
+                votes.append(metrics.stop_vote)
                 stops = len(votes) > 2 and float(votes.popleft()) > 0
             stops = stops and not last
             score = None
-            if calibrates or saves or stops:
-                # Nothing non-finite is evaluated or saved. This waits for the device.
-                unlogged += check(unchecked, bad_steps)
-                unchecked = []
+            waits = calibrates or saves or stops
+            if waits or next_line <= done:
+                # All but the newest, which is being computed; but nothing non-finite is evaluated
+                # or saved, which waits for the device.
+                ready = len(unchecked) if waits else -1
+                unlogged += check(unchecked[:ready], bad_steps)
+                unchecked = unchecked[ready:] if ready < 0 else []
+                fetched = unchecked[0][0][0] - 1 if unchecked else done
+                # A line has the steps before its own, and the last line has its own too.
+                while next_line <= min(done, fetched + 1) and not (next_line == done and last):
+                    unlogged = log_line(next_line, unlogged, writer, progress)
+                    next_line += every
+                if last:
+                    unlogged = log_line(done + 1, unlogged, writer, progress, at=done)
+            if waits:
                 check_state(state, done)
             if calibrates:
                 with watch.spent("evaluating"):
@@ -417,7 +417,7 @@ def make_squares(config: ConfigDict, placement: Placement) -> None:
 
 
 def check(
-    unchecked: list[tuple[int, Terms]], bad_steps: NonFiniteSteps
+    unchecked: list[tuple[range, Metrics]], bad_steps: NonFiniteSteps
 ) -> list[tuple[int, dict[str, float]]]:
     """Fetches metrics; those of steps that were not finite are dealt with, and left out.
 
@@ -425,16 +425,45 @@ def check(
         NonFiniteError, RollbackError: as `bad_steps` decides.
     """
     good = []
+    # All copies are under way before the first is waited for.
     fetched = jax.device_get([metrics for _, metrics in unchecked])
-    for (done, _), metrics in zip(unchecked, fetched, strict=True):
-        values = {name: float(value) for name, value in metrics.items()}
-        if done in bad_steps.skipped:
-            continue
-        if all(map(math.isfinite, values.values())):
-            good.append((done, values))
-        else:
-            bad_steps.meet(done, values)
+    for (steps, _), metrics in zip(unchecked, fetched, strict=True):
+        for step, values in zip(steps, metrics.fetch(), strict=True):
+            if step in bad_steps.skipped:
+                continue
+            if all(map(math.isfinite, values.values())):
+                good.append((step, values))
+            else:
+                bad_steps.meet(step, values)
     return good
+
+
+def log_line(
+    step: int,
+    unlogged: list[tuple[int, dict[str, float]]],
+    writer: MetricWriter,
+    progress: Progress,
+    *,
+    at: int | None = None,
+) -> list[tuple[int, dict[str, float]]]:
+    """Writes and shows the averages of the steps before one, if there are any.
+
+    Args:
+        step: the one.
+        unlogged: metrics by step.
+        writer: of metrics.jsonl.
+        progress: on the console.
+        at: the step that the line names; None: the same.
+
+    Returns:
+        The metrics that are left.
+    """
+    at = step if at is None else at
+    if averaged := [entry for entry in unlogged if entry[0] < step]:
+        averages = average(averaged)
+        writer.write(at, "train", averages)
+        progress.metrics(at, averages)
+    return [entry for entry in unlogged if entry[0] >= step]
 
 
 def average(entries: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -61,6 +61,7 @@ BAD = {
     "checkpoint.keep_best": ((-1,), "at least 0"),
     "checkpoint.best_metric": (("auc", ""), "choose from accuracy, aurc, negative_log_likelihood"),
     "train.microbatches": ((0, -2), "at least 1"),
+    "train.steps_per_dispatch": ((-1, 1001), "between 0 and 1000"),
     "train.on_nonfinite": (("ignore", ""), "choose from rollback, skip, stop"),
     "train.nonfinite_budget": ((-1,), "at least 0"),
     "process.wait_seconds": ((0.0, -1.0, NAN, INFINITY), "above 0"),
@@ -280,6 +281,7 @@ def test_which_fields_make_another_experiment(saved):
         "checkpoint.best_metric", "process.wait_seconds", "process.watchdog_seconds",
         "process.compilation_cache", "profile.steps",
         "optimizer.sharded", "train.on_nonfinite", "train.nonfinite_budget",
+        "train.steps_per_dispatch",
         "evaluation.batch_size",
         "evaluation.coverages", "evaluation.target_risks", "evaluation.delta",
     }  # fmt: skip

@@ -32,7 +32,7 @@ def test_a_trace_holds_its_steps_and_no_others(tmp_path, monkeypatch, capsys):
     steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
     assert sorted(map(int, steps)) == [4, 5, 6]
     # What XLA executed: the convolutions of the step's module, which took some time.
-    computed = [e for e in events if e.get("args", {}).get("hlo_module") == "jit_step"]
+    computed = [e for e in events if e.get("args", {}).get("hlo_module") == "jit_steps"]
     assert len({e["name"] for e in computed}) > 10
     assert sum(e["dur"] for e in computed) > 0
     assert "profile of steps 4 to 6: tensorboard --logdir=" in capsys.readouterr().out
