@@ -54,8 +54,8 @@ def child(arguments: list[str]) -> None:
     imported("Flax and Optax", "flax.linen", "optax")
     imported("TFDS and Grain", "tensorflow_datasets", "grain")
     imported("Orbax", "orbax.checkpoint")
-    imported("SciPy", "scipy.stats", "scipy.special")
-    imported("Matplotlib, Rich, TensorBoardX", "matplotlib.pyplot", "rich.progress", "tensorboardX")
+    imported("SciPy", "scipy.special", "scipy.io")
+    imported("Rich and TensorBoardX", "rich.progress", "tensorboardX")
     imported("the rest of sync_jax", "sync_jax.main", "sync_jax.train")
 
     import jax

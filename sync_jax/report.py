@@ -57,7 +57,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 import rich.box
 import rich.console
@@ -345,6 +344,9 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    import matplotlib.figure
+
     # A Figure of its own, not pyplot's: no global state, no display needed.
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
