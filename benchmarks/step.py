@@ -24,9 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -41,6 +39,7 @@ from sync_jax.models import make_network
 from sync_jax.models.vgg import LAYERS
 from sync_jax.optimizer import make_optimizer
 from sync_jax.steps import create_train_state, train_step
+from sync_jax.timing import layer_flops, training_flops
 
 EXAMPLES = 10_000
 # Name: pixels, channels, stem.
@@ -203,11 +202,8 @@ def matmul_step(size: int, dtype: str) -> Step:
     return lambda: jax.block_until_ready(product(a))
 
 
-def training_flops(name: str, width: int, classes: int = 10) -> tuple[int, int]:
-    """FLOP for an image: of all convolutions and dense layers, and of the last.
-
-    Forward once and back twice, but for the first layer, whose input needs no gradient.
-    """
+def flops_of(name: str, width: int, classes: int = 10) -> tuple[int, int]:
+    """FLOP for an image: see `timing.training_flops`, and of the last layer alone."""
     pixels, channels, _ = INPUTS[name]
     network = make_network(
         model_config(name, "float32", width).model,
@@ -215,21 +211,8 @@ def training_flops(name: str, width: int, classes: int = 10) -> tuple[int, int]:
         num_classes=classes,
         target_coverage=1.0,
     )
-    layers: list[int] = []
-
-    def count(forward: Any, arguments: Any, keywords: Any, context: Any) -> Any:
-        result = forward(*arguments, **keywords)
-        kernel = context.module.variables.get("params", {}).get("kernel")
-        if kernel is not None and context.method_name == "__call__":
-            layers.append(2 * result.size * (kernel.size // kernel.shape[-1]))
-        return result
-
-    def run(images: jax.Array) -> Any:
-        with nn.intercept_methods(count):
-            return network.init_with_output(jax.random.key(0), images, train=False)
-
-    jax.eval_shape(run, jax.ShapeDtypeStruct((1, pixels, pixels, channels), jnp.float32))
-    return 3 * sum(layers) - layers[0], 3 * layers[-1]
+    shape = pixels, pixels, channels
+    return training_flops(network, shape), 3 * layer_flops(network, shape)[-1]
 
 
 def take_turns(
@@ -293,8 +276,8 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> None:
             cases["torch"] = theirs(channels_last=False)
     taken = take_turns(cases, arguments.rounds, arguments.seconds, CLOCKS[arguments.clock])
     ce = taken["ce"]
-    flops, last = training_flops(name, width)
-    last_of_1000 = training_flops(name, width, 1000)[1]
+    flops, last = flops_of(name, width)
+    last_of_1000 = flops_of(name, width, 1000)[1]
     print(
         f"\n{name}, batch {batch}, {dtype}, {split.images.shape[1:]}, {arguments.rounds} rounds, "
         f"{arguments.clock} time on {len(os.sched_getaffinity(0))} cores"

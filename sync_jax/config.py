@@ -20,17 +20,23 @@ from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
 from sync_jax.models.resnet import RESNETS
 from sync_jax.nonfinite import ACTIONS
+from sync_jax.tracing import parse_steps
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
+
+PATHS = (
+    *("data.data_dir", "data.source", "data.folder", "model.pretrained"),
+    "process.compilation_cache",
+)
 
 _MOST_VALUES = 1000  # of a list: a report has a row for each
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 OPERATIONAL = (
     *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
-    *("train.on_nonfinite", "train.nonfinite_budget"),
-    *("log.", "checkpoint.", "evaluation.", "process."),
+    *("train.on_nonfinite", "train.nonfinite_budget", "train.steps_per_dispatch"),
+    *("log.", "checkpoint.", "evaluation.", "process.", "profile."),
 )
 
 
@@ -126,6 +132,9 @@ def default_config() -> ConfigDict:
     config.train.batch_size = 128  # over all devices together
     # Gradient accumulation: the network sees each device's share of a batch in so many parts.
     config.train.microbatches = 1
+    # Steps that the device does for one command of the host, where it holds the images; 0: 8 on
+    # accelerators, 1 on CPUs, where it would gain nothing.
+    config.train.steps_per_dispatch = 0
     # What a step does whose loss, gradient or parameters are not finite: "stop" the run; "skip":
     # leave everything as it was and go on; "rollback": go back to the latest checkpoint, and leave
     # that step out when it comes again. No more often than the budget allows.
@@ -148,6 +157,13 @@ def default_config() -> ConfigDict:
     config.process.wait_seconds = 600.0  # for the other processes, wherever all must come together
     # Prints what each thread is doing when no step has finished for so long; 0: never.
     config.process.watchdog_seconds = 600.0
+    # A folder for what XLA compiled, which later runs take from there; it must be the user's alone.
+    # Empty: nothing is kept. JAX's own JAX_COMPILATION_CACHE_DIR goes before it.
+    config.process.compilation_cache = os.path.join("~", ".cache", "sync_jax_compiled")
+
+    config.profile = ConfigDict()
+    # Steps to write a trace of, for TensorBoard and Perfetto, such as "100-110"; empty: none.
+    config.profile.steps = ""
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 1000
@@ -177,7 +193,7 @@ def validate(config: ConfigDict) -> None:
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if type(value) not in accepted:
             raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
-    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+    for field in PATHS:
         check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
     _choice(config, "data.name", catalogue.NAMES)
@@ -198,7 +214,7 @@ def validate(config: ConfigDict) -> None:
     _integer(config, "data.short_side", low=0, high=1024)
     _integer(config, "data.stored_size", low=0, high=1024)
     _integer(config, "data.workers", low=0, high=256)
-    for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained"):
+    for field in PATHS:
         if "\0" in _get(config, field):
             raise InputError(f"config.{field}={_get(config, field)!r} can be no path")
     if not config.data.data_dir:
@@ -220,11 +236,13 @@ def validate(config: ConfigDict) -> None:
             "feature vector follows from config.model.width; leave it at 0"
         )
     check_weights_file(config.model.pretrained, config.model.name)
+    parse_steps(config.profile.steps)
     _integer(config, "model.dropout_samples", low=1, high=10_000)
     _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)
     _integer(config, "log.every_steps", low=1)
     _integer(config, "train.microbatches", low=1)
+    _integer(config, "train.steps_per_dispatch", low=0, high=1000)
     _integer(config, "train.nonfinite_budget", low=0)
     _integer(config, "checkpoint.keep", low=1)
     _integer(config, "checkpoint.keep_best", low=0)

@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
     # Imported here, for --helpshort need not wait for JAX.
+    from sync_jax import compilation_cache, distributed, errors, sharding, train
     from sync_jax import config as config_lib
-    from sync_jax import distributed, errors, sharding, train
 
     try:
         config_lib.check_path("--workdir", _WORKDIR.value or "")
@@ -108,6 +108,10 @@ def main(arguments: list[str]) -> None:
             seconds=config.process.wait_seconds,
         )
         sharding.check_devices()
+        if _MODE.value in ("train", "sweep") and (
+            complaint := compilation_cache.use(config.process.compilation_cache)
+        ):
+            print(printable(complaint))
         if _MODE.value == "sweep":
             from sync_jax import sweep
 

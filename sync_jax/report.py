@@ -6,7 +6,9 @@ and risks are fractions. Fields:
     schema                     2; raised when fields are added or change their meaning
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
-    training                   steps, seconds (of the loop, earlier processes included)
+    training                   steps, seconds (of the loop, earlier processes included), speed (of
+                               the last process: images_per_second and more, see timing.speed; null
+                               where it did no step; not in older reports)
     members                    of an ensemble alone: the runs that it combines
     method_score               the confidence score that the method is meant to be used with
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
@@ -55,7 +57,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 import rich.box
 import rich.console
@@ -69,6 +70,7 @@ from sync_jax.errors import InputError
 from sync_jax.evaluate import Predictions
 from sync_jax.files import write_atomically
 from sync_jax.printable import printable
+from sync_jax.timing import describe
 
 SCHEMA = 2
 LABELS = {
@@ -152,6 +154,15 @@ def read_report(workdir: Path) -> dict[str, Any] | None:
     return report
 
 
+def speed_before(workdir: Path) -> dict[str, Any] | None:
+    """What the report that is about to be replaced says of the training's speed."""
+    try:
+        report = read_report(workdir)
+    except InputError:  # which is why it is being replaced
+        return None
+    return report["training"].get("speed") if report else None
+
+
 def _printable(value: Any) -> Any:
     """The same with every string in it as `printable` makes it."""
     if isinstance(value, dict):
@@ -195,6 +206,8 @@ def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
         f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
         f"ECE {_percent(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
     )
+    if training.get("speed"):
+        parts.append(describe(training["speed"]))
     if "aurc_minus_softmax_response" in report:
         difference = report["aurc_minus_softmax_response"]
         low, high = (_number(difference[end], 1000, 2) for end in ("lower", "upper"))
@@ -331,6 +344,9 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    import matplotlib.figure
+
     # A Figure of its own, not pyplot's: no global state, no display needed.
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax import sharding
+from sync_jax import sharding, timing
 from sync_jax.data import catalogue, host, pictures
 from sync_jax.data.augmentation import normalise
 from sync_jax.data.parts import Part
@@ -37,8 +38,29 @@ from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
+from sync_jax.tracing import parse_steps
 
-STOP_VOTE = "stop_vote"  # the metric that says whether any process was asked to stop
+_STEPS_PER_DISPATCH = 8  # of an accelerator
+
+
+class Metrics(struct.PyTreeNode):
+    """What the steps of one dispatch say, in one array, for each that is fetched takes its time.
+
+    Attributes:
+        names: of the metrics, see `steps.train_step`.
+        values: `[steps, metrics]`.
+        stop_vote: `[]`, of several processes: above 0 where any was asked to stop. The one way to
+            tell all of them the same, at the same step, without waiting for each other.
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    values: Array
+    stop_vote: Array | None
+
+    def fetch(self) -> list[dict[str, float]]:
+        """Of each step, by name; waits for the device."""
+        rows = np.asarray(self.values).tolist()
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
 
 
 class Run:
@@ -52,6 +74,7 @@ class Run:
         steps_per_epoch: may be fractional: no example is left out at an epoch's end.
         total_steps: of the run.
         state_like: shapes, dtypes and shardings of the training state.
+        steps_per_dispatch: that the device does for one command of the host.
         alive: to be called whenever something has been done that may take long.
     """
 
@@ -87,6 +110,11 @@ class Run:
         self.steps_per_epoch = train_size / config.train.batch_size
         self.total_steps = self.steps_of(config.train.epochs)
         self.size = info.image_shape[0] if config.data.name in pictures.NAMES else None
+        self.steps_per_dispatch = config.train.steps_per_dispatch or (
+            _STEPS_PER_DISPATCH
+            if placement.on_device and mesh.devices.flat[0].platform != "cpu"
+            else 1
+        )
         method = METHODS[config.method]
         self.network = make_network(
             config.model,
@@ -135,11 +163,10 @@ class Run:
             data: ResidentSplit | Batch,
             seed: Array,
             skip: Array,
-            vote: Array | None,
         ) -> tuple[TrainState, Terms]:
             batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
             batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
-            state, metrics = train_step(
+            return train_step(
                 state,
                 batch,
                 network=self.network,
@@ -152,12 +179,36 @@ class Run:
                 microbatches=config.train.microbatches,
                 skip=skip,
             )
-            return state, metrics if vote is None else metrics | {STOP_VOTE: jnp.max(vote)}
+
+        def steps(
+            state: TrainState,
+            data: ResidentSplit | Batch,
+            seed: Array,
+            skips: Array,
+            vote: Array | None,
+        ) -> tuple[TrainState, Metrics]:
+            if len(skips) == 1:
+                state, metrics = step(state, data, seed, skips[0])
+                metrics = jax.tree.map(lambda x: x[None], metrics)
+            else:
+                # Barriers, or XLA fuses neighbouring steps, and rounds otherwise than one does.
+                state, metrics = jax.lax.scan(
+                    lambda state, skip: jax.lax.optimization_barrier(
+                        step(jax.lax.optimization_barrier(state), data, seed, skip)
+                    ),
+                    state,
+                    skips,
+                    # Convolutions inside a loop are some thirty times slower on a CPU.
+                    unroll=len(skips) if jax.default_backend() == "cpu" else 1,
+                )
+            values = jnp.stack(list(metrics.values()), axis=1)
+            stop_vote = None if vote is None else jnp.max(vote)
+            return state, Metrics(tuple(metrics), values, stop_vote)
 
         def outputs(state: TrainState, images: Array) -> dict[str, Array]:
             return eval_step(state, normal(images), network=self.network)
 
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, copied))
+        compiled = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, copied))
         self._compiled = sharding.one_at_a_time(compiled, mesh)
         # An argument and no constant: runs that differ in it alone share the compilation cache.
         self._seed = np.uint32(config.seed)
@@ -179,26 +230,42 @@ class Run:
         state: TrainState,
         data: ResidentSplit | Batch,
         *,
-        skip: bool = False,
+        skips: Sequence[bool] = (False,),
         stopping: bool = False,
-    ) -> tuple[TrainState, Terms]:
-        """One training step, under way when this returns.
+    ) -> tuple[TrainState, Metrics]:
+        """So many training steps as `skips` has, under way when this returns.
 
         Args:
-            state: before it; donated.
-            data: of `feed`.
-            skip: whether it is to change nothing.
+            state: before them; donated.
+            data: of `feed`; several steps want the resident split.
+            skips: whether each is to change nothing; each length is compiled by itself.
             stopping: whether this process was asked to stop.
 
         Returns:
-            The state after it and `steps.train_step`'s metrics; of several processes also
-            STOP_VOTE, above 0 where any was asked to stop: the one way to tell all of them the
-            same, at the same step, without waiting for each other.
+            The state after them, and their metrics.
         """
         vote = self._votes[stopping]
-        result = self._compiled(state, data, self._seed, np.bool_(skip), vote)
+        result = self._compiled(state, data, self._seed, np.asarray(skips), vote)
         self.alive()
         return result
+
+    def dispatches(self, start: int) -> Iterator[range]:
+        """Which steps, counted from 1, are done together, from the one after `start` to the last.
+
+        Either `steps_per_dispatch` or one alone, and none across a step at which the loop saves or
+        evaluates. Where a stretch between two of those is divided does not depend on `start`: a run
+        that goes on from where it stopped has the same dispatches as one that never did.
+        """
+        most, checkpoint, log = self.steps_per_dispatch, self.config.checkpoint, self.config.log
+        epochs = checkpoint.every_epochs, log.calibration_every_epochs
+        periods = [self.steps_of(x) for x in epochs]
+        done = start
+        while done < self.total_steps:
+            begin = max(done // every * every for every in periods)
+            end = min(self.total_steps, *((done // every + 1) * every for every in periods))
+            together = most if (done - begin) % most == 0 and done + most <= end else 1
+            yield range(done + 1, done + together + 1)
+            done += together
 
     def steps_of(self, epochs: float) -> int:
         """Epochs as a number of steps, at least one."""
@@ -244,12 +311,24 @@ class Run:
             }
 
     def check(self) -> None:
-        """Makes sure, before anything is written, that the state fits and that the weights do.
+        """Makes sure, before anything is written, of what depends on the dataset and the machine.
 
         Raises:
-            InputError: it takes more memory than is free, or the file cannot be used.
+            InputError: the state takes more memory than is free, the weights' file cannot be used,
+                or the steps to be traced are not the run's.
         """
         config, state = self.config, self.state_like
+        if config.train.steps_per_dispatch > 1 and not self.placement.on_device:
+            raise InputError(
+                f"config.train.steps_per_dispatch={config.train.steps_per_dispatch} wants the "
+                "images on the device, and they are on the host (config.data.placement); use 1 or 0"
+            )
+        traced = parse_steps(config.profile.steps)
+        if traced and traced[-1] > self.total_steps:
+            raise InputError(
+                f"config.profile.steps={config.profile.steps!r} is beyond the run's "
+                f"{self.total_steps:,} steps"
+            )
         size = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(state)
@@ -331,6 +410,28 @@ class Run:
         values["aurc"] = aurc(predictions.confidence("softmax_response"), predictions.wrong)
         names = ("accuracy", "negative_log_likelihood", "aurc", "mean_selection")
         return {name: values[name] for name in names if name in values}
+
+    def speed(self, steps: int, seconds: dict[str, float]) -> dict[str, Any] | None:
+        """How fast a training was, see `timing.speed`; None of no steps.
+
+        Measures the device, which must have nothing else to do.
+
+        Args:
+            steps: done.
+            seconds: that they took, by phase; see `timing.Stopwatch`.
+        """
+        if not steps:
+            return None
+        # Simulated devices share a processor; other hosts and devices are taken to be as this one.
+        devices = jax.process_count() if jax.default_backend() == "cpu" else self.mesh.size
+        return timing.speed(
+            seconds,
+            steps=steps,
+            batch_size=self.config.train.batch_size,
+            train_size=self.train_size,
+            flops=timing.training_flops(self.network, self.info.image_shape),
+            peak=devices * timing.matmul_flops(self.config.model.dtype),
+        )
 
     def describe(self, calibration_size: int) -> str:
         """One line on what will run."""

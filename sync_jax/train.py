@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,16 @@ from sync_jax.data.placement import Placement, choose
 from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, NonFiniteError, TerminatedError
 from sync_jax.evaluate import Predictions, evaluation_record
-from sync_jax.losses import Terms
 from sync_jax.methods import METHODS
 from sync_jax.nonfinite import NonFiniteSteps, RollbackError
 from sync_jax.printable import say
 from sync_jax.process import terminated, watchdog
 from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
-from sync_jax.report import read_report, show_report, write_report
-from sync_jax.run import STOP_VOTE, Run
+from sync_jax.report import read_report, show_report, speed_before, write_report
+from sync_jax.run import Metrics, Run
 from sync_jax.steps import TrainState
+from sync_jax.timing import Stopwatch
+from sync_jax.tracing import Trace, parse_steps
 from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
 
 
@@ -88,15 +89,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
             )  # fmt: skip
             processes.print(run.describe(len(calibration_part.labels)))
             processes.print(placement.reason)
-            state = None
-            while state is None:
+            fitted = None
+            while fitted is None:
                 start = begin(job)
                 try:
-                    state = fit(job, start)
+                    fitted = fit(job, start)
                 except RollbackError as error:
                     processes.print(str(error))
                     checkpoints.wait()
-            finish(job, state)
+            finish(job, fitted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,20 @@ class Start(NamedTuple):
     unlogged: list[tuple[int, dict[str, float]]]
 
 
+class Fitted(NamedTuple):
+    """What the training loop leaves.
+
+    Attributes:
+        state: after the last step.
+        steps: done by this process, or since the last checkpoint that was gone back to.
+        seconds: that they took, by phase; see `timing.Stopwatch`.
+    """
+
+    state: TrainState
+    steps: int
+    seconds: dict[str, float]
+
+
 def begin(job: Job) -> Start:
     """The latest checkpoint, or the state before the first step.
 
@@ -161,7 +176,7 @@ def begin(job: Job) -> Start:
     return Start(state, 0, [])
 
 
-def fit(job: Job, start: Start) -> TrainState:
+def fit(job: Job, start: Start) -> Fitted:
     """The training loop: the steps after `start` to the last.
 
     Raises:
@@ -175,12 +190,22 @@ def fit(job: Job, start: Start) -> TrainState:
     save_every = run.steps_of(config.checkpoint.every_epochs)
     calibrate_every = run.steps_of(config.log.calibration_every_epochs)
     bad_steps.begin(start.step)
-    # Metrics by the steps then done: still on the device, and fetched but in no log line yet.
-    unchecked: list[tuple[int, Terms]] = []
+    # Metrics by their steps: on the device still, and fetched but in no log line yet.
+    unchecked: list[tuple[range, Metrics]] = []
     unlogged = list(start.unlogged)
+    every = config.log.every_steps
+    next_line = (start.step // every + 1) * every
     votes: deque[Array] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
+    traced = parse_steps(config.profile.steps) if processes.first else range(0)
+
+    def busy() -> bool:
+        """Whether the device has something to do."""
+        newest: Any = unchecked[-1][1].values if unchecked else None
+        return newest is not None and not newest.is_ready()
+
     with (
+        Stopwatch() as watch,
         writes(job.workdir, start_step=start.step) as writer,
         Progress(
             total_steps=run.total_steps,
@@ -188,40 +213,46 @@ def fit(job: Job, start: Start) -> TrainState:
             batch_size=config.train.batch_size,
             shown=processes.first,
         ) as progress,
+        Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
-        for done in range(start.step + 1, run.total_steps + 1):
-            state, metrics = run.step(
-                state, next(feed), skip=done in bad_steps.skipped, stopping=job.stopping()
-            )
-            if processes.count > 1:
-                votes.append(metrics.pop(STOP_VOTE))
-            unchecked.append((done, metrics))
+        for steps in run.dispatches(start.step):
+            done = steps[-1]
+            with watch.spent("data", busy=busy):
+                data = next(feed)
+            skips = [step in bad_steps.skipped for step in steps]
+            with trace.step(steps[0], done):
+                state, metrics = run.step(state, data, skips=skips, stopping=job.stopping())
+            trace.done(done, metrics)
+            unchecked.append((steps, metrics))
             progress.step(done)
             last = done == run.total_steps
-            if done % config.log.every_steps == 0 or last:
-                # All but the newest, which is being computed.
-                unlogged += check(unchecked if last else unchecked[:-1], bad_steps)
-                unchecked = [] if last else unchecked[-1:]
-                if unlogged:
-                    averages, unlogged = average(unlogged), []
-                    writer.write(done, "train", averages)
-                    progress.metrics(done, averages)
-            calibrates, saves = (
-                done % every == 0 or last for every in (calibrate_every, save_every)
-            )
+            calibrates, saves = (done % x == 0 or last for x in (calibrate_every, save_every))
             stops = job.stopping()
-            if processes.count > 1:
-                # Two steps late, when it has long been computed: the device never waits.
+            if metrics.stop_vote is not None:
+                # Two dispatches late, when it has long been computed: the device never waits.
+                votes.append(metrics.stop_vote)
                 stops = len(votes) > 2 and float(votes.popleft()) > 0
             stops = stops and not last
             score = None
-            if calibrates or saves or stops:
-                # Nothing non-finite is evaluated or saved. This waits for the device.
-                unlogged += check(unchecked, bad_steps)
-                unchecked = []
+            waits = calibrates or saves or stops
+            if waits or next_line <= done:
+                # All but the newest, which is being computed; but nothing non-finite is evaluated
+                # or saved, which waits for the device.
+                ready = len(unchecked) if waits else -1
+                unlogged += check(unchecked[:ready], bad_steps)
+                unchecked = unchecked[ready:] if ready < 0 else []
+                fetched = unchecked[0][0][0] - 1 if unchecked else done
+                # A line has the steps before its own, and the last line has its own too.
+                while next_line <= min(done, fetched + 1) and not (next_line == done and last):
+                    unlogged = log_line(next_line, unlogged, writer, progress)
+                    next_line += every
+                if last:
+                    unlogged = log_line(done + 1, unlogged, writer, progress, at=done)
+            if waits:
                 check_state(state, done)
             if calibrates:
-                values = run.calibration_metrics(state, job.calibration_part)
+                with watch.spent("evaluating"):
+                    values = run.calibration_metrics(state, job.calibration_part)
                 writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
                 best = values[config.checkpoint.best_metric]
@@ -233,22 +264,24 @@ def fit(job: Job, start: Start) -> TrainState:
                     "unlogged": unlogged,
                     "on_device": run.placement.on_device,
                 }
-                job.checkpoints.save(state, done, notes=notes, score=score)
+                with watch.spent("saving"):
+                    job.checkpoints.save(state, done, notes=notes, score=score)
                 run.alive()
             if stops:
                 job.checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
-        job.checkpoints.wait()
-    return state
+        with watch.spent("saving"):
+            job.checkpoints.wait()
+    return Fitted(state, run.total_steps - start.step, watch.seconds())
 
 
-def finish(job: Job, state: TrainState) -> None:
+def finish(job: Job, fitted: Fitted) -> None:
     """Predicts on the calibration and the test split, and writes the report.
 
     Raises:
         TerminatedError: `stopping` said so; the trained state is saved.
     """
-    run, workdir, processes = job.run, job.workdir, job.processes
+    run, workdir, processes, state = job.run, job.workdir, job.processes, fitted.state
     calibration = run.predict(state, job.calibration_part)
     processes.from_first(
         "writing the predictions",
@@ -265,12 +298,14 @@ def finish(job: Job, state: TrainState) -> None:
 
     def report() -> None:
         test.save(workdir / "predictions_test.npz")
-        evaluate_finished(run.config, workdir)
+        evaluate_finished(run.config, workdir, speed=run.speed(fitted.steps, fitted.seconds))
 
     processes.from_first("the report", report)
 
 
-def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
+def evaluate_finished(
+    config: ConfigDict, workdir: Path, *, speed: dict[str, Any] | None = None
+) -> None:
     """Makes the report of a trained run from its saved predictions; nothing is trained.
 
     Of several processes the first does it.
@@ -278,6 +313,7 @@ def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     Args:
         config: validated; of its run, but for the `evaluation` section.
         workdir: of a run that was trained to its end.
+        speed: of the training, for the report; None: what an earlier report says.
 
     Raises:
         InputError: there is no such run, or it is another experiment.
@@ -293,6 +329,7 @@ def evaluate_finished(config: ConfigDict, workdir: Path) -> None:
     record["training"] = {
         "steps": max((entry["step"] for entry in entries), default=None),
         "seconds": max((entry["seconds"] for entry in entries), default=None),
+        "speed": speed or speed_before(workdir),
     }
     report = write_report(record, test, config, workdir)
     show_report(report, workdir)
@@ -380,7 +417,7 @@ def make_squares(config: ConfigDict, placement: Placement) -> None:
 
 
 def check(
-    unchecked: list[tuple[int, Terms]], bad_steps: NonFiniteSteps
+    unchecked: list[tuple[range, Metrics]], bad_steps: NonFiniteSteps
 ) -> list[tuple[int, dict[str, float]]]:
     """Fetches metrics; those of steps that were not finite are dealt with, and left out.
 
@@ -388,16 +425,45 @@ def check(
         NonFiniteError, RollbackError: as `bad_steps` decides.
     """
     good = []
+    # All copies are under way before the first is waited for.
     fetched = jax.device_get([metrics for _, metrics in unchecked])
-    for (done, _), metrics in zip(unchecked, fetched, strict=True):
-        values = {name: float(value) for name, value in metrics.items()}
-        if done in bad_steps.skipped:
-            continue
-        if all(map(math.isfinite, values.values())):
-            good.append((done, values))
-        else:
-            bad_steps.meet(done, values)
+    for (steps, _), metrics in zip(unchecked, fetched, strict=True):
+        for step, values in zip(steps, metrics.fetch(), strict=True):
+            if step in bad_steps.skipped:
+                continue
+            if all(map(math.isfinite, values.values())):
+                good.append((step, values))
+            else:
+                bad_steps.meet(step, values)
     return good
+
+
+def log_line(
+    step: int,
+    unlogged: list[tuple[int, dict[str, float]]],
+    writer: MetricWriter,
+    progress: Progress,
+    *,
+    at: int | None = None,
+) -> list[tuple[int, dict[str, float]]]:
+    """Writes and shows the averages of the steps before one, if there are any.
+
+    Args:
+        step: the one.
+        unlogged: metrics by step.
+        writer: of metrics.jsonl.
+        progress: on the console.
+        at: the step that the line names; None: the same.
+
+    Returns:
+        The metrics that are left.
+    """
+    at = step if at is None else at
+    if averaged := [entry for entry in unlogged if entry[0] < step]:
+        averages = average(averaged)
+        writer.write(at, "train", averages)
+        progress.metrics(at, averages)
+    return [entry for entry in unlogged if entry[0] >= step]
 
 
 def average(entries: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -391,6 +391,13 @@ BAD = {
         "image_size=64, stored_size=32 and short_side=32 must not decrease",
     ),
     "not finite": Bad([QUICKSTART, "--config.loss.alpha=nan"], r"alpha=nan must be .* in \[0, 1\]"),
+    "no steps to trace": Bad(
+        [QUICKSTART, "--config.profile.steps=ten"], "profile.steps='ten' must be steps of the run"
+    ),
+    "a trace beyond the end": Bad(
+        [*TRAIN, "--workdir=new", "--config.profile.steps=35-37"],
+        "profile.steps='35-37' is beyond the run's 36 steps",
+    ),
     "coverage 0": Bad([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),
     "delta 1": Bad([QUICKSTART, "--config.evaluation.delta=1"], r"delta=1.* in \(0, 1\)"),
     "no coverages": Bad([QUICKSTART, "--config.evaluation.coverages=()"], r"coverages=\(\)"),

@@ -61,6 +61,11 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
     assert report["method_score"] == METHODS[method].score
     assert report["training"]["steps"] == round(6.0 * 190 / 16)
+    speed = report["training"]["speed"]
+    assert speed["steps"] == report["training"]["steps"]
+    assert sum(speed["shares"].values()) == pytest.approx(1)
+    assert min(speed["shares"].values()) > 0
+    assert speed["flops_per_image"] > 2 * 3 * 16 * 10  # of the last layer alone
     expected = {"softmax_response", "margin", "negative_entropy", METHODS[method].score}
     if method == "mc_dropout":
         expected |= {"mutual_information"}
@@ -183,6 +188,7 @@ def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_pa
     assert first is not None
     assert second is not None
     assert first["test"] == second["test"]
+    assert first["training"] == second["training"]
     for name in ("softmax_response", "selection"):
         pairs = zip(*(r["scores"][name]["certificates"] for r in (first, second)), strict=True)
         for strict, loose in pairs:

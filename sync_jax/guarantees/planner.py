@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy.stats import binom
 
 from sync_jax.guarantees.binomial import at_most, fewest_accepted, most_errors
 from sync_jax.guarantees.calibration import probability
@@ -122,6 +121,9 @@ def _chance(
         reach = 10 * math.sqrt(n * coverage * (1 - coverage)) + 10
         mean = n * coverage
         accepted = np.arange(max(0, math.floor(mean - reach)), min(n, math.ceil(mean + reach)) + 1)
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    from scipy.stats import binom
+
     allowed = most_errors(accepted, target_risk, delta)
     kept = at_most(allowed, accepted, expected_risk)
     return float(np.dot(binom.pmf(accepted, n, coverage), kept))

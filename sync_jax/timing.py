@@ -1,0 +1,196 @@
+"""Where a training's time goes, and what share of the machine's arithmetic it used."""
+
+import contextlib
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# JAX's names of the stages from a Python function to a program; they nest.
+_STAGES = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+PHASES = ("training", "data", "compiling", "evaluating", "saving")
+
+
+class Stopwatch:
+    """Seconds of a loop by what they went to. A context manager, which the loop runs in.
+
+    Nothing waits for a device here: what the loop itself waits for is what is measured.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """Stands still until it is entered.
+
+        Args:
+            clock: seconds.
+        """
+        self._clock = clock
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._began = self._ended = clock()
+        self._compiled: list[tuple[float, float]] = []  # intervals apart from each other, in order
+        self._thread = threading.get_ident()
+
+    @contextlib.contextmanager
+    def spent(self, phase: str, *, busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """What happens inside goes to a phase, but for its compilation.
+
+        Args:
+            phase: of `PHASES`.
+            busy: asked at its end; True makes it training: the device had something to do.
+        """
+        began, compiling = self._clock(), self._seconds["compiling"]
+        try:
+            yield
+        finally:
+            taken = self._clock() - began - (self._seconds["compiling"] - compiling)
+            if not busy():
+                self._seconds[phase] += taken
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, so far; training is what the others leave."""
+        end = self._clock() if self._ended < self._began else self._ended
+        others = {name: x for name, x in self._seconds.items() if name != "training"}
+        return {"training": end - self._began - sum(others.values()), **others}
+
+    def _note(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event not in _STAGES or threading.get_ident() != self._thread:
+            return
+        end = self._clock()
+        start = max(end - duration_secs, self._began)
+        # A stage that encloses others ends after them, and takes their place.
+        while self._compiled and self._compiled[-1][0] >= start:
+            inner = self._compiled.pop()
+            self._seconds["compiling"] -= inner[1] - inner[0]
+        self._compiled.append((start, end))
+        self._seconds["compiling"] += end - start
+
+    def __enter__(self) -> "Stopwatch":
+        self._began = self._clock()
+        self._ended = self._began - 1
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+        self._ended = self._clock()
+
+
+def speed(
+    seconds: dict[str, float],
+    *,
+    steps: int,
+    batch_size: int,
+    train_size: int,
+    flops: float,
+    peak: float,
+) -> dict[str, Any]:
+    """What a report says of a training's speed.
+
+    Args:
+        seconds: of `Stopwatch`.
+        steps: done in them; at least one.
+        batch_size: images of a step.
+        train_size: images of an epoch.
+        flops: for an image, see `training_flops`.
+        peak: FLOP/s of a matrix product on all devices, see `matmul_flops`.
+
+    Returns:
+        steps; images_per_second, while training and waiting for data; seconds_per_epoch, with
+        everything; flops_per_image; matmul_flops_per_second; share_of_matmul: of it, at
+        images_per_second; shares: of the time, by phase; peak_host_bytes, peak_device_bytes (of the
+        fullest device; None where it does not tell).
+    """
+    images, total = steps * batch_size, sum(seconds.values())
+    rate = images / max(seconds["training"] + seconds["data"], 1e-9)
+    return {
+        "steps": steps,
+        "images_per_second": rate,
+        "seconds_per_epoch": total * train_size / images,
+        "flops_per_image": flops,
+        "matmul_flops_per_second": peak,
+        "share_of_matmul": rate * flops / peak,
+        "shares": {name: x / total for name, x in seconds.items()},
+        "peak_host_bytes": peak_host_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+    }
+
+
+def describe(speed: dict[str, Any]) -> str:
+    """Three lines on it."""
+    shares, device = speed["shares"], speed["peak_device_bytes"]
+    names = {"data": "waiting for data"}
+    parts = ", ".join(f"{names.get(x, x)} {100 * shares[x]:.1f} %" for x in PHASES)
+    memory = "" if device is None else f"{device / 1e9:.2f} GB of a device, "
+    return (
+        f"{speed['images_per_second']:,.0f} images/s while training, "
+        f"{speed['seconds_per_epoch']:.3g} s an epoch with everything: {parts}.\n"
+        f"{speed['flops_per_image'] / 1e6:,.0f} MFLOP an image: "
+        f"{100 * speed['share_of_matmul']:.0f} % of the devices' matrix products "
+        f"({speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, measured afterwards). "
+        f"Peak memory: {memory}{speed['peak_host_bytes'] / 1e9:.2f} GB of the host."
+    )
+
+
+def training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """FLOP for an image of a step: of all convolutions and dense layers of the plain network.
+
+    Forward once and back twice, but for the first layer, whose input needs no gradient. Two for
+    each multiplication, also where a convolution is computed with fewer. A method's own second
+    network, and microbatches' second forward pass, are not counted.
+    """
+    return 3 * sum(layers := layer_flops(network, image_shape)) - layers[0]
+
+
+def layer_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> list[int]:
+    """FLOP for an image going forward, of each layer with a kernel, in order."""
+    layers: list[int] = []
+
+    def count(forward: Any, arguments: Any, keywords: Any, context: Any) -> Any:
+        result = forward(*arguments, **keywords)
+        kernel = context.module.variables.get("params", {}).get("kernel")
+        if kernel is not None and context.method_name == "__call__":
+            layers.append(2 * result.size * (kernel.size // kernel.shape[-1]))
+        return result
+
+    def run(images: jax.Array) -> Any:
+        with nn.intercept_methods(count):
+            return network.init_with_output(jax.random.key(0), images, train=False)
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return layers
+
+
+def matmul_flops(dtype: str) -> float:
+    """FLOP/s of a large square matrix product on one device, measured in a fraction of a second."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.dot)
+    jax.block_until_ready(product(a, a))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_device_bytes() -> int | None:
+    """The most that any of this process' devices has held; None where they do not tell."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [x["peak_bytes_in_use"] for x in found if "peak_bytes_in_use" in x]
+    return max(peaks, default=None)

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sync_jax import timing
+
+
+class Clock:
+    """Moves only when it is told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def compiled(clock, event, seconds, after=0.0):
+    """A stage that ends `after` seconds from now, and whose length is `seconds`."""
+    clock.now += after
+    jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}_duration", seconds)
+
+
+def test_seconds_go_where_they_are_spent():
+    clock = Clock()
+    with timing.Stopwatch(clock) as watch:
+        clock.now += 1  # training
+        with watch.spent("data"):
+            clock.now += 2
+        with watch.spent("data", busy=lambda: True):
+            clock.now += 4  # the device had something to do
+        with watch.spent("evaluating"):
+            clock.now += 8
+            # Two traces and a lowering inside a trace, then XLA: 5 + 3 seconds, not 5 + 2 + 1 + 3.
+            compiled(clock, "jaxpr_trace", 1, after=1)
+            compiled(clock, "jaxpr_trace", 2, after=2)
+            compiled(clock, "jaxpr_to_mlir_module", 5, after=2)
+            compiled(clock, "backend_compile", 3, after=3)
+        with watch.spent("saving"):
+            clock.now += 16
+        compiled(clock, "backend_compile", 32, after=32)
+        assert sum(watch.seconds().values()) == 71  # so far
+    clock.now += 1000
+    compiled(clock, "backend_compile", 10, after=10)  # nobody listens
+    expected = {"training": 5, "data": 2, "compiling": 40, "evaluating": 8, "saving": 16}
+    assert watch.seconds() == expected
+
+
+def test_a_real_compilation_is_noticed():
+    with timing.Stopwatch() as watch:
+        jax.jit(lambda x: jnp.sin(x) + 123.0)(jnp.ones(3))
+    seconds = watch.seconds()
+    assert 0 < seconds["compiling"] <= sum(seconds.values())
+    assert seconds["training"] >= 0
+
+
+def test_speed_is_arithmetic():
+    seconds = {"training": 6.0, "data": 2.0, "compiling": 1.0, "evaluating": 0.5, "saving": 0.5}
+    speed = timing.speed(seconds, steps=10, batch_size=8, train_size=40, flops=3e6, peak=1e9)
+    assert speed["images_per_second"] == 10.0  # 80 images in 8 seconds
+    assert speed["seconds_per_epoch"] == 5.0  # two epochs in 10 seconds
+    assert speed["share_of_matmul"] == 0.03
+    assert speed["shares"] == {name: x / 10 for name, x in seconds.items()}
+    assert 50e6 < speed["peak_host_bytes"] < 1e12  # JAX alone takes more than 50 MB
+    shown = timing.describe(speed)
+    assert "10 images/s while training, 5 s an epoch" in shown
+    assert "waiting for data 20.0 %, compiling 10.0 %" in shown
+    assert "3 MFLOP an image: 3 % of" in shown
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3))(x)  # 8 x 8 places, 9 x 2 inputs, 4 outputs
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(10)(x.reshape(len(x), -1))  # 256 inputs
+
+
+def test_flops_by_hand():
+    convolution, dense = 2 * 64 * 18 * 4, 2 * 256 * 10
+    assert timing.layer_flops(Network(), (8, 8, 2)) == [convolution, dense]
+    assert timing.training_flops(Network(), (8, 8, 2)) == 2 * convolution + 3 * dense
+
+
+def test_a_matrix_product_is_measured():
+    assert 1e8 < timing.matmul_flops("float32") < 1e15
