@@ -131,11 +131,11 @@ def describe(speed: dict[str, Any]) -> str:
     parts = ", ".join(f"{names.get(x, x)} {100 * shares[x]:.1f} %" for x in PHASES)
     memory = "" if device is None else f"{device / 1e9:.2f} GB of a device, "
     return (
-        f"{speed['images_per_second']:,.0f} images/s while training, "
-        f"{speed['seconds_per_epoch']:.3g} s an epoch with everything: {parts}.\n"
-        f"{speed['flops_per_image'] / 1e6:,.0f} MFLOP an image: "
+        f"Training: {speed['images_per_second']:,.0f} images/s, "
         f"{100 * speed['share_of_matmul']:.0f} % of the devices' matrix products "
-        f"({speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, measured afterwards). "
+        f"({speed['flops_per_image'] / 1e6:,.0f} MFLOP an image, "
+        f"{speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s).\n"
+        f"An epoch in all: {speed['seconds_per_epoch']:.3g} s; {parts}.\n"
         f"Peak memory: {memory}{speed['peak_host_bytes'] / 1e9:.2f} GB of the host."
     )
 

@@ -118,7 +118,8 @@ def test_the_oldest_go_when_there_is_no_room(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_cache")
-def test_a_program_from_the_cache_computes_the_same_bits(tmp_path):
+def test_a_program_from_the_cache_computes_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache, "_SECONDS", 0.0)  # tests compile quickly
     data_dir = tiny.prepare(tmp_path)
     config = tiny.config(data_dir)
     events: list[str] = []
@@ -139,7 +140,7 @@ def test_a_program_from_the_cache_computes_the_same_bits(tmp_path):
         cold, warm = three_steps(), three_steps()  # each compiles a step of its own
     finally:
         jax.monitoring.unregister_event_listener(listener)
-    assert (cold[2], warm[2]) == (0, 1)
+    assert warm[2] > cold[2]
     assert [x.name[:9] for x in (tmp_path / "cache").rglob("jit_steps-*-cache")] == ["jit_steps"]
     chex.assert_trees_all_equal(cold[:2], warm[:2])
     assert np.isfinite(cold[1].values).all()
