@@ -47,7 +47,12 @@ judge() { # what to do about the run, on a machine that is there
     other) leave 1 "another run is going on there: watch that, or stop it" ;;
     mixed)
       odd=$((odd + 1))
-      if [ $odd -ge "$patience" ]; then
+      if [ $odd -ge $((2 * patience)) ]; then # and stopping has not helped: one has lost all that it had
+        spend_failure "$why"
+        allow_failures "see the logs"
+        odd=0 started=0 fresh=1
+        launch
+      elif [ $odd -ge "$patience" ]; then
         say "$why"
         stop
       fi
@@ -68,7 +73,10 @@ ended() { # a run of ours; returns where it is to be started again
   case $run in
     done) leave 0 "done; the results are in $workdir" ;;
     saved) spend_preemption "stopped by SIGTERM and saved at step $step" ;;
-    new) spend_preemption "the machine has forgotten its run" ;;
+    new)
+      fresh=1 # and perhaps what was set up
+      spend_preemption "the machine has forgotten its run"
+      ;;
     failed)
       spend_failure "$why"
       stop # the other workers would wait for this one for ever

@@ -6,6 +6,7 @@ import errno
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -353,10 +354,15 @@ def _checked(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
 
 def _is_passing(error: Exception) -> bool:
     """Whether it says nothing about the files themselves."""
-    passing = (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+    passing = (
+        *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
+        *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
+    )
     if isinstance(error, OSError):
         return error.errno in passing
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    # TensorStore raises ValueError, with the system's words in it.
+    texts = ("RESOURCE_EXHAUSTED", *map(os.strerror, passing))
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _one_line(error: Exception) -> str:

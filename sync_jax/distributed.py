@@ -53,7 +53,9 @@ def initialize(
         seconds: how long to wait for the others.
 
     Raises:
-        InputError: the arguments are incomplete, or not all processes came.
+        InputError: the arguments are incomplete.
+        FailedError: the others cannot be met. Where they do not come in time, the process ends,
+            with a line and status 1.
     """
     given = (coordinator, processes, process)
     automatic = all(name in os.environ for name in _SLURM) or _on_tpu()
@@ -69,13 +71,20 @@ def initialize(
     # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    text = f"the {processes or 'other'} processes did not all come together within {seconds:g} s"
+    if given != (None, None, None):
+        text += f"; process {process} waited at {coordinator}, and who does not say so is missing"
+    # JAX's own limit ends the process with a stack of C++ for an explanation, so ours comes first.
+    late = threading.Timer(seconds, _give_up, [text])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
             cluster_detection_method=None if given == (None, None, None) else "deactivate",
-            initialization_timeout=max(int(seconds), 1),
+            initialization_timeout=int(seconds) + 60,
             # A process that died is noticed within this time, and the others are ended.
             heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
             shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
@@ -83,10 +92,14 @@ def initialize(
     except (RuntimeError, ValueError) as error:
         if given == (None, None, None) and "coordinator_address should be" in str(error):
             return  # a TPU's library, but no slice
-        raise InputError(
-            f"the {processes or 'other'} processes did not all come together within {seconds:g} s: "
-            f"{_one_line(error)}"
-        ) from error
+        raise FailedError(f"{text}: {_one_line(error)}") from error
+    finally:
+        late.cancel()
+
+
+def _give_up(text: str) -> None:
+    print(f"sync_jax: {text}", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread is in a call that nothing can interrupt
 
 
 def _on_tpu() -> bool:

@@ -9,10 +9,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from sync_jax.errors import InputError, WriteError
 
@@ -118,7 +121,14 @@ class MetricWriter:
         # Seconds of training before this process, so that a resumed run knows its whole time.
         self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
         self._began = time.monotonic()
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        # Not SummaryWriter: its thread ends at the first error, and who writes then waits for it.
+        self._folder = workdir / "tensorboard"
+        with _named_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(self._folder / "events"))
+            # What an interrupted run wrote there of later steps is not shown.
+            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._event(start_step + 1, session_log=started)
 
     @property
     def seconds(self) -> float:
@@ -137,25 +147,22 @@ class MetricWriter:
             WriteError: it cannot be written, on a full disk for example.
         """
         entry = {"step": step, "part": part, "seconds": round(self.seconds, 3), **values}
-        with self._named_errors():
+        with _named_errors(self._path):
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{part}/{name}", value, step)
+        with _named_errors(self._folder):
+            for name, value in values.items():
+                self._event(step, summary=scalar(f"{part}/{name}", value))
+            self._events.flush()
+
+    def _event(self, step: int, **what: Any) -> None:
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
         """Makes sure that the entries are on the disk: before a checkpoint that follows them is."""
-        with self._named_errors():
+        with _named_errors(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """A failed write's error does not say of which file."""
-        try:
-            yield
-        except OSError as error:
-            raise WriteError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -168,7 +175,17 @@ class MetricWriter:
     ) -> None:
         with contextlib.suppress(OSError):  # what could not be written before cannot be now
             self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """A failed write's error does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
 
 
 class NoMetricWriter(MetricWriter):

@@ -1,6 +1,7 @@
 """A run's folder: whether it can be the run's, and whose it is while the run goes on."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sync_jax import sharding
 from sync_jax.checkpoint import latest_notes
 from sync_jax.config import describe_differences, read_config, to_json
 from sync_jax.distributed import Processes
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, WriteError
 from sync_jax.files import write_atomically
 from sync_jax.process import exclusive
 from sync_jax.progress import read_metrics
@@ -86,13 +87,20 @@ def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path)
 
 
 def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and saves the resolved config in it."""
+    """Makes the folder and saves the resolved config in it.
+
+    Raises:
+        InputError: that is not allowed there.
+        WriteError: it fails, on a full disk for example.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         text = to_json(config).encode()
         write_atomically(workdir / "config.json", lambda file: file.write(text))
     except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        kind = InputError if refused else WriteError
+        raise kind(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -330,14 +330,14 @@ def test_every_field_is_known():
 @pytest.mark.parametrize(("path", "expected"), [
     ("config.train.epoch",
      "config.train.epoch: config.train has no field 'epoch' (did you mean 'epochs'?); choose from "
-     "batch_size, epochs, microbatches, nonfinite_budget, on_nonfinite"),
+     "batch_size, epochs, microbatches, nonfinite_budget, on_nonfinite, steps_per_dispatch"),
     ("config.qqq.x",
      "config.qqq.x: config has no field 'qqq'; choose from checkpoint, data, evaluation, log, "
-     "loss, method, model, optimizer, process, seed, target_coverage, train"),
+     "loss, method, model, optimizer, process, profile, seed, target_coverage, train"),
     ("config.seed.x", "config.seed.x: config.seed is a value and has no fields"),
     ("config.train",
      "config.train is no value; choose from its fields batch_size, epochs, microbatches, "
-     "nonfinite_budget, on_nonfinite"),
+     "nonfinite_budget, on_nonfinite, steps_per_dispatch"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_path(path, expected):
     assert unknown_field(path) == expected

@@ -1,7 +1,11 @@
+import errno
 import json
+import os
+import struct
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from sync_jax.errors import WriteError
 from sync_jax.progress import MetricWriter, Progress, read_metrics
@@ -17,6 +21,33 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(WriteError, match=r"metrics.jsonl cannot be written: No space left"):
         write_on("/dev/full")
     write_on("/dev/null")  # the control
+
+
+def test_an_event_that_cannot_be_written_is_one_too(tmp_path, monkeypatch):
+    def flush():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricWriter(tmp_path, start_step=0) as writer, monkeypatch.context() as patch:
+        patch.setattr(writer._events, "flush", flush)
+        with pytest.raises(WriteError, match=r"tensorboard cannot be written: No space left"):
+            writer.write(10, "train", {"loss": 1.0})
+
+
+def test_tensorboard_gets_the_same_and_forgets_what_is_done_again(tmp_path):
+    with MetricWriter(tmp_path, start_step=7) as writer:
+        writer.write(10, "train", {"loss": 0.25, "accuracy": 0.5})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # a record: length, its checksum, an event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    version, started, loss, accuracy = events
+    assert version.file_version == "brain.Event:2"
+    assert (started.step, started.session_log.status) == (8, event_pb2.SessionLog.START)
+    for event, name, number in ((loss, "loss", 0.25), (accuracy, "accuracy", 0.5)):
+        (value,) = event.summary.value
+        assert (event.step, value.tag, value.simple_value) == (10, f"train/{name}", number)
 
 
 def test_a_resumed_log_has_every_step_once_and_its_whole_time(tmp_path):

@@ -208,6 +208,31 @@ def test_processes_agree_and_name_those_that_are_missing():
     assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
 
 
+ALONE = """
+import sys
+from sync_jax import distributed
+
+distributed.initialize(sys.argv[2], 2, int(sys.argv[1]), seconds=2)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_never_come_are_not_waited_for():
+    """Whoever waits, the one that the others meet at or another."""
+    addresses = [f"localhost:{free_port()}" for _ in range(2)]
+    children = [
+        processes.start([[sys.executable, "-c", ALONE, str(i), address]])[0]
+        for i, address in enumerate(addresses)
+    ]
+    printed = processes.finish(children, timeout=60)
+    assert [child.returncode for child in children] == [1, 1], printed
+    for i, address in enumerate(addresses):
+        assert printed[i].splitlines()[-1] == (
+            "sync_jax: the 2 processes did not all come together within 2 s; "
+            f"process {i} waited at {address}, and who does not say so is missing"
+        )
+
+
 FAILING = """
 import sys
 import jax, numpy as np

@@ -6,8 +6,10 @@ resident pipeline's. Nothing here computes with JAX, which a worker process must
 """
 
 import dataclasses
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -134,13 +136,21 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         ordered = ordered.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_end_with_the_run,
         )
     yield from ordered
 
 
-def _leave_signals_to_the_run(worker: int, workers: int) -> None:
-    """What is sent to a whole process group would end a worker before its run has saved."""
+def _end_with_the_run(worker: int, workers: int) -> None:
+    """Neither before its run, by a signal to the whole process group, nor after it."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def end() -> None:
+        run.join()  # which returns however it ended
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

@@ -3,6 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +112,56 @@ def test_worker_processes_change_nothing(decoded):
     threads = collect(source, start=1, stop=8)
     before = set(multiprocessing.active_children())
     batches = host.batches(source, start=1, stop=8, batch_size=6, workers=2)
-    first = next(batches)
+    first = [next(batches), next(batches)]  # of either worker
     # A whole process group is asked to stop; its run goes on until it has saved.
     workers = set(multiprocessing.active_children()) - before
     assert workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert_same([first, *batches], threads)
+    assert_same([*first, *batches], threads)
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys
+import numpy as np
+from sync_jax.data import host
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.resident import epoch_constants
+
+if __name__ == "__main__":
+    images, labels = np.zeros((22, 12, 12, 3), np.uint8), np.zeros(22, np.int32)
+    source = host.Examples(images, labels, epoch_constants(0, 9), 0, Augmentation(0, False), 12)
+    batches = host.batches(source, start=0, stop=9, batch_size=6, workers=1)
+    next(batches)
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_run_however_it_ends(tmp_path):
+    path = tmp_path / "orphans.py"
+    path.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [int(word) for word in done.stdout.split()]
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(runs(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(runs(worker) for worker in workers)
+
+
+def runs(process: int) -> bool:
+    """Whether it is there and no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):

@@ -323,6 +323,20 @@ def test_workers_at_odds_are_stopped_after_a_while(slice_of_three: Cloud):
     assert "preemption 1" in result.stderr
 
 
+def test_a_worker_that_has_lost_its_home_is_set_up_anew(slice_of_three: Cloud):
+    """As after a repair: of its run it knows nothing, and the others have saved."""
+    cloud = slice_of_three
+    cloud.trainer(
+        'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi; touch $HOME/again\n'
+        "if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then\n"
+        "  rm -rf $HOME/sync_jax $HOME/.sync_jax; sleep 0.2; kill -KILL $PPID $$\n"
+        "fi\nexit 75"
+    )
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    assert "workers still run: failure 1" in result.stderr
+
+
 def test_a_worker_that_was_killed_counts_as_failed(slice_of_three: Cloud):
     cloud = slice_of_three
     cloud.trainer(ONE_FAILS.replace("exit 1", "kill -KILL $PPID $$"))
@@ -335,9 +349,9 @@ def test_a_worker_without_its_bucket_is_a_failure(slice_of_three: Cloud):
     """Its gcsfuse has ended: the run can save no more, and the next start mounts anew."""
     cloud = slice_of_three
     cloud.trainer(
-        'trap "exit 75" TERM; if [ -d "$workdir" ]; then exit 0; fi\n'
+        'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi; touch $HOME/again\n'
         "if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then touch $HOME/dead; fi\n"
-        'sleep 0.3; mkdir -p "$workdir"; for i in $(seq 9999); do sleep 0.05; done'
+        "for i in $(seq 9999); do sleep 0.05; done"
     )
     dead_mounts(cloud)
     result = cloud.supervise()
