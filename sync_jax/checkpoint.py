@@ -186,7 +186,7 @@ class Checkpoints:
 
     def _reason_against(self, like: TrainState, step: int) -> str | None:
         """Why a checkpoint cannot be used, found by this process alone; None if it can."""
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = jax.sharding.SingleDeviceSharding(_roomiest_device())
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
         )
@@ -350,6 +350,14 @@ def _checked(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{wrong[0]} is not what was saved")
     return about["notes"]
+
+
+def _roomiest_device() -> jax.Device:
+    """The host, where it is a device: an accelerator may have no room for an undivided state."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return jax.local_devices()[0]
 
 
 def _is_passing(error: Exception) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src.compilation_cache import decompress_executable  # it has no public reader
 
 _SECONDS = 0.5  # of compilation, from which a program is worth keeping
 _BYTES = 2 << 30  # of all of them; at a start the least recently written go
@@ -42,6 +43,7 @@ def use(folder: str) -> str | None:
         if not os.access(path, os.W_OK):
             return f"compiled programs are not kept: {path} cannot be written"
         _prune(path)
+        _delete_halves(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
         return f"compiled programs are not kept: {folder} cannot be used ({error})"
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -87,3 +89,19 @@ def _prune(folder: Path) -> None:
             break
         path.unlink(missing_ok=True)
         excess -= size
+
+
+def _delete_halves(folder: Path) -> None:
+    """Deletes what a killed process wrote half: JAX would neither use it nor write it anew.
+
+    Each file is read once, at the first start after it was written.
+    """
+    marker = folder / "whole-until"
+    since = marker.stat().st_mtime if marker.exists() else 0.0
+    marker.touch()  # before the files are read: what is written meanwhile is read the next time
+    for path in folder.glob("*-cache"):
+        if path.stat().st_mtime >= since - 1:
+            try:
+                decompress_executable(path.read_bytes())
+            except Exception:  # of whichever library packs them
+                path.unlink(missing_ok=True)

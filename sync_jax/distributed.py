@@ -10,11 +10,12 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed  # the service has no public client
@@ -30,8 +31,9 @@ from sync_jax.printable import printable, say
 
 T = TypeVar("T")
 
-_LONGEST = 7 * 24 * 3600.0  # seconds that anything is waited for
 _GRACE = 5.0  # seconds that a process has to end by itself after another has failed
+
+_INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -74,32 +76,45 @@ def initialize(
     text = f"the {processes or 'other'} processes did not all come together within {seconds:g} s"
     if given != (None, None, None):
         text += f"; process {process} waited at {coordinator}, and who does not say so is missing"
-    # JAX's own limit ends the process with a stack of C++ for an explanation, so ours comes first.
-    late = threading.Timer(seconds, _give_up, [text])
-    late.daemon = True
-    late.start()
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def meet() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                cluster_detection_method=None if given == (None, None, None) else "deactivate",
+                # Its own limit ends the process with a stack of C++, so ours comes first.
+                initialization_timeout=int(seconds) + 60,
+                # A process that died is noticed within this time, and the others are ended.
+                heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
+                shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
+            )
+            ended.put(None)
+        except Exception as error:
+            ended.put(error)
+
+    # In a thread of its own, for nothing can interrupt the call, a signal neither.
+    threading.Thread(target=meet, daemon=True).start()
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method=None if given == (None, None, None) else "deactivate",
-            initialization_timeout=int(seconds) + 60,
-            # A process that died is noticed within this time, and the others are ended.
-            heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
-            shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
-        )
-    except (RuntimeError, ValueError) as error:
-        if given == (None, None, None) and "coordinator_address should be" in str(error):
-            return  # a TPU's library, but no slice
+        error = ended.get(timeout=seconds)
+    except queue.Empty:
+        _give_up(text, 1)
+    except TerminatedError as stopped:
+        _give_up(str(stopped), 75)
+    if error is None:
+        return
+    if given == (None, None, None) and "coordinator_address should be" in str(error):
+        return  # a TPU's library, but no slice
+    if isinstance(error, RuntimeError | ValueError):
         raise FailedError(f"{text}: {_one_line(error)}") from error
-    finally:
-        late.cancel()
+    raise error
 
 
-def _give_up(text: str) -> None:
+def _give_up(text: str, status: int) -> NoReturn:
     print(f"sync_jax: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread is in a call that nothing can interrupt
+    os._exit(status)  # with the call still under way, no orderly end would come to one
 
 
 def _on_tpu() -> bool:
@@ -156,16 +171,11 @@ class Processes:
         values, missing = [], []
         for process in range(self.count):
             # Who has come must be found even when the time is over.
-            left = min(max(deadline - time.monotonic(), 2.0), _LONGEST)
-            try:
-                text = client.blocking_key_value_get(f"{key}/{process}", int(1000 * left))
-                values.append(json.loads(text))
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise FailedError(
-                        f"process 0, which the others meet at, is gone: {_one_line(error)}"
-                    ) from error
+            text = _found(client, f"{key}/{process}", max(deadline, time.monotonic() + 2.0))
+            if text is None:
                 missing.append(str(process))
+            else:
+                values.append(json.loads(text))
         if missing:
             raise FailedError(
                 f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
@@ -188,7 +198,7 @@ class Processes:
         result, failure, failed = None, None, None
         try:
             result = function()
-        except Exception as error:
+        except (Exception, TerminatedError) as error:
             failed, failure = error, _described(error)
         failures = self.share(what, failure)
         if failed is not None:
@@ -211,7 +221,7 @@ class Processes:
         if self.first:
             try:
                 result = function()
-            except Exception as error:
+            except (Exception, TerminatedError) as error:
                 failed, failure = error, _described(error)
         # As long as it takes: if the first process dies, JAX ends the others.
         result, failure = self.share(what, [result, failure], seconds=math.inf)[0]
@@ -292,6 +302,23 @@ class Processes:
             os._exit(2 if kind == InputError.__name__ else 1)  # the main thread may be stuck
 
 
+def _found(client: Any, key: str, deadline: float) -> str | None:
+    """What is known by a key, waited for until the deadline; None if nothing is.
+
+    Raises:
+        FailedError: process 0 is gone.
+    """
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return client.blocking_key_value_get(key, int(1000 * min(left, _INTERVAL)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise FailedError(
+                    f"process 0, which the others meet at, is gone: {_one_line(error)}"
+                ) from error
+    return None
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -303,7 +330,7 @@ def _described(error: BaseException) -> list[str]:
     return [FailedError.__name__, f"{type(error).__name__}: {error}"]
 
 
-def _error(prefix: str, failure: list[str]) -> Exception:
+def _error(prefix: str, failure: list[str]) -> BaseException:
     name, message = failure
     kind = next(kind for kind in _AGREED if kind.__name__ == name)
     return kind(prefix + message)

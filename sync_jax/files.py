@@ -22,10 +22,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that names given in a folder outlast a power cut, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     except OSError:
         pass  # a file system without that, as a mounted bucket
     finally:
-        os.close(folder)
+        os.close(descriptor)

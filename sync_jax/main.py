@@ -70,65 +70,13 @@ def main(arguments: list[str]) -> None:
     """Does what --mode says."""
     if len(arguments) > 1:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
-    # Imported here, for --helpshort need not wait for JAX.
-    from sync_jax import compilation_cache, distributed, errors, sharding, train
-    from sync_jax import config as config_lib
+    # Imported here, for --helpshort need not wait for it.
+    from sync_jax import errors
+    from sync_jax.process import stopping_at_sigterm
 
     try:
-        config_lib.check_path("--workdir", _WORKDIR.value or "")
-    except errors.InputError as error:
-        _stop(error, 2)
-    if _MODE.value in ("compare", "ensemble"):
-        from sync_jax import compare, ensemble
-
-        do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
-        try:
-            if _MODE.value == "ensemble":
-                sharding.check_devices()
-            do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
-        except errors.InputError as error:
-            _stop(error, 2)
-        except OSError as error:
-            _stop(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 2)
-        return
-    if _RUNS.value or _MIXED.value:
-        _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
-    config = _CONFIG.value
-    if not flags.FLAGS["config"].present:
-        _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)
-    if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
-        _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    try:
-        config_lib.validate(config)
-        distributed.initialize(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            seconds=config.process.wait_seconds,
-        )
-        sharding.check_devices()
-        if _MODE.value in ("train", "sweep") and (
-            complaint := compilation_cache.use(config.process.compilation_cache)
-        ):
-            print(printable(complaint))
-        if _MODE.value == "sweep":
-            from sync_jax import sweep
-
-            out = Path(_WORKDIR.value or "runs")
-            if not sweep.sweep(config, _VARY.value, out, name=name):
-                _stop("some runs diverged", 1)
-            return
-        if _VARY.value:
-            _stop("--vary belongs to --mode=sweep", 2)
-        default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
-        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
-        if _MODE.value == "prepare":
-            train.prepare(config)
-        elif _MODE.value == "train":
-            train.train_and_evaluate(config, workdir)
-        else:
-            train.evaluate_finished(config, workdir)
+        with stopping_at_sigterm():
+            _do()
     except errors.InputError as error:
         _stop(error, 2)
     except errors.NonFiniteError as error:
@@ -142,6 +90,71 @@ def main(arguments: list[str]) -> None:
         _stop(f"{where} cannot be used: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint", 130)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _stop(
+            f"a device's memory is full ({str(error)[:200]}); smaller config.train.batch_size, "
+            "config.evaluation.batch_size or model, or more config.train.microbatches, take less",
+            1,
+        )
+
+
+def _do() -> None:
+    from sync_jax import compilation_cache, distributed, sharding, train
+    from sync_jax import config as config_lib
+
+    config_lib.check_path("--workdir", _WORKDIR.value or "")
+    if _MODE.value in ("compare", "ensemble"):
+        from sync_jax import compare, ensemble, errors
+
+        do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
+        if _MODE.value == "ensemble":
+            sharding.check_devices()
+        try:
+            do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
+        except OSError as error:
+            where = error.filename or "a file"
+            message = f"{where} cannot be used: {error.strerror or error}"
+            raise errors.InputError(message) from error
+        return
+    if _RUNS.value or _MIXED.value:
+        _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
+    config = _CONFIG.value
+    if not flags.FLAGS["config"].present:
+        _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)
+    if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
+        _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    config_lib.validate(config)
+    distributed.initialize(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        seconds=config.process.wait_seconds,
+    )
+    sharding.check_devices()
+    if _MODE.value in ("train", "sweep") and (
+        complaint := compilation_cache.use(config.process.compilation_cache)
+    ):
+        print(printable(complaint))
+    if _MODE.value == "sweep":
+        from sync_jax import sweep
+
+        out = Path(_WORKDIR.value or "runs")
+        if not sweep.sweep(config, _VARY.value, out, name=name):
+            _stop("some runs diverged", 1)
+        return
+    if _VARY.value:
+        _stop("--vary belongs to --mode=sweep", 2)
+    default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
+    if _MODE.value == "prepare":
+        train.prepare(config)
+    elif _MODE.value == "train":
+        train.train_and_evaluate(config, workdir)
+    else:
+        train.evaluate_finished(config, workdir)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, TerminatedError
 from sync_jax.printable import say
 
 
@@ -50,25 +50,47 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stopping_at_sigterm() -> Iterator[None]:
+    """Stops at SIGTERM where there is nothing to save; inside it, `terminated` may note it instead.
+
+    Raises:
+        TerminatedError: one has come; a second one kills.
+    """
+    with _on_sigterm(_stop):
+        yield
+
+
+def _stop() -> None:
+    raise TerminatedError("stopped by SIGTERM while no training was under way")
+
+
+@contextlib.contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
     """Notes SIGTERM instead of dying of it; a second one kills.
 
     Yields:
         What says whether one has come.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
     asked = threading.Event()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        asked.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
+    with _on_sigterm(asked.set):
         yield asked.is_set
+
+
+@contextlib.contextmanager
+def _on_sigterm(do: Callable[[], None]) -> Iterator[None]:
+    """Does something at the first SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        do()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

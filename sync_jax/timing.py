@@ -172,6 +172,16 @@ def layer_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> list[i
 def matmul_flops(dtype: str) -> float:
     """FLOP/s of a large square matrix product on one device, measured in a fraction of a second."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
+    while True:
+        try:
+            return _matmul_flops(size, dtype)
+        except jax.errors.JaxRuntimeError as error:  # the training has left no room for it
+            if "RESOURCE_EXHAUSTED" not in str(error) or size <= 512:
+                raise
+            size //= 2
+
+
+def _matmul_flops(size: int, dtype: str) -> float:
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     jax.block_until_ready(product(a, a))

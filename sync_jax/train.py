@@ -65,9 +65,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
         processes.together("the check of the memory", run.check)
         with (
+            terminated() as stopping,
             processes.ending_together(),
             owned(workdir, processes),
-            terminated() as stopping,
             Checkpoints(
                 workdir / "checkpoints",
                 keep=config.checkpoint.keep,
@@ -195,14 +195,14 @@ def fit(job: Job, start: Start) -> Fitted:
     unlogged = list(start.unlogged)
     every = config.log.every_steps
     next_line = (start.step // every + 1) * every
-    votes: deque[Array] = deque()
+    newest: deque[Metrics] = deque()
     writes = MetricWriter if processes.first else NoMetricWriter
     traced = parse_steps(config.profile.steps) if processes.first else range(0)
 
     def busy() -> bool:
         """Whether the device has something to do."""
-        newest: Any = unchecked[-1][1].values if unchecked else None
-        return newest is not None and not newest.is_ready()
+        values: Any = newest[-1].values if newest else None
+        return values is not None and not values.is_ready()
 
     with (
         Stopwatch() as watch,
@@ -227,11 +227,14 @@ def fit(job: Job, start: Start) -> Fitted:
             progress.step(done)
             last = done == run.total_steps
             calibrates, saves = (done % x == 0 or last for x in (calibrate_every, save_every))
+            # Two dispatches late, so that the device never waits; and the host is no further ahead,
+            # so that SIGTERM needs not wait for more than these.
+            newest.append(metrics)
+            oldest = newest.popleft() if len(newest) > 2 else None
+            jax.block_until_ready(oldest)
             stops = job.stopping()
             if metrics.stop_vote is not None:
-                # Two dispatches late, when it has long been computed: the device never waits.
-                votes.append(metrics.stop_vote)
-                stops = len(votes) > 2 and float(votes.popleft()) > 0
+                stops = oldest is not None and bool(oldest.stop_vote)
             stops = stops and not last
             score = None
             waits = calibrates or saves or stops

@@ -2,26 +2,30 @@
 
     python -m tests.faulty HARM:MOMENT:NUMBER[,HARM:MOMENT:NUMBER] ARGUMENT...
 
-HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM); MOMENT 'step' (that step is under
-way), 'saving' (the so-manyth checkpoint is being written), 'saved' (it is complete) or
-'predictions' (the so-manyth predictions are about to be written). 'nan:step:N' spoils a pixel of
+HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM); MOMENT 'data' (they are read), 'step'
+(that step is under way), 'saving' (the so-manyth checkpoint's arrays are written, and it is not
+complete), 'evaluating' (the so-manyth evaluation of the training is half done) or 'predictions'
+(the so-manyth predictions are about to be written). 'nan:step:N' spoils a pixel of
 that step's batch instead, and 'none:never:0' does no harm.
 """
 
+import functools
 import os
 import signal
 import sys
+import time
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 from absl import app
 from jax._src import compiler
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from sync_jax import main, run
-from sync_jax.checkpoint import Checkpoints
+from sync_jax import main, run, train
 from sync_jax.evaluate import Predictions
 from sync_jax.progress import Progress
+from sync_jax.run import Run
 
 
 def harm(how: str) -> None:
@@ -42,19 +46,37 @@ def prepare(how: str, moment: str, number: int) -> None:
                 harm(how)
 
         Progress.step = stepped  # type: ignore[method-assign]
-    elif moment in ("saving", "saved"):
-        save, count = Checkpoints.save, 0
+    elif moment == "data":
+        load = train.load_data
 
-        def saved(self: Checkpoints, *arguments: Any, **options: Any) -> None:
+        def loading(*arguments: Any) -> Any:
+            harm(how)
+            time.sleep(60)  # it must not come to more
+            return load(*arguments)
+
+        train.load_data = loading
+    elif moment == "saving":
+        finalize, count = AtomicRenameTemporaryPath.finalize, 0
+
+        async def finalized(self: AtomicRenameTemporaryPath) -> None:
             nonlocal count
-            save(self, *arguments, **options)
-            count += 1
+            count += self.get_final().name.isdigit()
             if count == number:
-                if moment == "saved":
-                    self.wait()
                 harm(how)
+            await finalize(self)
 
-        Checkpoints.save = saved  # type: ignore[method-assign]
+        AtomicRenameTemporaryPath.finalize = finalized
+    elif moment == "evaluating":
+        evaluate, begun = Run.calibration_metrics, 0
+
+        def evaluated(self: Run, *arguments: Any) -> dict[str, float]:
+            nonlocal begun
+            begun += 1
+            if begun == number:
+                self.alive = functools.partial(harm, how)  # after the first batch
+            return evaluate(self, *arguments)
+
+        Run.calibration_metrics = evaluated  # type: ignore[method-assign]
     elif moment == "predictions":
         write, written = Predictions.save, 0
 

@@ -9,13 +9,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(
-    commands: list[list[str]], *, devices: int = 1, **environment: str
+    commands: list[list[str]], *, devices: int = 1, stdin: int | None = None, **environment: str
 ) -> list[subprocess.Popen[str]]:
     """Starts the processes of one job; stdout and stderr of each are one pipe.
 
     Args:
         commands: one for each process; what tells them of each other is added.
         devices: of each.
+        stdin: as Popen's.
         environment: more variables.
     """
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -34,6 +35,7 @@ def start(
             [*command, *more],
             cwd=ROOT,
             env=variables,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

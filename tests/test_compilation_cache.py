@@ -6,6 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax._src.compilation_cache import compress_executable
 from jax.experimental.compilation_cache import compilation_cache as cc
 
 from sync_jax import compilation_cache, sharding
@@ -113,7 +114,21 @@ def test_the_oldest_go_when_there_is_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "_BYTES", 150)
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.use(str(tmp_path))
-    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert {path.name for path in folder.iterdir()} == {"a", "whole-until"}
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_half_written_programs_go(tmp_path):
+    """JAX warns of them at each start, compiles anew, and leaves them there."""
+    compilation_cache.use(str(tmp_path))
+    folder = next(tmp_path.iterdir())
+    whole = compress_executable(np.random.default_rng(0).bytes(1000))
+    files = {"whole": whole, "half": whole[:500], "empty": b"", "zeros": bytes(1000)}
+    for name, content in files.items():
+        (folder / f"{name}-cache").write_bytes(content)
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert compilation_cache.use(str(tmp_path)) is None
+    assert [path.name for path in folder.glob("*-cache")] == ["whole-cache"]
 
 
 @pytest.mark.slow

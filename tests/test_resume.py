@@ -101,6 +101,11 @@ def random_steps(seed: int, count: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(2, TOTAL), count))
 
 
+def half_written(workdir: Path) -> list[Path]:
+    """Checkpoints that a kill left incomplete, which the next life clears away."""
+    return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
 def cut_power(workdir: Path) -> None:
     """What was not on the disk yet is zeros: the latest checkpoint's arrays, the end of the log."""
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
@@ -117,8 +122,10 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(method, data_dir, t
     first, second = random_steps(0, 2)
     harms = [f"kill:step:{first}", f"kill:step:{second}"]
     if method == METHOD:
-        # While a checkpoint is being written, by SIGTERM, and while evaluating.
-        harms = [harms[0], "kill:saving:1", f"term:step:{TOTAL - 5}", "kill:predictions:2"]
+        # Before training, while a checkpoint is being written, while evaluating, by SIGTERM, and
+        # when all is done but the report.
+        harms = ["term:data:0", harms[0], "kill:saving:1", "kill:evaluating:1"]
+        harms += [f"term:step:{TOTAL - 5}", "kill:predictions:2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert live(data_dir, whole, "none:never:0", method=method)[0] == [0]
     for harm in harms:
@@ -127,7 +134,9 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(method, data_dir, t
             assert status == [-signal.SIGKILL], printed
         else:
             assert status == [75], printed
-            assert f"saved at step {TOTAL - 5}; the same command" in printed[0]
+            where = "no training was under way" if "data" in harm else f"saved at step {TOTAL - 5}"
+            assert f"{where}; the same command goes on" in printed[0]
+        assert half_written(broken) or "saving" not in harm
         assert not (broken / "report.json").exists()
     if method == METHOD:
         cut_power(broken)
@@ -153,13 +162,19 @@ def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path
     assert "going back, to leave it out" in printed[0]
     live(data_dir, broken, nan, f"{nan},kill:step:{step}", devices=2)
     live(data_dir, broken, f"{nan},kill:saving:1", nan, devices=2)
+    assert half_written(broken)
+    live(data_dir, broken, nan, f"{nan},kill:evaluating:1", devices=2)
     status, printed = live(data_dir, broken, nan, f"{nan},term:step:13", devices=2)
     assert status == [75, 75], printed
     saved = {text.partition("saved at step ")[2].partition(";")[0] for text in printed}
     assert len(saved) == 1, printed
     assert 13 <= int(saved.pop()) <= TOTAL - 1
+    live(data_dir, broken, f"{nan},kill:predictions:2", nan, devices=2)
+    assert not (broken / "report.json").exists()
+    cut_power(broken)
     status, printed = live(data_dir, broken, *unharmed, devices=2)
     assert status == [0, 0], printed
+    assert "is damaged and put aside" in printed[0]
     assert "resuming at step" in printed[0]
     assert "resuming" not in printed[1], "one process speaks for all"
     assert [(e["step"], e["action"]) for e in noted(broken)] == [(9, "rollback")]

@@ -4,7 +4,9 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -231,6 +233,44 @@ def test_processes_that_never_come_are_not_waited_for():
             "sync_jax: the 2 processes did not all come together within 2 s; "
             f"process {i} waited at {address}, and who does not say so is missing"
         )
+
+
+WAITING = """
+import sys
+from sync_jax import distributed, errors, process
+
+i, port, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+try:
+    with process.stopping_at_sigterm():
+        if count == 1:
+            print("waiting", flush=True)
+        distributed.initialize(f"localhost:{port}", 2, i, seconds=200)
+        processes = distributed.Processes(seconds=200)
+        print("waiting", flush=True)
+        processes.from_first("it", lambda: sys.stdin.read())
+except errors.TerminatedError as error:
+    print(error)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_ends_what_waits_for_other_processes(count):
+    """For one that never comes to meet, or for what the first is busy with."""
+    port = free_port()
+    script = [sys.executable, "-c", WAITING]
+    children = [
+        processes.start([[*script, str(i), port, str(count)]], stdin=subprocess.PIPE)[0]
+        for i in range(count)
+    ]
+    for child in children:
+        assert child.stdout.readline() == "waiting\n"
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    printed = processes.finish(children, timeout=100)  # and not 200
+    assert [child.returncode for child in children] == [75] * count, printed
+    assert "stopped by SIGTERM" in printed[0]
 
 
 FAILING = """
