@@ -6,7 +6,8 @@ PINNED ?= 1
 # More for the quickstart's command line, as ARGS=--config.seed=1.
 ARGS ?=
 # For pytest's, as PYTEST_ARGS='-k losses'.
-PYTEST_ARGS ?= -n 2
+# Heavy tests lie together: a worker that is done takes from the other.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PYTHON PINNED
 # Packages of another installation must not be taken for ours.

@@ -30,7 +30,7 @@ def data_dir(tmp_path_factory):
 
 def config_of(data_dir, together, **changes):
     # Saves every 6 steps, evaluates every 12, logs every 5: none of them a multiple of 4.
-    changes = {"train__epochs": 1.5, "log__every_steps": 5, "method": "self_adaptive"} | changes
+    changes = {"log__every_steps": 5, "method": "self_adaptive"} | changes
     return tiny.config(data_dir, train__steps_per_dispatch=together, **changes)
 
 

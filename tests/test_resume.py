@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 MAKE_MESH = sharding.make_mesh
 METHOD = "self_adaptive"  # its table of targets is part of the state, as ccl_sc's queues are
 TOTAL = 18  # steps; a checkpoint after every sixth, so that most kills cost some
-OPTIONS = {"train.epochs": 1.5, "process.wait_seconds": 120.0}
+OPTIONS = {"process.wait_seconds": 120.0}
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +194,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bad_config(data_dir: Path, action: str, **changes: object):
-    return tiny.config(
-        data_dir, method="sync", train__epochs=1.5, train__on_nonfinite=action, **changes
-    )
+    return tiny.config(data_dir, method="sync", train__on_nonfinite=action, **changes)
 
 
 def noted(workdir: Path) -> list[dict]:
@@ -214,7 +212,7 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     assert {"loss", "selective_risk", "gradient_norm"} <= entry["bad"].keys()
     # The examples, found otherwise: by their order on the host.
     _, part, _ = train.load_data(config, sharding.make_mesh(), tmp_path, Processes())
-    host = Run(tiny.config(data_dir, method="sync", train__epochs=1.5, data__placement="host"),
+    host = Run(tiny.config(data_dir, method="sync", data__placement="host"),
                sharding.make_mesh(), train_size=len(part.labels),
                placement=train.Placement(on_device=False))  # fmt: skip
     batch = next(host.feed(part, 8))

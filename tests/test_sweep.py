@@ -43,7 +43,7 @@ def test_values_take_the_type_of_their_field(data_dir):
 def test_a_sweep_trains_skips_what_is_finished_resumes_and_compares(
     data_dir, tmp_path, monkeypatch, capsys
 ):
-    config = tiny.config(data_dir, train__epochs=1.0)
+    config = tiny.config(data_dir)
     vary = ["method=ce,self_adaptive", "seed=0,1"]
     trained = []
     train = sweep.train_and_evaluate
@@ -88,7 +88,7 @@ def test_a_run_that_diverges_is_named_and_the_others_go_on(data_dir, tmp_path, m
         train(config, workdir)
 
     monkeypatch.setattr(sweep, "train_and_evaluate", diverging)
-    config = tiny.config(data_dir, method="ce", train__epochs=1.0)
+    config = tiny.config(data_dir, method="ce")
     assert not sweep.sweep(config, ["seed=0,1"], tmp_path, name="tiny")
     assert read_report(tmp_path / "tiny-ce-seed1") is not None
     shown = capsys.readouterr().out

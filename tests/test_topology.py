@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -60,22 +59,16 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
     children = processes.start(
         [
             tiny.command(
-                data_dir, tmp_path / "two", "--config.train.epochs=1.0",
+                data_dir, tmp_path / "two",
                 "--mode=sweep", f"--vary={vary[0]}", "--config.optimizer.sharded=True",
             )
         ] * 2,
         devices=2,
         XLA_FLAGS=os.environ["XLA_FLAGS"],
     )  # fmt: skip
-    # The processes' config is the quickstart's, with tiny's changes.
-    quickstart = runpy.run_path("configs/quickstart.py")["get_config"]()
-    quickstart.update_from_flattened_dict(
-        {**tiny.OVERRIDES, "train.epochs": 1.0, "data.data_dir": str(data_dir)}
-    )
     for devices in (1, 8):
         use(monkeypatch, devices)
-        config = quickstart.copy_and_resolve_references()
-        assert sweep(config, vary, tmp_path / str(devices), name="quickstart")
+        assert sweep(tiny.config(data_dir), vary, tmp_path / str(devices), name="quickstart")
     printed = processes.finish(children, timeout=400)
     assert [child.returncode for child in children] == [0, 0], printed
     assert "4 CPU devices of 2 processes" in printed[0]
@@ -87,18 +80,17 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
     name = "quickstart-self_adaptive-seed0"
     moved = tmp_path / "two" / name
     (moved / "report.json").unlink()
-    shutil.rmtree(moved / "checkpoints" / "12")
+    for step in ("12", "18"):
+        shutil.rmtree(moved / "checkpoints" / step)
     use(monkeypatch, 1)
     capsys.readouterr()
-    config = quickstart.copy_and_resolve_references()
-    config.update({"method": "self_adaptive", "optimizer": {"sharded": True}})
+    config = tiny.config(data_dir, method="self_adaptive", optimizer__sharded=True)
     train.train_and_evaluate(config, moved)
-    assert "resuming at step 6 of 12" in capsys.readouterr().out
+    assert "resuming at step 6 of 18" in capsys.readouterr().out
     check_close(tmp_path / "1" / name, moved)
     # Negative control: another seed's curve is not close.
     name = "quickstart-ce-seed0"
-    quickstart.update({"method": "ce", "seed": 1})
-    train.train_and_evaluate(quickstart, tmp_path / "seed1")
+    train.train_and_evaluate(tiny.config(data_dir, method="ce", seed=1), tmp_path / "seed1")
     with pytest.raises(AssertionError):
         check_close(tmp_path / "1" / name, tmp_path / "seed1")
 
@@ -112,7 +104,7 @@ def test_another_topology_goes_on_at_the_right_data(
 
     def config(devices: int):
         return tiny.config(
-            data_dir, method="self_adaptive", train__epochs=1.0, model__width=8,
+            data_dir, method="self_adaptive",
             optimizer__sharded=devices > 1,
         )  # fmt: skip
 
@@ -132,7 +124,7 @@ def test_another_topology_goes_on_at_the_right_data(
             train.train_and_evaluate(config(before), tmp_path / "moved")
     use(monkeypatch, after)
     train.train_and_evaluate(config(after), tmp_path / "moved")
-    assert "resuming at step 6 of 12" in capsys.readouterr().out
+    assert "resuming at step 6 of 18" in capsys.readouterr().out
     check_close(tmp_path / "whole", tmp_path / "moved")
 
 

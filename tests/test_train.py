@@ -52,7 +52,7 @@ def without_time(workdir: Path) -> list[dict]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
-    config = tiny.config(data_dir, method=method, train__epochs=6.0)
+    config = tiny.config(data_dir, method=method, train__epochs=4.0)
     train.train_and_evaluate(config, tmp_path / "run")
     report = read_report(tmp_path / "run")
     assert report is not None
@@ -60,7 +60,7 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["test"]["n"] == tiny.NUM_TEST
     assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
     assert report["method_score"] == METHODS[method].score
-    assert report["training"]["steps"] == round(6.0 * 190 / 16)
+    assert report["training"]["steps"] == round(4.0 * 190 / 16)
     speed = report["training"]["speed"]
     assert speed["steps"] == report["training"]["steps"]
     assert sum(speed["shares"].values()) == pytest.approx(1)
@@ -87,15 +87,13 @@ def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
         return load_split(name, split, data_dir=data_dir)
 
     monkeypatch.setattr(catalogue, "load_split", recorded)
-    train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.0), tmp_path)
+    train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert reads == [("train", False), ("test", True)]
 
 
 def test_same_seed_same_run_other_seed_other_run(data_dir, tmp_path):
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        train.train_and_evaluate(
-            tiny.config(data_dir, seed=seed, train__epochs=1.0), tmp_path / name
-        )
+        train.train_and_evaluate(tiny.config(data_dir, seed=seed), tmp_path / name)
     a, b, c = (Predictions.load(tmp_path / name / "predictions_test.npz") for name in "abc")
     chex.assert_trees_all_equal(a.outputs, b.outputs)
     assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
@@ -112,7 +110,7 @@ def test_the_host_pipeline_resumes_to_the_same_bits_on_eight_devices(
     data_dir, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sharding, "make_mesh", MESH_OF_ALL)
-    config = tiny.config(data_dir, data__placement="host", train__epochs=1.5)
+    config = tiny.config(data_dir, data__placement="host")
     train.train_and_evaluate(config, tmp_path / "whole")
     assert "images on the host, decoded for each batch: " in capsys.readouterr().out
     step = Progress.step
@@ -133,13 +131,13 @@ def test_the_host_pipeline_resumes_to_the_same_bits_on_eight_devices(
     )
     chex.assert_trees_all_equal(whole.outputs, broken.outputs)
     # Negative control: the device's random numbers differ.
-    train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.5), tmp_path / "device")
+    train.train_and_evaluate(tiny.config(data_dir), tmp_path / "device")
     other = Predictions.load(tmp_path / "device" / "predictions_test.npz")
     assert not np.array_equal(other.outputs["logits"], whole.outputs["logits"])
 
 
 def test_a_finished_run_says_so_and_trains_no_more(data_dir, tmp_path, capsys, monkeypatch):
-    config = tiny.config(data_dir, train__epochs=1.0)
+    config = tiny.config(data_dir)
     train.train_and_evaluate(config, tmp_path)
     before = (tmp_path / "report.json").read_bytes()
     capsys.readouterr()
@@ -150,7 +148,7 @@ def test_a_finished_run_says_so_and_trains_no_more(data_dir, tmp_path, capsys, m
 
 
 def test_another_experiment_in_the_workdir_is_refused(data_dir, tmp_path):
-    config = tiny.config(data_dir, train__epochs=1.0)
+    config = tiny.config(data_dir)
     train.train_and_evaluate(config, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     changed = tiny.config(data_dir, train__epochs=2.0, loss__alpha=0.25)
@@ -162,11 +160,11 @@ def test_another_experiment_in_the_workdir_is_refused(data_dir, tmp_path):
 
 def test_checkpoints_know_their_config(data_dir, tmp_path):
     """A folder whose config.json was lost is another experiment's all the same."""
-    config = tiny.config(data_dir, method="ce", train__epochs=1.0)
+    config = tiny.config(data_dir, method="ce")
     train.train_and_evaluate(config, tmp_path)
     for name in ("config.json", "report.json"):
         (tmp_path / name).unlink()
-    changed = tiny.config(data_dir, method="ce", train__epochs=1.0, optimizer__momentum=0.5)
+    changed = tiny.config(data_dir, method="ce", optimizer__momentum=0.5)
     with pytest.raises(
         InputError, match=r"config\.optimizer\.momentum is 0\.9 there and 0\.5 here"
     ):
@@ -176,13 +174,11 @@ def test_checkpoints_know_their_config(data_dir, tmp_path):
 
 
 def test_evaluate_recomputes_for_another_delta_without_training(data_dir, tmp_path, monkeypatch):
-    config = tiny.config(data_dir, train__epochs=1.0, evaluation__target_risks=(0.5,))
+    config = tiny.config(data_dir, evaluation__target_risks=(0.5,))
     train.train_and_evaluate(config, tmp_path)
     first = read_report(tmp_path)
     monkeypatch.setattr(train, "fit", None)
-    changed = tiny.config(
-        data_dir, train__epochs=1.0, evaluation__target_risks=(0.5,), evaluation__delta=0.2
-    )
+    changed = tiny.config(data_dir, evaluation__target_risks=(0.5,), evaluation__delta=0.2)
     train.evaluate_finished(changed, tmp_path)
     second = read_report(tmp_path)
     assert first is not None
@@ -246,7 +242,7 @@ def test_batch_that_cannot_be_split_is_refused_with_the_arithmetic(data_dir, tmp
 @pytest.mark.slow
 def test_eight_devices_train_as_one(data_dir, tmp_path, monkeypatch):
     """Up to the order of float32 sums, also CCL-SC's queues; the others are in test_topology."""
-    config = tiny.config(data_dir, method="ccl_sc", train__epochs=1.0)
+    config = tiny.config(data_dir, method="ccl_sc")
     train.train_and_evaluate(config, tmp_path / "one")
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), (sharding.BATCH_AXIS,))
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
@@ -262,7 +258,7 @@ def test_eight_devices_train_as_one(data_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_run_ends_with_the_same_bits(data_dir, tmp_path, monkeypatch, capsys):
     # No checkpoint but the last and what SIGTERM asks for.
-    config = tiny.config(data_dir, train__epochs=1.5, checkpoint__every_epochs=100.0)
+    config = tiny.config(data_dir, checkpoint__every_epochs=100.0)
     train.train_and_evaluate(config, tmp_path / "whole")
     step = Progress.step
 
@@ -295,7 +291,7 @@ def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_latest_checkpoint_costs_one_save_interval(data_dir, tmp_path, capsys):
-    config = tiny.config(data_dir, train__epochs=1.5)
+    config = tiny.config(data_dir)
     train.train_and_evaluate(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "report.json").unlink()
@@ -319,5 +315,5 @@ def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
         with pytest.raises(WriteError, match=r"cannot be written: RES.*are intact") as caught:
-            train.train_and_evaluate(tiny.config(data_dir, train__epochs=1.0), tmp_path)
+            train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert "\n" not in str(caught.value)

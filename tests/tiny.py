@@ -6,19 +6,20 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.config import default_config
+from configs import quickstart
 from sync_jax.data import catalogue
 from tests.data import idx_files
 
 NUM_TRAIN, NUM_TEST, NUM_CALIBRATION = 230, 70, 40
 
-# What a command line needs to train on it: every field of `config` below that is not the default.
+# What is changed of the quickstart. Tests had better keep to it: those that differ in the method
+# alone share what was compiled, and compilation is most of their time.
 OVERRIDES = {
     "data.calibration_size": NUM_CALIBRATION,
     "model.width": 4,
     "model.features": 16,
     "optimizer.warmup_epochs": 0.5,
-    "train.epochs": 3.0,
+    "train.epochs": 1.5,
     "train.batch_size": 16,
     "log.every_steps": 4,
     "checkpoint.every_epochs": 0.5,
@@ -52,7 +53,7 @@ def prepare(folder: Path) -> Path:
 
 def config(data_dir: Path, **changes: object) -> ConfigDict:
     """The config; `changes` by path with __ for the dot."""
-    result = default_config()
+    result = quickstart.get_config()
     result.data.data_dir = str(data_dir)
     for path, value in (OVERRIDES | {k.replace("__", "."): v for k, v in changes.items()}).items():
         result.update_from_flattened_dict({path: value})
