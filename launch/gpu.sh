@@ -18,7 +18,7 @@
 #   --dry-run                  prints every command instead
 #   --yes                      asks nothing
 # SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
-# row may find no answer.
+# row may find no answer; SYNC_JAX_TIMEOUT=300: seconds that supervise waits for each.
 # Exit status: 0 done, 2 bad usage, 75 stopped and saved, 1 anything else.
 set -uo pipefail
 self=launch/gpu.sh

@@ -20,6 +20,7 @@ uv=0.13.9 python=3.11 gcsfuse=3.2.0
 lock_file=${SYNC_JAX_LIBTPU_LOCK:-/tmp/libtpu_lockfile}
 devices=${SYNC_JAX_DEVICES:-/dev/accel* /dev/vfio/*}
 poll=${SYNC_JAX_HOST_POLL:-0.5}
+limit=${SYNC_JAX_HOST_LIMIT:-30} # seconds that a bucket's mount is given to answer
 
 die() {
   echo "worker $(worker): $*" >&2
@@ -35,6 +36,10 @@ worker() { # a slice's hosts are named after it and their number: t1v-n-0123abcd
   esac
 }
 
+# What asks a bucket's mount, which may hang: it is killed then, with status 137. No other signal reaches
+# what waits for a mount.
+within() { timeout -s KILL "$limit" "$@"; }
+
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
@@ -48,18 +53,26 @@ take_lock() {
   flock -w 0.5 9 || die "a run, or its setup, is going on here; stop ends it"
 }
 
+whole() { # whether there is code, all of one version
+  [ -f sync_jax/setup.cfg ] || die "no code here: push brings it"
+  [ ! -e $state/unpacking ] || die "the code here is a part of what was pushed: push it again"
+}
+
 unpack() {
   take_lock
+  # To its end: one that was cut off on the way here would leave a mixture of two versions.
+  tar -tzf sync_jax.tar.gz >$state/listed || die "sync_jax.tar.gz is not whole: push it again"
+  grep -v '/$' $state/listed >$state/files.new
+  : >$state/unpacking # as long as it is there, no run starts
   mkdir -p sync_jax
   # Only what an earlier archive brought is removed: runs and data may lie there too.
-  tar -tzf sync_jax.tar.gz | grep -v '/$' >$state/files.new
   if [ -f $state/files ]; then
     sort $state/files.new | comm -13 - <(sort $state/files) |
       while IFS= read -r file; do rm -f -- "sync_jax/$file"; done
   fi
   tar -xzf sync_jax.tar.gz -C sync_jax
   mv $state/files.new $state/files
-  rm sync_jax.tar.gz
+  rm -f $state/listed $state/unpacking sync_jax.tar.gz sync_jax.unpack
 }
 
 find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which needs no root
@@ -81,12 +94,16 @@ find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which n
 # Removing a checkpoint's temporary name renames a folder: atomic in a bucket with a hierarchical
 # namespace, file by file in others. No cache of names: other hosts must see what one has written.
 mount_bucket() { # BUCKET:FOLDER
-  local bucket=${1%%:*} folder=${1#*:} probe
-  if dead "$folder"; then
-    echo "worker $(worker): the mount of gs://$bucket is dead, for its gcsfuse has ended: mounting it anew" >&2
-    fusermount -uz "$folder" 2>/dev/null || as_root umount -l "$folder" ||
-      die "the dead mount at $folder cannot be removed: umount -l $folder"
-  fi
+  local bucket=${1%%:*} folder=${1#*:} said status=0
+  said=$(LC_ALL=C within stat "$folder" 2>&1 >/dev/null) || status=$?
+  case $status:$said in
+    137:*) die "gs://$bucket, mounted at $folder, does not answer within $limit s" ;;
+    *"endpoint is not connected"*)
+      echo "worker $(worker): the mount of gs://$bucket is dead, for its gcsfuse has ended: mounting it anew" >&2
+      fusermount -uz "$folder" 2>/dev/null || as_root umount -l "$folder" ||
+        die "the dead mount at $folder cannot be removed: umount -l $folder"
+      ;;
+  esac
   if ! mountpoint -q "$folder"; then
     command -v gcsfuse >/dev/null || install_gcsfuse
     if ! mkdir -p "$folder" 2>/dev/null; then
@@ -97,15 +114,12 @@ mount_bucket() { # BUCKET:FOLDER
       --metadata-cache-negative-ttl-secs=0 "$bucket" "$folder" 9>&-) ||
       die "gs://$bucket cannot be mounted: does it exist, and may this machine's service account use it?"
   fi
-  probe=$(mktemp "$folder/.sync_jax-XXXXXX" 2>&1) ||
-    die "gs://$bucket cannot be written (${probe##*: }): give this machine's service account the role Storage Object User"
-  rm -f "$probe"
-}
-
-dead() { # FOLDER: whether it lies in a mount whose gcsfuse has ended
-  case $(LC_ALL=C stat "$1" 2>&1 >/dev/null) in
-    *"endpoint is not connected"*) ;;
-    *) return 1 ;;
+  status=0
+  said=$(within mktemp "$folder/.sync_jax-XXXXXX" 2>&1) || status=$?
+  case $status in
+    0) within rm -f "$said" ;;
+    137) die "gs://$bucket, mounted at $folder, does not answer within $limit s" ;;
+    *) die "gs://$bucket cannot be written (${said##*: }): give this machine's service account the role Storage Object User" ;;
   esac
 }
 
@@ -128,7 +142,7 @@ setup() { # EXTRA [BUCKET:FOLDER]...
   shift
   take_lock
   rm -f $state/ready
-  [ -f sync_jax/setup.cfg ] || die "no code here: push brings it"
+  whole
   for mount; do mount_bucket "$mount"; done
   interpreter=$(find_python) || die "uv cannot bring Python $python"
   PYTHON=$interpreter sh sync_jax/launch/venv.sh "$extra" 9>&- ||
@@ -143,6 +157,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
   local extra mount argument folder held mounted=() workdir=
   trap 'rm -f sync_jax.env' EXIT # also where the run is refused
   take_lock
+  whole
   extra=$(cut -d' ' -f1 $state/ready 2>/dev/null || true)
   [ -n "$extra" ] && [ "$(cat $state/ready)" = "$(identity "$extra")" ] ||
     die "not set up, or not for this code: setup does it"
@@ -154,7 +169,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     for argument; do # workers that all prepared the data at once would write over one another
       case $argument in
         --config.data.data_dir="$folder" | --config.data.data_dir="$folder"/*)
-          [ -n "$(ls -A "${argument#*=}" 2>/dev/null)" ] ||
+          [ -n "$(within ls -A "${argument#*=}" 2>/dev/null)" ] ||
             die "${argument#*=} is empty: prepare the data once and copy it there, see launch/README.md"
           ;;
       esac
@@ -211,18 +226,26 @@ watch_trainer() { # and notes how it ended
   echo $trainer >>$state/run
   wait $trainer || status=$?
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) ended with exit status $status"
-  # A machine that is gone has no logs.
-  if [ -d "$(workdir)" ]; then
-    mkdir -p "$(workdir)/logs" && cp $state/log "$(workdir)/logs/worker-$(worker).log" || true
-  fi
+  keep_log || true
   echo $status >$state/exit.new
   mv $state/exit.new $state/exit
 }
 
-workdir() ( # of the last run, as the run sees it
-  cd sync_jax
-  folder=$(cat ../$state/workdir 2>/dev/null) && [ -n "$folder" ] && cd "$folder" 2>/dev/null && pwd
-)
+keep_log() { # in the workdir: a machine that is gone has no logs
+  local folder
+  folder=$(cat $state/workdir)
+  [ -n "$folder" ] || return 0
+  folder=$(from_home "$folder")
+  within test -d "$folder" && within mkdir -p "$folder/logs" &&
+    within cp $state/log "$folder/logs/worker-$(worker).log"
+}
+
+from_home() { # the run's working directory is sync_jax
+  case $1 in
+    /*) echo "$1" ;;
+    *) echo "sync_jax/$1" ;;
+  esac
+}
 
 ours() { # the recorded run's processes, its parent among them
   local id file
@@ -233,7 +256,7 @@ ours() { # the recorded run's processes, its parent among them
 }
 
 status() { # [WORKDIR]
-  local word exit=- step=0 folder name mount=
+  local word exit=- step=0 folder listed name found=0 mount=
   folder=${1:-$(cat $state/workdir 2>/dev/null || true)}
   if [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
     word=running
@@ -247,13 +270,19 @@ status() { # [WORKDIR]
   else
     word=new
   fi
-  for name in $(cd sync_jax 2>/dev/null && cd "$folder/checkpoints" 2>/dev/null && ls); do
-    case $name in
-      *[!0-9]*) ;; # being written, or put aside
-      *) if [ "$name" -gt "$step" ]; then step=$name; fi ;;
-    esac
-  done
-  if dead "$folder"; then mount=' mount=dead'; fi
+  listed=$(LC_ALL=C within ls "$(from_home "$folder")/checkpoints" 2>&1) || found=$?
+  case $found:$listed in
+    0:*)
+      for name in $listed; do
+        case $name in
+          *[!0-9]*) ;; # being written, or put aside
+          *) if [ "$name" -gt "$step" ]; then step=$name; fi ;;
+        esac
+      done
+      ;;
+    137:*) mount=' mount=hangs' ;;
+    *"endpoint is not connected"*) mount=' mount=dead' ;;
+  esac
   echo "worker=$(worker) state=$word exit=$exit step=$step$mount"
 }
 
@@ -285,6 +314,7 @@ stop() { # SECONDS
     done
     [ -z "$(ours)" ] || die "process $(ours | tr '\n' ' ')does not end"
   fi
+  rm -f sync_jax.env $state/env
   if [ -e "$lock_file" ]; then unlock; fi
   echo "worker $(worker): stopped"
 }

@@ -22,10 +22,11 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 mounts=${SYNC_JAX_MOUNTS:-/mnt/sync_jax} # where hosts mount buckets, each below by its name
 interval=${SYNC_JAX_POLL:-60}            # seconds between looks
 patience=${SYNC_JAX_PATIENCE:-15}        # so many looks in a row are given to anything that may pass
+timeout=${SYNC_JAX_TIMEOUT:-300}         # seconds for what is answered at once, if at all
 
 dry=0 yes=0 follow=0 workdir='' config='' grace=120 preemptions=100 failures=3
 trainer=() names=() buckets=()
-hosts=1
+hosts=1 sent=0
 
 die() { # STATUS MESSAGE
   echo "$self: $2" >&2
@@ -58,6 +59,32 @@ do_() { # runs a command, or prints it
     "$@"
   fi
 }
+
+# What should be answered at once, while nobody watches: its status, or 137 where it had to be killed. Else
+# somebody is there, who can end it, and whom ssh may ask for a passphrase, for which it wants the
+# terminal. macOS has no timeout(1).
+within() ( # SECONDS COMMAND...
+  seconds=$1 status=0
+  shift
+  case $dry:$verb in
+    0:supervise | 0:create) ;;
+    *)
+      "$@"
+      exit
+      ;;
+  esac
+  set -m # each in a group of its own, with all that it starts
+  "$@" </dev/null &
+  asked=$!
+  (sleep "$seconds" && kill -KILL -- -$asked) >/dev/null 2>&1 &
+  watch=$!
+  set +m
+  trap 'kill -KILL -- -$asked -$watch 2>/dev/null; exit 1' INT TERM HUP
+  { wait $asked; } 2>/dev/null || status=$?
+  kill -KILL -- -$watch 2>/dev/null
+  [ $status != 137 ] || echo "no answer within $seconds s" >&2
+  exit $status
+)
 
 note() { # what a dry run cannot show as a command
   if [ $dry = 1 ]; then echo "# $*"; fi
@@ -210,7 +237,9 @@ push() (
     COPYFILE_DISABLE=1 tar -czf "$packed/sync_jax.tar.gz" --null -T "$packed/files" || exit 1
     cd "$packed" || exit 1
   fi
-  copy sync_jax.tar.gz && on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh | bash -s unpack'
+  # Through a file: a pipe's last command would run, and end well, with half of it or nothing.
+  copy sync_jax.tar.gz &&
+    on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack && bash sync_jax.unpack unpack'
 )
 
 send_env() ( # in a file: a command line can be read by all on the machine, and stands in logs
@@ -232,8 +261,21 @@ setup() {
   push && on_hosts "$(host setup "$extra" ${buckets[@]+"${buckets[@]}"})"
 }
 
-start() {
-  send_env && on_hosts "$(host run ${buckets[@]+"${buckets[@]}"} -- "${trainer[@]}")"
+start() { # each way out takes the values away, which host.sh may not have been there to do
+  [ ${#names[@]} = 0 ] || sent=1
+  if send_env && on_hosts "$(host run ${buckets[@]+"${buckets[@]}"} -- "${trainer[@]}")"; then
+    sent=0
+  else
+    forget_env
+    return 1
+  fi
+}
+
+forget_env() {
+  [ $sent = 1 ] || return 0
+  sent=0
+  within "$timeout" on_hosts 'rm -f sync_jax.env' >"$chatter" 2>&1 ||
+    say "the values of ${names[*]} may still lie in sync_jax.env on a host: the next run there, or stop, removes it"
 }
 
 status_command() {
@@ -245,9 +287,10 @@ status_command() {
 # How the run stands, over all workers, in $run: new, running, other, done, saved, failed, mixed
 # (some have ended, others not) or unknown; in $why the reason, in $step the last checkpoint's.
 survey() {
-  local word value worker state exit mount count=0 running=0 finished=0 saved=0 new=0 other=0 broken=''
+  local word value worker state exit mount count=0 running=0 finished=0 saved=0 new=0 other=0
+  local broken='' hangs=''
   run=unknown why='' step=0 code=1
-  if ! lines=$(on_hosts "$(status_command)" 2>"$chatter"); then
+  if ! lines=$(within "$timeout" on_hosts "$(status_command)" 2>"$chatter"); then
     why=$(grep -v '^$' "$chatter" | tail -n 1)
     return 0
   fi
@@ -279,11 +322,14 @@ survey() {
     esac
     case $mount:$state:$exit in
       dead:exited:0 | dead:exited:75 | :*) ;;
+      hangs:*) hangs="$hangs, worker $worker has a bucket that does not answer" ;;
       *) broken="$broken, worker $worker has lost its bucket, for gcsfuse has ended there" ;;
     esac
   done <<<"$lines"
   if [ $count -lt "$hosts" ]; then
     why="$count of $hosts workers answered"
+  elif [ -n "$hangs" ]; then # which step was saved last is not known; and it may pass
+    why=${hangs#, }
   elif [ $other -gt 0 ]; then
     run=other
   elif [ -n "$broken" ]; then
@@ -326,11 +372,13 @@ show_logs() {
   on_hosts "$(host logs 100 ${follows[@]+"${follows[@]}"})"
 }
 
-stop() { on_hosts "$(host stop "$grace")"; }
+stop() { within $((grace + timeout)) on_hosts "$(host stop "$grace")"; }
+
+unlock() { within "$timeout" on_hosts "$(host unlock)"; }
 
 main() {
   chatter=$(mktemp) # what commands say on stderr, shown where they fail
-  trap 'rm -f "$chatter"' EXIT
+  trap 'forget_env; rm -f "$chatter"' EXIT
   parse "$@"
   if [ $dry = 0 ]; then account; fi
   case $verb in
@@ -346,7 +394,7 @@ main() {
     logs) show_logs ;;
     status) show_status ;;
     stop) stop ;;
-    unlock) on_hosts "$(host unlock)" ;;
+    unlock) unlock ;;
     supervise)
       if [ "$creates" = 1 ]; then confirm "Create what is not there"; else confirm "Set it up and start"; fi
       if [ $dry = 1 ]; then supervise_dry; else supervise; fi

@@ -2,22 +2,28 @@
 # Of tpu.sh and gpu.sh: how long anything is waited for, and supervise. The verbs are lib.sh's.
 
 # From nothing to a finished run, over preemptions and failures. preempted and failed count against
-# their budgets, stale the restarts since the last checkpoint moved, missed the looks that failed and
-# odd those that found workers at odds, both in a row. owned: the machine is of our making; served: it
-# was there; fresh: it is to be set up; started: the run there was begun, or found, by us; begun: so was any.
+# their budgets, stale the restarts since the last checkpoint moved; missed the looks that failed, odd
+# those that found workers at odds, unlisted those that did not find what should be there, all in a row.
+# owned: the machine is of our making; served: it was there; fresh: it is to be set up; started: the run
+# there was begun, or found, by us; begun: so was any.
 supervise() {
-  owned=0 served=0 fresh=1 started=0 begun=0 preempted=0 failed=0 best=-1 stale=0 missed=0 between=0 odd=0
+  owned=0 served=0 fresh=1 started=0 begun=0 preempted=0 failed=0 best=-1 stale=0 missed=0 between=0
+  odd=0 unlisted=0
   trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM
   while :; do
     look
     case $machine in
       gone | refused | expired)
+        if listed_later; then
+          sleep "$interval"
+          continue
+        fi
         if [ $owned = 1 ]; then spend_machine; fi
         owned=0 served=0 fresh=1 started=0 between=0
         if [ -n "$detail" ] && ! remove; then
           miss "it cannot be deleted"
         elif create; then
-          owned=1 missed=0
+          owned=1 missed=0 unlisted=0
         else
           miss "none can be created"
         fi
@@ -27,7 +33,7 @@ supervise() {
         linger
         ;;
       ready)
-        owned=1 served=1 between=0
+        owned=1 served=1 between=0 unlisted=0
         survey
         judge
         ;;
@@ -129,6 +135,18 @@ spend_failure() {
 
 allow_failures() { # WHAT TO DO
   [ "$failed" -le "$failures" ] || leave 1 "that is more than $failures: $1"
+}
+
+# What was just created need not be in the lists yet, and an active request's machine may be missing from
+# them for a moment: not to be deleted for that.
+listed_later() {
+  case $owned:$served:$detail in
+    1:0: | *:LOST) ;;
+    *) return 1 ;;
+  esac
+  unlisted=$((unlisted + 1))
+  [ $unlisted -lt "$patience" ] || return 1
+  say "not in the lists: ${detail:+the machine of }the request ($unlisted in a row)"
 }
 
 spend_machine() { # ours, and no longer there

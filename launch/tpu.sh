@@ -24,7 +24,8 @@
 #   --dry-run                  prints every command instead
 #   --yes                      asks nothing
 # SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
-# row may find no answer, or a machine that is neither in the queue nor ready.
+# row may find no answer, or a machine that is neither in the queue nor ready; SYNC_JAX_TIMEOUT=300:
+# seconds that create and supervise wait for each answer.
 # Exit status: 0 done, 2 bad usage or no account, 75 preempted and saved, 1 anything else.
 set -uo pipefail
 self=launch/tpu.sh
@@ -147,9 +148,14 @@ tpus() { # GROUP VERB ARG...
 
 # --quiet: what gcloud asks for at night, such as a passphrase for the key that it makes, nobody answers.
 # A host that no longer answers, as after the laptop has slept, is noticed.
-alive=-oServerAliveInterval=30
-on_hosts() { tpus tpu-vm ssh "$name" --worker=all --quiet "--ssh-flag=$alive" --command="$1" </dev/null; }
-copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet "--scp-flag=$alive" </dev/null; }
+on_hosts() {
+  tpus tpu-vm ssh "$name" --worker=all --quiet --ssh-flag=-oConnectTimeout=20 \
+    --ssh-flag=-oServerAliveInterval=30 --command="$1" </dev/null
+}
+copy() {
+  tpus tpu-vm scp "$1" "$name:" --worker=all --quiet --scp-flag=-oConnectTimeout=20 \
+    --scp-flag=-oServerAliveInterval=30 </dev/null
+}
 
 # What look asks for, separated by tabs: why a request failed is a sentence.
 requests='--format=value(name.basename(),state.state,state.failedData.error.message)'
@@ -164,8 +170,8 @@ look() {
     tpus tpu-vm list "$nodes"
     return
   fi
-  if ! listed=$(tpus queued-resources list "$requests" 2>"$chatter") ||
-    ! found=$(tpus tpu-vm list "$nodes" 2>"$chatter"); then
+  if ! listed=$(within "$timeout" tpus queued-resources list "$requests" 2>"$chatter") ||
+    ! found=$(within "$timeout" tpus tpu-vm list "$nodes" 2>"$chatter"); then
     detail=$(grep -v '^$' "$chatter" | tail -n 1)
     return 1
   fi
@@ -234,7 +240,7 @@ create_and_wait() {
   look
   while [ $dry = 0 ] && [ $machine != ready ]; do
     case $machine:$detail in
-      gone:) machine=unknown ;; # not listed yet
+      gone: | gone:LOST) machine=unknown ;; # not listed yet
       expired:*) leave 1 "it was not served within $valid_until: $detail; delete the request" ;;
       gone:* | refused:*) leave 1 "it will not come: $detail; delete the request" ;;
     esac

@@ -346,6 +346,9 @@ def prepare(config: ConfigDict) -> None:
     """
     catalogue.make_ready(config.data)
     if config.data.name in pictures.NAMES:
+        if config.data.placement == "device":  # perhaps of another machine, with more memory
+            pictures.prepare_squares(config.data)
+            return
         placement = decide(config, sharding.make_mesh())
         make_squares(config, placement)
         print(placement.reason)

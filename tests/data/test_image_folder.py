@@ -51,6 +51,19 @@ def assert_holds(data, split, written):
     np.testing.assert_array_equal(labels, [label for _, label in written])
 
 
+def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_path, monkeypatch):
+    """What --mode=prepare does on a laptop for a slice: placement, or the laptop's memory says."""
+    write_pictures(tmp_path / "pictures", {"train": 4, "test": 2})
+    monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 0.0)
+    config = default_config()
+    config.data.update(section(tmp_path))
+    for placement in ("auto", "device"):
+        config.data.placement = placement
+        train.prepare(config)
+        made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*"))
+        assert made == (["test.npy", "train.npy"] if placement == "device" else [])
+
+
 @pytest.mark.parametrize(
     ("train_name", "test_name"), [("train", "test"), ("training", "val"), ("Train", "validation")]
 )

@@ -175,14 +175,31 @@ class Cloud:
 
 def dead_mounts(cloud: Cloud) -> None:
     """From now on a host whose home holds a file `dead` has a mount whose gcsfuse has ended."""
-    cloud.script(
-        "host-bin/stat",
-        """case $* in *"$FAKE_ROOT/mnt"*) if [ -f "$HOME/dead" ]; then
-  echo "stat: cannot statx '$1': Transport endpoint is not connected" >&2; exit 1
+    for name in ("ls", "stat"):
+        cloud.script(
+            f"host-bin/{name}",
+            f"""case $* in *"$FAKE_ROOT/mnt"*) if [ -f "$HOME/dead" ]; then
+  echo "{name}: cannot access '$1': Transport endpoint is not connected" >&2; exit 2
 fi ;; esac
-exec /usr/bin/stat "$@" """,
-    )
+exec /usr/bin/{name} "$@" """,
+        )
     cloud.script(
         "host-bin/fusermount",
         'rm "$HOME/dead"; grep -vx "$2" "$HOME/mounted" >"$HOME/m"\nmv "$HOME/m" "$HOME/mounted"',
     )
+
+
+def hanging_mounts(cloud: Cloud) -> None:
+    """From now on a host whose home holds a file `hangs` has a mount that does not answer."""
+    for name in ("cp", "ls", "mktemp", "mountpoint", "stat", "test"):
+        old = cloud.root / "host-bin" / name
+        if old.exists():
+            old.rename(old.with_suffix(".real"))
+        real = old.with_suffix(".real") if old.with_suffix(".real").exists() else f"/usr/bin/{name}"
+        cloud.script(
+            f"host-bin/{name}",
+            f"""case $* in *"$FAKE_ROOT/mnt"*) if [ -f "$HOME/hangs" ]; then
+  trap '' TERM; while :; do sleep 9; done
+fi ;; esac
+exec {real} "$@" """,
+        )

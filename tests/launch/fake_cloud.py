@@ -42,6 +42,10 @@ class RefusedError(Exception):
         self.status = status
 
 
+class HangsError(Exception):
+    """A call that is not answered."""
+
+
 class FakeCloud:
     """Google's cloud, and a GPU server.
 
@@ -49,12 +53,15 @@ class FakeCloud:
         account: who is logged in, if anybody.
         workers: of each machine.
         requests: the states from now on of each queued resource; each look takes the next, and
-            the last stays. After a tab may come the reason of a failure.
+            the last stays. After a tab may come the reason of a failure. HIDDEN: it is there, and
+            not in the lists yet.
         nodes: of each machine, likewise.
         lives, node_lives: such lists, for the requests and machines to come.
         suspension: the states of a request whose machine was taken away.
         preempt_at: steps; once the first is saved, the machine is taken away.
         fail: how many times each verb fails.
+        hang: how many times each verb does not answer.
+        cut: bytes of the next files that scp copies, which does not notice.
         calls: every command line.
     """
 
@@ -70,6 +77,8 @@ class FakeCloud:
         self.suspension = ["SUSPENDED"]
         self.preempt_at: list[int] = []
         self.fail: dict[str, int] = {}
+        self.hang: dict[str, int] = {}
+        self.cut: list[int] = []
         self.calls: list[list[str]] = []
         self._deadlines: dict[str, float] = {}
         self._folders: dict[str, Path] = {}
@@ -107,6 +116,8 @@ class FakeCloud:
                     except RefusedError as error:
                         message = shlex.quote(f"ERROR: (gcloud) {error}")
                         answer = f"echo {message} >&2; exit {error.status}"
+                    except HangsError:
+                        answer = "trap '' TERM; while :; do sleep 9; done"
                     except Exception as error:  # a test that looks finds it
                         answer = f"echo {shlex.quote(f'the fake broke: {error!r}')} >&2; exit 99"
                 self.wfile.write(answer.encode())
@@ -122,7 +133,7 @@ class FakeCloud:
         home.mkdir(parents=True, exist_ok=True)
         if program == "scp":
             assert arguments[-1] == "me@server:", arguments
-            shutil.copy(folder / arguments[-2], home)
+            self._copy(folder / arguments[-2], home)
             return "exit 0"
         assert arguments[-2] == "me@server", arguments
         return self._on([(0, home)], arguments[-1])
@@ -175,7 +186,8 @@ class FakeCloud:
                 if states[0] in QUEUED and time.time() > self._deadlines[name]:
                     states[:] = ["FAILED\tthe valid-until constraint expired"]
             more = f"\t{self.workers}" if of is self.nodes else "" if "\t" in states[0] else "\t"
-            lines.append(f"{name}\t{states[0]}{more}\n")
+            if states[0] != "HIDDEN":
+                lines.append(f"{name}\t{states[0]}{more}\n")
             if len(states) > 1:
                 states.pop(0)
             if states[0] == "GONE":  # deleted by somebody else
@@ -195,7 +207,7 @@ class FakeCloud:
         if verb == "ssh":
             return self._on(homes, options["command"])
         for _, home in homes:
-            shutil.copy(folder / rest[0], home)
+            self._copy(folder / rest[0], home)
         return "exit 0"
 
     def _on(self, homes: list[tuple[int, Path]], command: str) -> str:
@@ -209,7 +221,15 @@ class FakeCloud:
         lines.append('for child in "${children[@]}"; do wait $child || status=$?; done')
         return "\n".join([*lines, "exit $status"])
 
+    def _copy(self, file: Path, home: Path) -> None:
+        copied = Path(shutil.copy(file, home))
+        if self.cut:
+            os.truncate(copied, self.cut.pop(0))
+
     def _may_fail(self, what: str, message: str, status: int = 1) -> None:
+        self.hang[what] = self.hang.get(what, 0) - 1
+        if self.hang[what] >= 0:
+            raise HangsError
         self.fail[what] = self.fail.get(what, 0) - 1
         if self.fail[what] >= 0:
             raise RefusedError(message, status)
@@ -267,7 +287,7 @@ def processes(folder: str) -> list[int]:
 
 def host_environment(laptop: dict[str, str], home: str, worker: int) -> dict[str, Any]:
     """Of a command on a host."""
-    kept = (*JAX, "FAKE_ROOT", "SYNC_JAX_DEVICES", "SYNC_JAX_LIBTPU_LOCK")
+    kept = (*JAX, "FAKE_ROOT", "SYNC_JAX_DEVICES", "SYNC_JAX_LIBTPU_LOCK", "SYNC_JAX_HOST_LIMIT")
     return {name: laptop[name] for name in kept if name in laptop} | {
         "PATH": f"{laptop['FAKE_ROOT']}/host-bin:/usr/bin:/bin",
         "HOME": home,

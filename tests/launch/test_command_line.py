@@ -334,6 +334,43 @@ def test_secrets_arrive_and_are_shown_nowhere(script, slice_of_three: Cloud):
     assert "hunter2" not in dry(script, "run", *where, *more)
 
 
+@pytest.mark.parametrize("script", [TPU, GPU])
+def test_secrets_do_not_stay_where_no_run_comes_of_it(script, cloud: Cloud):
+    """There is no host.sh on the host that could take them away."""
+    where = WHERE if script == TPU else ["--host=me@server"]
+    if script == TPU:
+        assert cloud.run(TPU, "create", *MACHINE, "--yes").returncode == 0
+    command = [script, "run", *where, WORKDIR, CONFIG, "--env=SECRET"]
+    result = cloud.run(*command, SECRET="hunter2")
+    assert result.returncode == 1
+    assert len(cloud.calls("scp")) == 1
+    assert "may still lie" not in result.stderr
+    assert list(cloud.home().iterdir()) == []
+    # The cloud is lost for the call that starts, and for that which would take it away.
+    cloud.set(fail={"ssh": 2})
+    if script == GPU:  # whose scp fails alike
+        return
+    result = cloud.run(*command, SECRET="hunter2")
+    assert result.returncode == 1
+    assert "the values of SECRET may still lie in sync_jax.env on a host: the next" in result.stderr
+    assert cloud.run(TPU, "setup", *WHERE).returncode == 0
+    assert cloud.run(TPU, "stop", *WHERE).returncode == 0
+    assert not (cloud.home() / "sync_jax.env").exists()
+
+
+def test_secrets_do_not_stay_where_the_start_is_interrupted(cloud: Cloud):
+    cloud.trainer("exit 0")
+    assert cloud.run(TPU, "create", *MACHINE, "--yes").returncode == 0
+    assert cloud.run(TPU, "setup", *WHERE, WORKDIR).returncode == 0
+    cloud.set(hang={"ssh": 1})
+    child = cloud.start(TPU, "run", *WHERE, WORKDIR, CONFIG, "--env=HOME")
+    cloud.wait(lambda: any("host.sh run" in c for call in cloud.calls("ssh") for c in call))
+    assert (cloud.home() / "sync_jax.env").exists()
+    child.terminate()
+    assert child.wait(timeout=300) != 0
+    assert not (cloud.home() / "sync_jax.env").exists()
+
+
 REAL_GCLOUD = shutil.which("gcloud")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cloud import REPOSITORY, Cloud, dead_mounts
+from tests.launch.cloud import REPOSITORY, Cloud, dead_mounts, hanging_mounts
 from tests.launch.fake_cloud import host_environment
 
 CODE = ("setup.cfg", "pyproject.toml", "constraints.txt", "launch/venv.sh", "launch/host.sh")
@@ -128,6 +128,37 @@ def test_push_removes_what_was_pushed_and_nothing_else(host: Host):
     assert run.exists()
     assert (host.home / "sync_jax" / "README.md").exists()
     assert not (host.home / "sync_jax" / "sync_jax" / "main.py").exists()
+
+
+def test_an_archive_that_was_cut_off_changes_nothing(host: Host):
+    host.ready()
+    code = host.home / "sync_jax" / "launch" / "host.sh"
+    code.write_text("old")
+    host.pack("README.md")
+    archive = host.home / "sync_jax.tar.gz"
+    whole = archive.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        archive.write_bytes(whole[:size])
+        status, output = host.do("unpack")
+        assert (status, "sync_jax.tar.gz is not whole: push it again" in output) == (1, True)
+        assert code.read_text() == "old"
+        assert not (host.home / "sync_jax" / "README.md").exists()
+    archive.write_bytes(whole)
+    assert host.do("unpack") == (0, "")
+    assert code.read_text() == (REPOSITORY / "launch" / "host.sh").read_text()
+
+
+def test_code_of_two_versions_is_not_run(host: Host):
+    """Unpacking was cut off, by a full disk or a power cut."""
+    host.ready().pack("README.md")
+    host.cloud.script("host-bin/tar", 'case $1 in -x*) exit 2 ;; esac\nexec /usr/bin/tar "$@"')
+    assert host.do("unpack")[0] == 2
+    for words in (["setup", "tpu"], ["run", "--", "--workdir=runs/a"]):
+        status, output = host.do(*words)
+        assert (status, "a part of what was pushed: push it again" in output) == (1, True), output
+    (host.cloud.root / "host-bin" / "tar").unlink()
+    assert host.do("unpack") == (0, "")
+    assert host.do("setup", "tpu")[0] == 0
 
 
 def test_one_run_per_machine_nor_code_under_it(host: Host):
@@ -281,6 +312,26 @@ def test_a_dead_mount_is_called_that_and_mounted_anew(host: Host):
     )
 
 
+def test_a_mount_that_hangs_holds_up_nothing(host: Host):
+    """Neither a look, nor a start, nor the note of how a run ended."""
+    host.environment["SYNC_JAX_HOST_LIMIT"] = "2"
+    host.ready().cloud.trainer(
+        'echo begun; until [ -e "$HOME/hangs" ]; do sleep 0.02; done; exit 9'
+    )
+    hanging_mounts(host.cloud)
+    mount, workdir = f"bucket:{host.cloud.bucket}", f"{host.cloud.bucket}/run"
+    (host.cloud.bucket / "run" / "checkpoints" / "7").mkdir(parents=True)
+    words = ["run", mount, "--", f"--workdir={workdir}"]
+    assert host.do(*words)[0] == 0
+    assert host.do("status", workdir)[1] == "worker=0 state=running exit=- step=7\n"
+    (host.home / "hangs").touch()
+    assert host.ended() == 9
+    assert host.do("status", workdir)[1] == "worker=0 state=exited exit=9 step=0 mount=hangs\n"
+    status, output = host.do(*words)
+    assert status == 1
+    assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 2 s" in output
+
+
 GCSFUSE = """
 while [ $# -gt 2 ]; do shift; done
 echo "$2" >>"$HOME/mounted"
@@ -361,9 +412,10 @@ def test_a_secret_goes_when_the_run_has_it(host: Host):
     ]
     # And where no run comes of it.
     (host.state / "ready").unlink()
-    file.write_text("SECRET=a\n")
-    assert host.do("run", "--", "--workdir=runs/a")[0] == 1
-    assert not file.exists()
+    for words in (["run", "--", "--workdir=runs/a"], ["stop", "1"]):
+        file.write_text("SECRET=a\n")
+        assert host.do(*words)[0] == (words[0] == "run")
+        assert not file.exists()
 
 
 def test_the_help_lists_every_verb(host: Host):

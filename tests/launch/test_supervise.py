@@ -7,7 +7,15 @@ import re
 
 import pytest
 
-from tests.launch.cloud import CONFIG, MACHINE, WHERE, WORKDIR, Cloud, dead_mounts
+from tests.launch.cloud import (
+    CONFIG,
+    MACHINE,
+    WHERE,
+    WORKDIR,
+    Cloud,
+    dead_mounts,
+    hanging_mounts,
+)
 
 DELETE = f"launch/tpu.sh delete {' '.join(WHERE)}"
 
@@ -259,6 +267,58 @@ def test_a_machine_on_demand(cloud: Cloud):
     assert [call[3] for call in created] == ["tpu-vm", "tpu-vm"]
     assert "--version=tpu-ubuntu2204-base" in created[0]
     assert [call[3] for call in cloud.calls("delete")] == ["tpu-vm"]
+
+
+def test_what_is_not_listed_yet_is_waited_for(cloud: Cloud):
+    """Neither the request, nor the machine of one that is active."""
+    cloud.trainer("exit 0")
+    cloud.set(lives=[["HIDDEN"] * 4 + ["ACTIVE"]], node_lives=[["HIDDEN"] * 3 + ["READY"]])
+    result = cloud.supervise("--preemptions=0", "--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert "not in the lists: the request (4 in a row)" in result.stderr
+    assert "not in the lists: the machine of the request (" in result.stderr
+    assert len(cloud.calls("create")) == 1
+    assert not cloud.calls("delete")
+
+
+@pytest.mark.parametrize("verb", ["create", "supervise"])
+def test_what_is_never_listed_is_given_up(verb, cloud: Cloud):
+    """As gone, first; and there is no other of the name."""
+    cloud.set(lives=[["HIDDEN"]])
+    more = [WORKDIR, CONFIG] if verb == "supervise" else []
+    result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
+    assert result.returncode == 1
+    assert "(8 in a row)\n" in result.stderr
+    if verb == "supervise":
+        assert "not in the lists: the request (7 in a row)\n" in result.stderr
+        assert "the machine is no longer there: preemption 1\n" in result.stderr
+        assert "preemption 2" not in result.stderr
+    assert not cloud.calls("delete")
+
+
+def test_what_does_not_answer_is_asked_again(cloud: Cloud):
+    """The lists first, then a host; each is ended with all that it has started."""
+    cloud.trainer("exit 0")
+    cloud.set(hang={"list": 2, "ssh": 1})
+    command = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
+    result = cloud.run(*command, "--preemptions=0", "--failures=0", SYNC_JAX_TIMEOUT="3")
+    assert result.returncode == 0, result.stderr
+    assert "no answer within 3 s (2 in a row)" in result.stderr
+    assert "no answer within 3 s (1 in a row)" in result.stderr.split("READY")[1]
+    assert len(cloud.calls("create")) == 1
+    assert not [line for line in cloud.close() if "sleep" in line or "gcloud" in line]
+
+
+def test_a_bucket_that_hangs_for_a_while_is_no_failure(slice_of_three: Cloud):
+    cloud = slice_of_three
+    cloud.environment["SYNC_JAX_HOST_LIMIT"] = "2"
+    cloud.trainer(
+        'save 5; if [ $FAKE_WORKER = 1 ]; then touch "$HOME/hangs"; sleep 3; rm "$HOME/hangs"; fi'
+    )
+    hanging_mounts(cloud)
+    result = cloud.supervise("--preemptions=0", "--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert "worker 1 has a bucket that does not answer (1 in a row)" in result.stderr
 
 
 def test_what_fails_for_a_while_is_tried_again_and_no_preemption(cloud: Cloud):

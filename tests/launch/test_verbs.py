@@ -131,6 +131,24 @@ def test_a_venv_that_is_a_link_is_not_pushed(tmp_path):
     assert result.stdout == ".gitignore\n"
 
 
+@pytest.mark.parametrize("script", ["tpu", "gpu"])
+def test_a_push_that_was_cut_off_fails_and_changes_nothing(script, cloud: Cloud):
+    """Whatever of it arrived, also where the copy did not notice."""
+    if script == "tpu":
+        assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 0
+    command = [f"launch/{script}.sh", "push", *(WHERE if script == "tpu" else ["--host=me@server"])]
+    assert cloud.run(*command).returncode == 0
+    code = cloud.home() / "sync_jax"
+    (code / "README.md").write_text("old")
+    cloud.set(cut=[0, 100, 200_000])
+    for _ in range(3):
+        assert cloud.run(*command).returncode != 0
+        assert (code / "README.md").read_text() == "old"
+    assert cloud.run(*command).returncode == 0
+    assert (code / "README.md").read_text() == (REPOSITORY / "README.md").read_text()
+    assert not list(cloud.home().glob("sync_jax.*"))
+
+
 def test_delete_finds_out_what_it_is(cloud: Cloud):
     """A spot machine needs no --spot to be deleted: forgetting it would cost money."""
     assert cloud.tpu("create", "--type=v4-8", "--spot", "--yes").returncode == 0
