@@ -32,7 +32,6 @@ from sync_jax.printable import printable, say
 T = TypeVar("T")
 
 _GRACE = 5.0  # seconds that a process has to end by itself after another has failed
-
 _INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.

@@ -1,5 +1,6 @@
 """The same training curve on one device, on eight, and on two processes of two devices each."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -52,36 +53,45 @@ def check_close(first: Path, second: Path) -> None:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+def cut_short(finished: Path, copy: Path) -> None:
+    """The run as it was after its first checkpoint."""
+    shutil.copytree(finished, copy)
+    (copy / "report.json").unlink()
+    for step in ("12", "18"):
+        shutil.rmtree(copy / "checkpoints" / step)
+
+
 @pytest.mark.slow
 def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monkeypatch, capsys):
     """With BatchNorm, batches that straddle epochs, and a last batch of 40 examples by 16."""
-    vary = [f"method={','.join(METHODS)}"]
-    children = processes.start(
-        [
-            tiny.command(
-                data_dir, tmp_path / "two",
-                "--mode=sweep", f"--vary={vary[0]}", "--config.optimizer.sharded=True",
-            )
-        ] * 2,
-        devices=2,
-        XLA_FLAGS=os.environ["XLA_FLAGS"],
-    )  # fmt: skip
-    for devices in (1, 8):
+    vary = f"--vary=method={','.join(METHODS)}"
+
+    def train_all(devices: int) -> None:
         use(monkeypatch, devices)
-        assert sweep(tiny.config(data_dir), vary, tmp_path / str(devices), name="quickstart")
+        out = tmp_path / str(devices)
+        assert sweep(tiny.config(data_dir), [vary.partition("=")[2]], out, name="quickstart")
+
+    train_all(1)
+    # What one device saved, two processes go on with, who divide the optimiser between them.
+    name = "quickstart-selectivenet-seed0"
+    cut_short(tmp_path / "1" / name, tmp_path / "two" / name)
+    command = tiny.command(
+        data_dir, tmp_path / "two", "--mode=sweep", vary, "--config.optimizer.sharded=True"
+    )
+    children = processes.start([command] * 2, devices=2, XLA_FLAGS=os.environ["XLA_FLAGS"])
+    train_all(8)
     printed = processes.finish(children, timeout=400)
     assert [child.returncode for child in children] == [0, 0], printed
+    assert "resuming at step 6 of 18" in printed[0]
     assert "4 CPU devices of 2 processes" in printed[0]
     for method in METHODS:
         name = f"quickstart-{method}-seed0"
         for other in ("8", "two"):
             check_close(tmp_path / "1" / name, tmp_path / other / name)
-    # What two processes saved, their optimiser's state divided, goes on with one device.
+    # What two processes saved, one device goes on with.
     name = "quickstart-self_adaptive-seed0"
-    moved = tmp_path / "two" / name
-    (moved / "report.json").unlink()
-    for step in ("12", "18"):
-        shutil.rmtree(moved / "checkpoints" / step)
+    moved = tmp_path / "moved"
+    cut_short(tmp_path / "two" / name, moved)
     use(monkeypatch, 1)
     capsys.readouterr()
     config = tiny.config(data_dir, method="self_adaptive", optimizer__sharded=True)
@@ -343,6 +353,28 @@ def test_incomplete_arguments_are_refused(arguments, message):
     with pytest.raises(InputError) as error:
         initialize(*arguments, seconds=1)
     assert str(error.value) == message
+
+
+def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "libtpu" or find_spec(name)
+    )
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    calls = []
+
+    def joins(*arguments, **options):
+        calls.append((arguments, options["cluster_detection_method"]))
+
+    def finds_none(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", joins)
+    initialize(None, None, None, seconds=9)
+    assert calls == [((None, None, None), None)]
+    monkeypatch.setattr(jax.distributed, "initialize", finds_none)
+    initialize(None, None, None, seconds=9)  # a host with a chip of its own
 
 
 def test_one_process_needs_nothing(monkeypatch):
