@@ -100,8 +100,8 @@ def _delete_halves(folder: Path) -> None:
     since = marker.stat().st_mtime if marker.exists() else 0.0
     marker.touch()  # before the files are read: what is written meanwhile is read the next time
     for path in folder.glob("*-cache"):
-        if path.stat().st_mtime >= since - 1:
-            try:
+        try:
+            if path.stat().st_mtime >= since - 1:
                 decompress_executable(path.read_bytes())
-            except Exception:  # of whichever library packs them
-                path.unlink(missing_ok=True)
+        except Exception:  # of whichever library packs them; or another process deleted it
+            path.unlink(missing_ok=True)

@@ -100,8 +100,8 @@ def initialize(
         error = ended.get(timeout=seconds)
     except queue.Empty:
         _give_up(text, 1)
-    except TerminatedError as stopped:
-        _give_up(str(stopped), 75)
+    except KeyboardInterrupt:
+        _give_up("interrupted", 130)
     if error is None:
         return
     if given == (None, None, None) and "coordinator_address should be" in str(error):
@@ -197,7 +197,7 @@ class Processes:
         result, failure, failed = None, None, None
         try:
             result = function()
-        except (Exception, TerminatedError) as error:
+        except Exception as error:
             failed, failure = error, _described(error)
         failures = self.share(what, failure)
         if failed is not None:
@@ -220,7 +220,7 @@ class Processes:
         if self.first:
             try:
                 result = function()
-            except (Exception, TerminatedError) as error:
+            except Exception as error:
                 failed, failure = error, _described(error)
         # As long as it takes: if the first process dies, JAX ends the others.
         result, failure = self.share(what, [result, failure], seconds=math.inf)[0]
@@ -329,7 +329,7 @@ def _described(error: BaseException) -> list[str]:
     return [FailedError.__name__, f"{type(error).__name__}: {error}"]
 
 
-def _error(prefix: str, failure: list[str]) -> BaseException:
+def _error(prefix: str, failure: list[str]) -> Exception:
     name, message = failure
     kind = next(kind for kind in _AGREED if kind.__name__ == name)
     return kind(prefix + message)

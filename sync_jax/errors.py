@@ -21,8 +21,5 @@ class NonFiniteError(FailedError):
     """A loss, one of its terms, the gradient or the state is not a finite number."""
 
 
-class TerminatedError(BaseException):
-    """The run was asked to stop by SIGTERM, and what it had done is saved; exit status 75.
-
-    No Exception, as KeyboardInterrupt is none: no library may take it for a failure of its own.
-    """
+class TerminatedError(Exception):
+    """The run was asked to stop by SIGTERM, and has saved its state; exit status 75."""

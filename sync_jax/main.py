@@ -72,10 +72,10 @@ def main(arguments: list[str]) -> None:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
     # Imported here, for --helpshort need not wait for it.
     from sync_jax import errors
-    from sync_jax.process import stopping_at_sigterm
+    from sync_jax.process import ending_at_sigterm
 
     try:
-        with stopping_at_sigterm():
+        with ending_at_sigterm():
             _do()
     except errors.InputError as error:
         _stop(error, 2)
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint", 130)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
             raise
         _stop(
             f"a device's memory is full ({str(error)[:200]}); smaller config.train.batch_size, "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from sync_jax.errors import InputError, TerminatedError
+from sync_jax.errors import InputError
 from sync_jax.printable import say
 
 
@@ -50,23 +50,28 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_at_sigterm() -> Iterator[None]:
-    """Stops at SIGTERM where there is nothing to save; inside it, `terminated` may note it instead.
+def ending_at_sigterm() -> Iterator[None]:
+    """Ends the process at SIGTERM, with status 75, but where `terminated` notes it instead.
 
-    Raises:
-        TerminatedError: one has come; a second one kills.
+    For what has nothing to save. At once, for an exception can be lost: one that is raised while
+    Python collects garbage is.
     """
-    with _on_sigterm(_stop):
+
+    def end() -> None:
+        os.write(
+            2, b"sync_jax: stopped by SIGTERM, no training under way; the same command goes on\n"
+        )
+        os._exit(75)
+
+    with _on_sigterm(end):
         yield
-
-
-def _stop() -> None:
-    raise TerminatedError("stopped by SIGTERM while no training was under way")
 
 
 @contextlib.contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
     """Notes SIGTERM instead of dying of it; a second one kills.
+
+    One that was noted and led to nothing is sent again at the end: to what is around this.
 
     Yields:
         What says whether one has come.
@@ -74,6 +79,8 @@ def terminated() -> Iterator[Callable[[], bool]]:
     asked = threading.Event()
     with _on_sigterm(asked.set):
         yield asked.is_set
+    if asked.is_set():
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,12 @@ import errno
 import fcntl
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
+
+import pytest
 
 from sync_jax.process import exclusive, watchdog
 
@@ -48,3 +52,32 @@ def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said(tmp_path, monke
         assert capsys.readouterr().out == (
             f"{tmp_path} cannot be locked there: see that no other run uses it meanwhile\n"
         )
+
+
+COLLECTING = """
+import gc, os, signal
+from sync_jax.process import ending_at_sigterm, terminated
+
+def asked(phase, info):  # as JAX has one
+    os.kill(os.getpid(), signal.SIGTERM)
+
+with ending_at_sigterm():
+    if {noted}:
+        with terminated() as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping()
+            print("saved", flush=True)
+    gc.callbacks.append(asked)
+    gc.collect()
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("noted", [False, True])
+def test_sigterm_is_not_lost(noted):
+    """Not while garbage is collected, nor where it was noted and came too late to be heeded."""
+    script = COLLECTING.format(noted=noted)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 75, ended
+    assert ended.stdout == ("saved\n" if noted else "")
+    assert ended.stderr.startswith("sync_jax: stopped by SIGTERM, no training under way; the same")

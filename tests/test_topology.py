@@ -239,20 +239,16 @@ def test_processes_that_never_come_are_not_waited_for():
 
 WAITING = """
 import sys
-from sync_jax import distributed, errors, process
+from sync_jax import distributed, process
 
 i, port, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-try:
-    with process.stopping_at_sigterm():
-        if count == 1:
-            print("waiting", flush=True)
-        distributed.initialize(f"localhost:{port}", 2, i, seconds=200)
-        processes = distributed.Processes(seconds=200)
+with process.ending_at_sigterm():
+    if count == 1:
         print("waiting", flush=True)
-        processes.from_first("it", lambda: sys.stdin.read())
-except errors.TerminatedError as error:
-    print(error)
-    sys.exit(75)
+    distributed.initialize(f"localhost:{port}", 2, i, seconds=200)
+    processes = distributed.Processes(seconds=200)
+    print("waiting", flush=True)
+    processes.from_first("it", lambda: sys.stdin.read())
 """
 
 
