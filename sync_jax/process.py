@@ -58,9 +58,10 @@ def ending_at_sigterm() -> Iterator[None]:
     """
 
     def end() -> None:
-        os.write(
-            2, b"sync_jax: stopped by SIGTERM, no training under way; the same command goes on\n"
-        )
+        with contextlib.suppress(RuntimeError):  # the signal came while it was being written
+            sys.stdout.flush()
+        text = "sync_jax: stopped by SIGTERM, no training under way; the same command goes on"
+        os.write(2, f"{text}\n".encode())
         os._exit(75)
 
     with _on_sigterm(end):
