@@ -23,18 +23,14 @@ poll=${SYNC_JAX_HOST_POLL:-0.5}
 limit=${SYNC_JAX_HOST_LIMIT:-30} # seconds that a bucket's mount is given to answer
 
 die() {
-  echo "worker $(worker): $*" >&2
+  echo "worker $worker: $*" >&2
   exit 1
 }
 
-worker() { # a slice's hosts are named after it and their number: t1v-n-0123abcd-w-3
-  local name
-  name=$(hostname)
-  case $name in
-    *-w-[0-9]*) echo "${name##*-w-}" ;;
-    *) echo 0 ;;
-  esac
-}
+case $HOSTNAME in # a slice's hosts are named after it and their number: t1v-n-0123abcd-w-3
+  *-w-[0-9]*) worker=${HOSTNAME##*-w-} ;;
+  *) worker=0 ;;
+esac
 
 # What asks a bucket's mount, which may hang: it is killed then, with status 137. No other signal reaches
 # what waits for a mount.
@@ -99,7 +95,7 @@ mount_bucket() { # BUCKET:FOLDER
   case $status:$said in
     137:*) die "gs://$bucket, mounted at $folder, does not answer within $limit s" ;;
     *"endpoint is not connected"*)
-      echo "worker $(worker): the mount of gs://$bucket is dead, for its gcsfuse has ended: mounting it anew" >&2
+      echo "worker $worker: the mount of gs://$bucket is dead, for its gcsfuse has ended: mounting it anew" >&2
       fusermount -uz "$folder" 2>/dev/null || as_root umount -l "$folder" ||
         die "the dead mount at $folder cannot be removed: umount -l $folder"
       ;;
@@ -150,7 +146,7 @@ setup() { # EXTRA [BUCKET:FOLDER]...
   # Last: an installation that failed half-way is never run.
   identity "$extra" >$state/ready.new
   mv $state/ready.new $state/ready
-  echo "worker $(worker): ready"
+  echo "worker $worker: ready"
 }
 
 run() { # [BUCKET:FOLDER]... -- ARG...
@@ -159,7 +155,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
   take_lock
   whole
   extra=$(cut -d' ' -f1 $state/ready 2>/dev/null || true)
-  [ -n "$extra" ] && [ "$(cat $state/ready)" = "$(identity "$extra")" ] ||
+  [ -n "$extra" ] && [ "$(<$state/ready)" = "$(identity "$extra")" ] ||
     die "not set up, or not for this code: setup does it"
   while [ "$1" != -- ]; do
     mount=$1 folder=${1#*:}
@@ -197,7 +193,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     [ "$(wc -l <$state/run)" = 2 ] || [ -f $state/exit ] && break
     sleep 0.05
   done
-  echo "worker $(worker): started"
+  echo "worker $worker: started"
 }
 
 # The run's own session. At a preemption the system sends TERM to all in it: to the run it means save, here
@@ -233,11 +229,11 @@ watch_trainer() { # and notes how it ended
 
 keep_log() { # in the workdir: a machine that is gone has no logs
   local folder
-  folder=$(cat $state/workdir)
+  folder=$(<$state/workdir)
   [ -n "$folder" ] || return 0
   folder=$(from_home "$folder")
   within test -d "$folder" && within mkdir -p "$folder/logs" &&
-    within cp $state/log "$folder/logs/worker-$(worker).log"
+    within cp $state/log "$folder/logs/worker-$worker.log"
 }
 
 from_home() { # the run's working directory is sync_jax
@@ -248,8 +244,8 @@ from_home() { # the run's working directory is sync_jax
 }
 
 ours() { # the recorded run's processes, its parent among them
-  local id file
-  id=$(head -n 1 $state/run 2>/dev/null) || return 0
+  local id='' file
+  if [ -f $state/run ]; then read -r id <$state/run || true; fi
   [ -n "$id" ] || return 0
   { grep -lzsxF "SYNC_JAX_RUN=$id" /proc/[0-9]*/environ || true; } |
     while IFS=/ read -r _ _ file _; do echo "$file"; done
@@ -257,12 +253,13 @@ ours() { # the recorded run's processes, its parent among them
 
 status() { # [WORKDIR]
   local word exit=- step=0 folder listed name found=0 mount=
-  folder=${1:-$(cat $state/workdir 2>/dev/null || true)}
+  folder=${1:-}
+  if [ -z "$folder" ] && [ -f $state/workdir ]; then folder=$(<$state/workdir); fi
   if [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
     word=running
-    [ "$folder" = "$(cat $state/workdir)" ] || word=other
+    [ "$folder" = "$(<$state/workdir)" ] || word=other
   elif [ -f $state/exit ]; then
-    word=exited exit=$(cat $state/exit)
+    word=exited exit=$(<$state/exit)
   elif [ -f $state/run ]; then
     word=lost # killed, or the machine was restarted under it
   elif [ -f $state/ready ]; then
@@ -283,12 +280,12 @@ status() { # [WORKDIR]
     137:*) mount=' mount=hangs' ;;
     *"endpoint is not connected"*) mount=' mount=dead' ;;
   esac
-  echo "worker=$(worker) state=$word exit=$exit step=$step$mount"
+  echo "worker=$worker state=$word exit=$exit step=$step$mount"
 }
 
 logs() { # LINES [follow]
   [ -f $state/log ] || die "no log yet"
-  tail -n "$1" ${2:+-F} $state/log | sed -u "s/^/[worker $(worker)] /"
+  tail -n "$1" ${2:+-F} $state/log | sed -u "s/^/[worker $worker] /"
 }
 
 stop() { # SECONDS
@@ -316,7 +313,7 @@ stop() { # SECONDS
   fi
   rm -f sync_jax.env $state/env
   if [ -e "$lock_file" ]; then unlock; fi
-  echo "worker $(worker): stopped"
+  echo "worker $worker: stopped"
 }
 
 holders() { # processes that have the accelerator open
@@ -332,14 +329,14 @@ holders() { # processes that have the accelerator open
 unlock() {
   local found
   if [ ! -e "$lock_file" ]; then
-    echo "worker $(worker): no lock of libtpu here"
+    echo "worker $worker: no lock of libtpu here"
     return
   fi
   as_root true || die "only root sees who holds the accelerator: $lock_file is left"
   found=$(holders)
   [ -z "$found" ] || die "process ${found% } holds the accelerator: $lock_file is left"
   as_root rm -f "$lock_file"
-  echo "worker $(worker): removed a stale $lock_file"
+  echo "worker $worker: removed a stale $lock_file"
 }
 
 verb=${1:-}

@@ -16,7 +16,7 @@
 # and the variables self, verbs, extra (see setup in host.sh) and creates (1: the machine is ours to
 # make). Written for bash 3.2, which macOS has.
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+repo=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd -P)
 # shellcheck source=launch/supervise.sh
 . "$repo/launch/supervise.sh"
 mounts=${SYNC_JAX_MOUNTS:-/mnt/sync_jax} # where hosts mount buckets, each below by its name

@@ -160,10 +160,20 @@ copy() {
 # What look asks for, separated by tabs: why a request failed is a sentence.
 requests='--format=value(name.basename(),state.state,state.failedData.error.message)'
 nodes='--format=value(name.basename(),state,networkEndpoints.len())'
-field() { awk -F'\t' -v name="$name" -v field="$1" '$1 == name { print $field }'; }
+# Sets second and third, the fields of our line among others.
+fields() { # LINES
+  local line
+  second='' third=''
+  while IFS= read -r line; do
+    case $line in "$name"$'\t'*) ;; *) continue ;; esac
+    line=${line#*$'\t'}
+    second=${line%%$'\t'*} third=''
+    case $line in *$'\t'*) third=${line#*$'\t'} ;; esac
+  done <<<"$1"
+}
 
 look() {
-  local listed found state reason count
+  local listed found state reason count second third
   machine=unknown
   if [ $dry = 1 ]; then
     tpus queued-resources list "$requests"
@@ -175,10 +185,10 @@ look() {
     detail=$(grep -v '^$' "$chatter" | tail -n 1)
     return 1
   fi
-  queued=$(field 2 <<<"$listed")
-  reason=$(field 3 <<<"$listed")
-  state=$(field 2 <<<"$found")
-  count=$(field 3 <<<"$found")
+  fields "$listed"
+  queued=$second reason=$third
+  fields "$found"
+  state=$second count=$third
   case $queued in
     ACTIVE) state=${state:-LOST} ;;
     ?*) state=$queued ;;

@@ -20,7 +20,6 @@ WORKDIR = "--workdir=gs://bucket/run"
 # The host's python3 is 3.10, as in the TPU images: it can only install uv, which brings a newer
 # one, which can only make .venv, which runs the tests' own interpreter.
 HOST_BIN = {
-    "hostname": 'echo "$FAKE_HOSTNAME"',
     "sudo": '[ "$1" = -n ] && shift; exec "$@"',
     "mountpoint": 'grep -qx "$2" "$HOME/mounted" 2>/dev/null',
     "gcsfuse": (
@@ -87,7 +86,7 @@ class Cloud:
             "FAKE_ROOT": str(root),
             "SYNC_JAX_MOUNTS": str(self.mounts),
             "SYNC_JAX_POLL": "0.05",
-            "SYNC_JAX_PATIENCE": "8",
+            "SYNC_JAX_PATIENCE": "6",
             "SYNC_JAX_DEVICES": f"{root}/accel*",
             "SYNC_JAX_LIBTPU_LOCK": f"{root}/libtpu_lockfile",
             **{name: os.environ[name] for name in JAX if name in os.environ},
@@ -139,9 +138,9 @@ class Cloud:
     def tpu(self, verb: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return self.run("launch/tpu.sh", verb, *WHERE, *arguments, **more)
 
-    def supervise(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def supervise(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return self.run(
-            *("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"), *arguments
+            *("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes", *arguments), **more
         )
 
     def calls(self, *words: str) -> list[list[str]]:

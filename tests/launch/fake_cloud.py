@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-GRACE = 20.0
 JAX = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")  # what shortens compilation, see conftest.py
 QUEUED = ("ACCEPTED", "WAITING_FOR_RESOURCES")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -28,7 +27,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 CLIENT = """#!/bin/bash
 exec 3<>/dev/tcp/127.0.0.1/{port}
 printf '%s\\0' $(($# + 2)) {program} "$PWD" "$@" >&3
-answer=$(cat <&3)
+IFS= read -r -d '' answer <&3
 exec 3>&-
 eval "$answer"
 """
@@ -58,6 +57,7 @@ class FakeCloud:
         nodes: of each machine, likewise.
         lives, node_lives: such lists, for the requests and machines to come.
         suspension: the states of a request whose machine was taken away.
+        grace: seconds between TERM and KILL.
         preempt_at: steps; once the first is saved, the machine is taken away.
         fail: how many times each verb fails.
         hang: how many times each verb does not answer.
@@ -75,6 +75,7 @@ class FakeCloud:
         self.lives: list[list[str]] = []
         self.node_lives: list[list[str]] = []
         self.suspension = ["SUSPENDED"]
+        self.grace = 20.0
         self.preempt_at: list[int] = []
         self.fail: dict[str, int] = {}
         self.hang: dict[str, int] = {}
@@ -248,7 +249,7 @@ class FakeCloud:
             for pid in processes(str(folder)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + self.grace
             while processes(str(folder)) and time.monotonic() < deadline:
                 time.sleep(0.02)
         shutil.rmtree(folder)
@@ -293,7 +294,7 @@ def host_environment(laptop: dict[str, str], home: str, worker: int) -> dict[str
         "HOME": home,
         "FAKE_HOST": home,
         "FAKE_WORKER": str(worker),
-        "FAKE_HOSTNAME": f"t1v-n-0123abcd-w-{worker}",
+        "HOSTNAME": f"t1v-n-0123abcd-w-{worker}",
         "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "SYNC_JAX_HOST_POLL": "0.05",

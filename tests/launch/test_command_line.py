@@ -1,6 +1,7 @@
 """What the launchers print and pass on: plans, dry runs, quoting, refusals."""
 
 import concurrent.futures
+import functools
 import os
 import re
 import shlex
@@ -39,6 +40,7 @@ def test_dry_runs_in_the_readme(command):
     assert check.returncode == 0, check.stderr
 
 
+@functools.cache
 def dry(*command: str) -> str:
     environment = {"PATH": os.environ["PATH"], "SECRET": "hunter2"}
     result = subprocess.run(
@@ -210,7 +212,8 @@ def make_key(cloud: Cloud, passphrase: str) -> str:
     """gcloud's key; what ssh-add -l prints of it."""
     key = cloud.root / ".ssh" / "google_compute_engine"
     key.parent.mkdir()
-    command = [str(KEYGEN), "-q", "-t", "ed25519", "-N", passphrase, "-f", str(key)]
+    # -a1: as little work to open it as can be.
+    command = [str(KEYGEN), "-q", "-a1", "-t", "ed25519", "-N", passphrase, "-f", str(key)]
     subprocess.run(command, check=True)
     result = subprocess.run([str(KEYGEN), "-lf", str(key)], capture_output=True, check=True)
     return f"echo {shlex.quote(result.stdout.decode().strip())}"

@@ -86,14 +86,10 @@ def job(cloud: Cloud, tmp_path: Path) -> Job:
 @pytest.mark.slow
 def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(job: Job, tmp_path):
     run = tmp_path / "run"
-    command = tiny.command(tiny.prepare(tmp_path), run)[3:]
-    command += [
-        "--config.train.epochs=10",
-        "--config.checkpoint.every_epochs=1",
-        "--config.method=ce",
-    ]
+    short = [f"--config.{path}={value}" for path, value in tiny.SHORT.items()]
+    command = tiny.command(tiny.prepare(tmp_path), run, *short)[3:]
     child = job.start(*command)
-    job.cloud.wait(lambda: any(p.name.isdigit() for p in run.glob("checkpoints/*")))
+    job.cloud.wait((run / "config.json").exists)  # from here on it minds SIGTERM
     job.terminate()
     output, errors = child.communicate(timeout=300)
     assert child.returncode == 75, errors

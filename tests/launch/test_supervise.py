@@ -173,9 +173,9 @@ def test_an_expired_request_ends_it_and_only_the_request_is_deleted(cloud: Cloud
 
 @pytest.mark.parametrize("verb", ["create", "supervise"])
 def test_a_queue_may_take_long(verb, cloud: Cloud):
-    """Longer than patience, which is eight looks here; the queue's limit is --valid-until."""
+    """Longer than patience, which is six looks here; the queue's limit is --valid-until."""
     cloud.trainer("exit 0")
-    cloud.set(lives=[["ACCEPTED"] + ["WAITING_FOR_RESOURCES"] * 12 + ["ACTIVE"]])
+    cloud.set(lives=[["ACCEPTED"] + ["WAITING_FOR_RESOURCES"] * 8 + ["ACTIVE"]])
     more = [WORKDIR, CONFIG] if verb == "supervise" else []
     result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
     assert result.returncode == 0, result.stderr
@@ -192,7 +192,7 @@ def test_a_machine_that_does_not_get_ready_is_given_up(verb, state, cloud: Cloud
     more = [WORKDIR, CONFIG] if verb == "supervise" else []
     result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
     assert result.returncode == 1
-    assert f"still {state} after 8 looks: given up" in result.stderr
+    assert f"still {state} after 6 looks: given up" in result.stderr
     assert last_line(result) == DELETE
     assert not cloud.calls("delete")
 
@@ -205,7 +205,7 @@ def test_a_machine_that_is_there_no_more_is_given_up(state, cloud: Cloud):
     assert result.returncode == 1
     assert "started at step 0" in result.stderr
     assert f"machine sync: {state}\n" in result.stderr
-    assert f"still {state} after 8 looks: given up" in result.stderr
+    assert f"still {state} after 6 looks: given up" in result.stderr
     assert not cloud.calls("delete")
 
 
@@ -234,7 +234,7 @@ def test_a_machine_that_cannot_be_deleted_is_given_up(cloud: Cloud):
     cloud.set(preempt_at=[5], fail={"delete": 1000})
     result = cloud.supervise()
     assert result.returncode == 1
-    assert "it cannot be deleted (8 in a row)" in result.stderr
+    assert "it cannot be deleted (6 in a row)" in result.stderr
     assert len(cloud.calls("create")) == 1
     assert last_line(result) == DELETE
 
@@ -288,9 +288,9 @@ def test_what_is_never_listed_is_given_up(verb, cloud: Cloud):
     more = [WORKDIR, CONFIG] if verb == "supervise" else []
     result = cloud.run("launch/tpu.sh", verb, *MACHINE, *more, "--yes")
     assert result.returncode == 1
-    assert "(8 in a row)\n" in result.stderr
+    assert "(6 in a row)\n" in result.stderr
     if verb == "supervise":
-        assert "not in the lists: the request (7 in a row)\n" in result.stderr
+        assert "not in the lists: the request (5 in a row)\n" in result.stderr
         assert "the machine is no longer there: preemption 1\n" in result.stderr
         assert "preemption 2" not in result.stderr
     assert not cloud.calls("delete")
@@ -300,8 +300,7 @@ def test_what_does_not_answer_is_asked_again(cloud: Cloud):
     """The lists first, then a host; each is ended with all that it has started."""
     cloud.trainer("exit 0")
     cloud.set(hang={"list": 2, "ssh": 1})
-    command = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
-    result = cloud.run(*command, "--preemptions=0", "--failures=0", SYNC_JAX_TIMEOUT="3")
+    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_TIMEOUT="3")
     assert result.returncode == 0, result.stderr
     assert "no answer within 3 s (2 in a row)" in result.stderr
     assert "no answer within 3 s (1 in a row)" in result.stderr.split("READY")[1]
@@ -337,7 +336,7 @@ def test_what_fails_for_good_is_given_up_and_nothing_is_deleted(what, cloud: Clo
     cloud.set(fail={what: 1000})
     result = cloud.supervise()
     assert result.returncode == 1
-    assert "(8 in a row)" in result.stderr
+    assert "(6 in a row)" in result.stderr
     assert "given up" in result.stderr
     assert last_line(result) == DELETE
     assert not cloud.calls("delete")
@@ -356,7 +355,7 @@ def test_a_half_failed_installation_is_made_again_before_anything_runs(cloud: Cl
 ONE_FAILS = """
 trap 'echo asked; exit 75' TERM
 if [ -d "$workdir" ]; then exit 0; fi
-if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then sleep 0.5; mkdir -p "$workdir"; exit 1; fi
+if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then sleep 0.5; mkdir -p "$workdir"; exit 1; fi
 for i in $(seq 9999); do sleep 0.05; done
 """
 
@@ -377,7 +376,7 @@ def test_workers_at_odds_are_stopped_after_a_while(slice_of_three: Cloud):
     """One has ended well, and the others hang."""
     cloud = slice_of_three
     cloud.trainer(ONE_FAILS.replace("exit 1", "exit 0"))
-    result = cloud.supervise()
+    result = cloud.supervise(SYNC_JAX_PATIENCE="3")
     assert result.returncode == 0, result.stderr
     assert "workers still run" in result.stderr
     assert "preemption 1" in result.stderr
@@ -388,11 +387,11 @@ def test_a_worker_that_has_lost_its_home_is_set_up_anew(slice_of_three: Cloud):
     cloud = slice_of_three
     cloud.trainer(
         'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi; touch $HOME/again\n'
-        "if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then\n"
+        "if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then\n"
         "  rm -rf $HOME/sync_jax $HOME/.sync_jax; sleep 0.2; kill -KILL $PPID $$\n"
         "fi\nexit 75"
     )
-    result = cloud.supervise()
+    result = cloud.supervise(SYNC_JAX_PATIENCE="3")
     assert result.returncode == 0, result.stderr
     assert "workers still run: failure 1" in result.stderr
 
@@ -410,7 +409,7 @@ def test_a_worker_without_its_bucket_is_a_failure(slice_of_three: Cloud):
     cloud = slice_of_three
     cloud.trainer(
         'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi; touch $HOME/again\n'
-        "if [ $FAKE_HOSTNAME = t1v-n-0123abcd-w-1 ]; then touch $HOME/dead; fi\n"
+        "if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then touch $HOME/dead; fi\n"
         "for i in $(seq 9999); do sleep 0.05; done"
     )
     dead_mounts(cloud)
