@@ -396,7 +396,7 @@ BAD = {
     ),
     "a trace beyond the end": Bad(
         [*TRAIN, "--workdir=new", "--config.profile.steps=35-37"],
-        "profile.steps='35-37' is beyond the run's 36 steps",
+        "profile.steps='35-37' is beyond the run's 18 steps",
     ),
     "coverage 0": Bad([QUICKSTART, "--config.target_coverage=0"], r"target_coverage=0.* \(0, 1\]"),
     "delta 1": Bad([QUICKSTART, "--config.evaluation.delta=1"], r"delta=1.* in \(0, 1\)"),
