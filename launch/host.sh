@@ -57,7 +57,8 @@ whole() { # whether there is code, all of one version
 unpack() {
   take_lock
   # To its end: one that was cut off on the way here would leave a mixture of two versions.
-  tar -tzf sync_jax.tar.gz >$state/listed || die "sync_jax.tar.gz is not whole: push it again"
+  tar --quoting-style=literal -tzf sync_jax.tar.gz >$state/listed ||
+    die "sync_jax.tar.gz is not whole: push it again"
   grep -v '/$' $state/listed >$state/files.new
   : >$state/unpacking # as long as it is there, no run starts
   mkdir -p sync_jax
@@ -251,6 +252,10 @@ ours() { # the recorded run's processes, its parent among them
     while IFS=/ read -r _ _ file _; do echo "$file"; done
 }
 
+is_ours() { # not by grep -q, which ends at once: what still writes to it fails then, and so does the pipe
+  case $'\n'$(ours)$'\n' in *$'\n'"${1:-none}"$'\n'*) ;; *) return 1 ;; esac
+}
+
 status() { # [WORKDIR]
   local word exit=- step=0 folder listed name found=0 mount=
   folder=${1:-}
@@ -293,13 +298,13 @@ stop() { # SECONDS
   if [ -n "$(ours)" ]; then
     trainer=$(sed -n 2p $state/run)
     # Once: the trainer takes a second for an order to end at once, though it is saving.
-    if ours | grep -qx "${trainer:-none}" && [ ! -e $state/asked ]; then
+    if is_ours "$trainer" && [ ! -e $state/asked ]; then
       : >$state/asked
       kill -TERM "$trainer" 2>/dev/null || true
     fi
     end=$((SECONDS + $1))
     while [ -n "$(ours)" ] && [ $SECONDS -lt $end ]; do sleep "$poll"; done
-    if ours | grep -qx "${trainer:-none}"; then # first it alone, so that its end is noted
+    if is_ours "$trainer"; then # first it alone, so that its end is noted
       kill -KILL "$trainer" 2>/dev/null || true
       sleep "$poll"
     fi

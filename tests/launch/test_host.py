@@ -196,6 +196,17 @@ def test_stop_kills_what_does_not_end_and_nothing_but_the_run(host: Host):
     bystander.wait()
 
 
+def test_stop_asks_a_run_whose_processes_are_slowly_found(host: Host):
+    """Whose numbers are still written when the trainer's is among them already."""
+    text = 'if [ "$1" != -lzsxF ]; then exec /usr/bin/grep "$@"; fi\n'
+    text += '/usr/bin/grep "$@" | while read -r line; do echo "$line"; sleep 0.05; done'
+    host.cloud.script("host-bin/grep", text)
+    some = PATIENT.replace("exit 75", "kill $(jobs -p); exit 75")
+    begin(host.ready(), f"sleep 300 & sleep 300 & sleep 300 &\n{some}")
+    assert host.do("stop", "9") == (0, "worker 0: stopped\n")
+    assert host.ended() == 75
+
+
 def test_stop_ends_what_outlived_the_run(host: Host):
     """Its parent and the run itself were killed; a child of the run still holds the machine."""
     begin(host.ready(), STUBBORN)

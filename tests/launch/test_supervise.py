@@ -272,10 +272,10 @@ def test_a_machine_on_demand(cloud: Cloud):
 def test_what_is_not_listed_yet_is_waited_for(cloud: Cloud):
     """Neither the request, nor the machine of one that is active."""
     cloud.trainer("exit 0")
-    cloud.set(lives=[["HIDDEN"] * 4 + ["ACTIVE"]], node_lives=[["HIDDEN"] * 3 + ["READY"]])
+    cloud.set(lives=[["HIDDEN"] * 2 + ["ACTIVE"]], node_lives=[["HIDDEN"] * 2 + ["READY"]])
     result = cloud.supervise("--preemptions=0", "--failures=0")
     assert result.returncode == 0, result.stderr
-    assert "not in the lists: the request (4 in a row)" in result.stderr
+    assert "not in the lists: the request (2 in a row)" in result.stderr
     assert "not in the lists: the machine of the request (" in result.stderr
     assert len(cloud.calls("create")) == 1
     assert not cloud.calls("delete")
