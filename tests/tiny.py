@@ -27,7 +27,12 @@ OVERRIDES = {
 }
 # And for the launchers' tests, which want a trainer, whichever: one network, that their processes
 # compile once for all.
-SHORT = {"method": "ce", "checkpoint.every_epochs": 1.5, "log.calibration_every_epochs": 3.0}
+SHORT = {
+    "method": "ce",
+    "train.epochs": 3.0,
+    "checkpoint.every_epochs": 1.5,
+    "log.calibration_every_epochs": 3.0,
+}
 
 
 def contents(seed: int = 0) -> dict[str, np.ndarray]:
