@@ -233,8 +233,9 @@ keep_log() { # in the workdir: a machine that is gone has no logs
   folder=$(<$state/workdir)
   [ -n "$folder" ] || return 0
   folder=$(from_home "$folder")
-  within test -d "$folder" && within mkdir -p "$folder/logs" &&
-    within cp $state/log "$folder/logs/worker-$worker.log"
+  # Not -p: where the workdir is gone, it is not made.
+  within mkdir "$folder/logs" 2>/dev/null || [ $? != 137 ] || return 0
+  within cp $state/log "$folder/logs/worker-$worker.log" 2>/dev/null
 }
 
 from_home() { # the run's working directory is sync_jax

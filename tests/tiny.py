@@ -25,14 +25,6 @@ OVERRIDES = {
     "checkpoint.every_epochs": 0.5,
     "evaluation.batch_size": 16,
 }
-# And for the launchers' tests, which want a trainer, whichever: one network, that their processes
-# compile once for all.
-SHORT = {
-    "method": "ce",
-    "train.epochs": 3.0,
-    "checkpoint.every_epochs": 1.5,
-    "log.calibration_every_epochs": 3.0,
-}
 
 
 def contents(seed: int = 0) -> dict[str, np.ndarray]:

@@ -190,7 +190,7 @@ exec /usr/bin/{name} "$@" """,
 
 def hanging_mounts(cloud: Cloud) -> None:
     """From now on a host whose home holds a file `hangs` has a mount that does not answer."""
-    for name in ("cp", "ls", "mktemp", "mountpoint", "stat", "test"):
+    for name in ("cp", "ls", "mkdir", "mktemp", "mountpoint", "stat"):
         old = cloud.root / "host-bin" / name
         if old.exists():
             old.rename(old.with_suffix(".real"))
