@@ -56,7 +56,7 @@ def initialize(
     Raises:
         InputError: the arguments are incomplete.
         FailedError: the others cannot be met. Where they do not come in time, the process ends,
-            with a line and status 1.
+            with a line and status 1; when it is interrupted meanwhile, with status 130.
     """
     given = (coordinator, processes, process)
     automatic = all(name in os.environ for name in _SLURM) or _on_tpu()
@@ -113,7 +113,7 @@ def initialize(
 
 def _give_up(text: str, status: int) -> NoReturn:
     print(f"sync_jax: {text}", file=sys.stderr, flush=True)
-    os._exit(status)  # with the call still under way, no orderly end would come to one
+    os._exit(status)  # an orderly end would wait for the call that is still under way
 
 
 def _on_tpu() -> bool:

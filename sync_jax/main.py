@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
         where = error.filename or f"a file of --workdir={_WORKDIR.value or 'runs'}"
         _stop(f"{where} cannot be used: {error.strerror or error}", 1)
     except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from the last checkpoint", 130)
+        _stop("interrupted; the same command goes on from what was saved", 130)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
             raise

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 
 from sync_jax import timing
@@ -85,3 +86,22 @@ def test_flops_by_hand():
 
 def test_a_matrix_product_is_measured():
     assert 1e8 < timing.matmul_flops("float32") < 1e15
+
+
+def test_a_matrix_product_that_has_no_room_is_made_smaller(monkeypatch):
+    sizes = []
+
+    def product(size, dtype):
+        sizes.append(size)
+        if size > limit:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return 7.0
+
+    monkeypatch.setattr(timing, "_matmul_flops", product)
+    limit = 600
+    assert timing.matmul_flops("float32") == 7.0
+    assert sizes == [1024, 512]
+    limit = 0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        timing.matmul_flops("float32")
+    assert sizes == [1024, 512, 1024, 512]

@@ -113,10 +113,7 @@ def test_another_topology_goes_on_at_the_right_data(
     """Eight devices divide the optimiser's state between them; a checkpoint of it fits one."""
 
     def config(devices: int):
-        return tiny.config(
-            data_dir, method="self_adaptive",
-            optimizer__sharded=devices > 1,
-        )  # fmt: skip
+        return tiny.config(data_dir, method="self_adaptive", optimizer__sharded=devices > 1)
 
     use(monkeypatch, 1)
     train.train_and_evaluate(config(1), tmp_path / "whole")

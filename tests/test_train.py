@@ -17,7 +17,7 @@ from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
 from sync_jax.progress import Progress, read_metrics
 from sync_jax.report import read_report
-from sync_jax.run import Run
+from sync_jax.run import Metrics, Run
 from sync_jax.steps import TrainState
 from tests import tiny
 
@@ -76,6 +76,28 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     assert "Selective error" in capsys.readouterr().out
+
+
+def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):
+    """Or SIGTERM would wait for all that the device has been told to do."""
+    step, wait = Run.step, jax.block_until_ready
+    begun, ahead = [], []
+
+    def begins(self, *arguments, **options):
+        state, metrics = step(self, *arguments, **options)
+        begun.append(metrics)
+        return state, metrics
+
+    def waits(x):
+        if isinstance(x, Metrics):
+            ahead.append(len(begun) - 1 - next(i for i, y in enumerate(begun) if y is x))
+        return wait(x)
+
+    monkeypatch.setattr(Run, "step", begins)
+    monkeypatch.setattr(jax, "block_until_ready", waits)
+    train.train_and_evaluate(tiny.config(data_dir), tmp_path)
+    assert len(begun) == 18
+    assert ahead == [2] * 16  # of each step from the third on, before the next
 
 
 def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
