@@ -140,9 +140,7 @@ class Checkpoints:
             InputError: there are checkpoints, and none can be used. All are left as they are.
             FailedError: one cannot be read for want of memory or the like.
         """
-        steps: list[int] = self._processes.from_first(
-            "the list of checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)
-        )
+        steps: list[int] = self._processes.from_first("the list of checkpoints", self._steps)
         damaged: dict[int, str] = {}
         for step in steps:
             if self._processes.count > 1:
@@ -173,6 +171,14 @@ class Checkpoints:
             f"no checkpoint can be restored, and none is overwritten ({reasons}); to begin anew, "
             f"move {self._folder} away"
         )
+
+    def _steps(self) -> list[int]:
+        """The latest first; also of folders that are empty, which Orbax passes over."""
+        try:
+            names = [path.name for path in self._folder.iterdir() if path.is_dir()]
+        except OSError as error:
+            raise FailedError(f"{self._folder} cannot be read: {error.strerror}") from error
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def _read(self, like: TrainState, step: int) -> Restored:
         abstract = jax.tree.map(

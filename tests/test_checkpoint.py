@@ -122,10 +122,9 @@ def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, h
         assert step == 1
         chex.assert_trees_all_equal(restored, state(1.0))
         checkpoints.save(state(2.0), 2)
-    if how != "emptied folder":  # which Orbax does not take for a checkpoint
-        (line,) = lines
-        assert line.startswith(f"checkpoint {tmp_path}/2 is damaged and put aside as 2.damaged: ")
-        assert (tmp_path / "2.damaged").is_dir()
+    (line,) = lines
+    assert line.startswith(f"checkpoint {tmp_path}/2 is damaged and put aside as 2.damaged: ")
+    assert (tmp_path / "2.damaged").is_dir()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         restored, step, _ = checkpoints.restore(state(0.0), lines.append)
         assert step == 2
@@ -145,12 +144,13 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
     assert re.search(r"2\.damaged: .*(kernel|bias|memory|step).* is not what was saved", lines[0])
 
 
-def test_if_none_is_whole_all_are_left_as_they_are(tmp_path):
+@pytest.mark.parametrize("how", ["truncated", "emptied folder"])
+def test_if_none_is_whole_all_are_left_as_they_are(tmp_path, how):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(state(float(step)), step)
     for step in ("1", "2"):
-        spoil(tmp_path / step, "truncated")
+        spoil(tmp_path / step, how)
     with (
         Checkpoints(tmp_path, keep=3) as checkpoints,
         pytest.raises(InputError, match=rf"{tmp_path}/2: .*{tmp_path}/1: .*move {tmp_path} away"),

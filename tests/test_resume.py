@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sync_jax import run, sharding, train
 from sync_jax.checkpoint import Checkpoints
@@ -19,10 +20,11 @@ from sync_jax.distributed import Processes
 from sync_jax.errors import NonFiniteError
 from sync_jax.evaluate import Predictions
 from sync_jax.nonfinite import FILE
-from sync_jax.progress import Progress, read_metrics
+from sync_jax.progress import Progress
 from sync_jax.run import Run
 from sync_jax.steps import TrainState
 from tests import faulty, processes, tiny
+from tests.curves import check_close, curve
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +39,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.prepare(tmp_path_factory.mktemp("tiny"))
 
 
-def command(data_dir: Path, workdir: Path, harm: str, method: str = METHOD) -> list[str]:
+def command(data_dir: Path, workdir: Path, harm: str, method: str, placement: str) -> list[str]:
     options = [f"--config.{name}={value}" for name, value in OPTIONS.items()]
+    options.append(f"--config.data.placement={placement}")
     if "nan" in harm:
         options.append("--config.train.on_nonfinite=rollback")
     _, _, _, *rest = tiny.command(data_dir, workdir, f"--config.method={method}", *options)
@@ -46,11 +49,16 @@ def command(data_dir: Path, workdir: Path, harm: str, method: str = METHOD) -> l
 
 
 def live(
-    data_dir: Path, workdir: Path, *harms: str, devices: int = 1, method: str = METHOD
+    data_dir: Path,
+    workdir: Path,
+    *harms: str,
+    devices: int = 1,
+    method: str = METHOD,
+    placement: str = "device",
 ) -> tuple[list[int], list[str]]:
     """One life of a job, a process for each harm: their exit statuses and what they printed."""
     children = processes.start(
-        [command(data_dir, workdir, harm, method) for harm in harms],
+        [command(data_dir, workdir, harm, method, placement) for harm in harms],
         devices=devices,
         # Once with the usual optimisations is enough; they take long.
         XLA_FLAGS="" if len(harms) == 1 and method == METHOD else os.environ["XLA_FLAGS"],
@@ -64,7 +72,13 @@ def live(
     return [child.returncode for child in children], printed
 
 
-def final_state(config, workdir: Path) -> TrainState:
+def make_config(data_dir: Path, method: str) -> ConfigDict:
+    """What fits their checkpoints."""
+    changes = {name.replace(".", "__"): value for name, value in OPTIONS.items()}
+    return tiny.config(data_dir, method=method, **changes)
+
+
+def final_state(config: ConfigDict, workdir: Path) -> TrainState:
     mesh = MAKE_MESH(jax.devices()[:1])
     like = Run(config, mesh, train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION).state_like
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
@@ -73,15 +87,11 @@ def final_state(config, workdir: Path) -> TrainState:
     return restored.state
 
 
-def without_time(workdir: Path) -> list[dict]:
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_metrics(workdir)]
-
-
 def check_the_same(whole: Path, broken: Path, config) -> None:
     """Bit-equal in all that a run leaves, but times and dates."""
     states = [final_state(config, workdir) for workdir in (whole, broken)]
     chex.assert_trees_all_equal(*states)
-    assert without_time(whole) == without_time(broken)
+    assert curve(whole) == curve(broken)
     for name in ("predictions_calibration.npz", "predictions_test.npz"):
         predictions = [Predictions.load(workdir / name) for workdir in (whole, broken)]
         chex.assert_trees_all_equal(predictions[0].outputs, predictions[1].outputs)
@@ -144,8 +154,7 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(method, data_dir, t
     assert status == [0], printed
     assert "resuming at step" in printed[0]
     assert ("is damaged and put aside" in printed[0]) == (method == METHOD), printed
-    changes = {name.replace(".", "__"): value for name, value in OPTIONS.items()}
-    check_the_same(whole, broken, tiny.config(data_dir, method=method, **changes))
+    check_the_same(whole, broken, make_config(data_dir, method))
 
 
 def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path):
@@ -179,8 +188,26 @@ def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path
     assert "resuming" not in printed[1], "one process speaks for all"
     assert [(e["step"], e["action"]) for e in noted(broken)] == [(9, "rollback")]
     assert noted(whole) == noted(broken)
-    changes = {name.replace(".", "__"): value for name, value in OPTIONS.items()}
-    check_the_same(whole, broken, tiny.config(data_dir, method=METHOD, **changes))
+    check_the_same(whole, broken, make_config(data_dir, METHOD))
+
+
+def test_two_processes_that_decode_their_own_shares_are_killed_likewise(data_dir, tmp_path):
+    """From the host pipeline, each its own half of a batch; with CCL-SC's queues and encoder."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    (step,) = random_steps(7, 1)
+    options = {"devices": 2, "method": "ccl_sc", "placement": "host"}
+    unharmed = ("none:never:0",) * 2
+    status, printed = live(data_dir, whole, *unharmed, **options)
+    assert status == [0, 0], printed
+    live(data_dir, broken, f"kill:step:{step}", "none:never:0", **options)
+    status, printed = live(data_dir, broken, *unharmed, **options)
+    assert status == [0, 0], printed
+    assert "resuming at step" in printed[0]
+    check_the_same(whole, broken, make_config(data_dir, "ccl_sc"))
+    # And a single process that decodes all of a batch sees the same examples.
+    alone = tmp_path / "alone"
+    assert live(data_dir, alone, "none:never:0", method="ccl_sc", placement="host")[0] == [0]
+    check_close(whole, alone)
 
 
 # --- Steps that are not finite --------------------------------------------------------------------
@@ -261,8 +288,8 @@ def test_skipping_and_rolling_back_leave_the_same_steps_out(
     chex.assert_tree_all_finite(skipped)
     chex.assert_trees_all_equal(skipped, rolled)
     chex.assert_trees_all_equal(skipped, broken)
-    assert without_time(tmp_path / "skip") == without_time(tmp_path / "rollback")
-    assert without_time(tmp_path / "skip") == without_time(tmp_path / "broken")
+    assert curve(tmp_path / "skip") == curve(tmp_path / "rollback")
+    assert curve(tmp_path / "skip") == curve(tmp_path / "broken")
 
 
 @pytest.mark.usefixtures("alone")

@@ -13,17 +13,17 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from sync_jax import sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.distributed import Processes, initialize
 from sync_jax.errors import InputError
-from sync_jax.progress import Progress, read_metrics
+from sync_jax.progress import Progress
 from sync_jax.run import Run
 from sync_jax.sweep import sweep
 from tests import processes, tiny
+from tests.curves import check_close
 
 METHODS = ["ce", "selectivenet", "sync", "self_adaptive"]
 MAKE_MESH = sharding.make_mesh
@@ -37,20 +37,6 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
     mesh = MAKE_MESH(jax.devices()[:devices])
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
-
-
-def curve(workdir: Path) -> list[dict]:
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_metrics(workdir)]
-
-
-def check_close(first: Path, second: Path) -> None:
-    """All that is logged, up to the order of float32 sums and what a dozen steps make of it."""
-    one, other = curve(first), curve(second)
-    assert [(e["step"], e["part"]) for e in one] == [(e["step"], e["part"]) for e in other]
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"part"}:
-            np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
 def cut_short(finished: Path, copy: Path) -> None:

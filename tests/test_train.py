@@ -1,6 +1,8 @@
+import contextlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import chex
@@ -15,11 +17,12 @@ from sync_jax.data import catalogue
 from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluate import Predictions
 from sync_jax.methods import METHODS
-from sync_jax.progress import Progress, read_metrics
+from sync_jax.progress import Progress
 from sync_jax.report import read_report
 from sync_jax.run import Metrics, Run
 from sync_jax.steps import TrainState
 from tests import tiny
+from tests.curves import curve
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,10 +47,6 @@ def final_state(config, workdir: Path) -> TrainState:
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         assert checkpoints.latest_step() == run.total_steps
         return checkpoints.restore(run.state_like).state
-
-
-def without_time(workdir: Path) -> list[dict]:
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_metrics(workdir)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,7 +117,7 @@ def test_same_seed_same_run_other_seed_other_run(data_dir, tmp_path):
         train.train_and_evaluate(tiny.config(data_dir, seed=seed), tmp_path / name)
     a, b, c = (Predictions.load(tmp_path / name / "predictions_test.npz") for name in "abc")
     chex.assert_trees_all_equal(a.outputs, b.outputs)
-    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert not np.array_equal(a.outputs["logits"], c.outputs["logits"])
     # The seed does not move the hold-out: runs of different seeds share their examples.
     calibration = [
@@ -269,7 +268,7 @@ def test_eight_devices_train_as_one(data_dir, tmp_path, monkeypatch):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), (sharding.BATCH_AXIS,))
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
     train.train_and_evaluate(config, tmp_path / "eight")
-    one, eight = (without_time(tmp_path / name) for name in ("one", "eight"))
+    one, eight = (curve(tmp_path / name) for name in ("one", "eight"))
     assert [entry["step"] for entry in one] == [entry["step"] for entry in eight]
     for a, b in zip(one, eight, strict=True):
         assert a["part"] == b["part"]
@@ -326,6 +325,37 @@ def test_a_damaged_latest_checkpoint_costs_one_save_interval(data_dir, tmp_path,
     assert "resuming at step 12 of 18" in shown
     states = [final_state(config, tmp_path / name) for name in ("whole", "broken")]
     chex.assert_trees_all_equal(*states)
+
+
+def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
+    data_dir, tmp_path, monkeypatch, capfd
+):
+    heard = []
+
+    @contextlib.contextmanager
+    def watchdog(seconds):
+        with process.watchdog(seconds) as happened:
+            yield lambda: (heard.append(1), happened())
+
+    step, shown = Progress.step, ""
+
+    def hangs_at_nine(self, done):
+        nonlocal shown
+        if done == 9:
+            capfd.readouterr()  # a compilation may have taken as long
+            deadline = time.monotonic() + 60
+            while "Thread" not in shown and time.monotonic() < deadline:
+                time.sleep(0.05)
+                shown += capfd.readouterr().err
+        step(self, done)
+
+    monkeypatch.setattr(train, "watchdog", watchdog)
+    monkeypatch.setattr(Progress, "step", hangs_at_nine)
+    train.train_and_evaluate(tiny.config(data_dir, process__watchdog_seconds=0.5), tmp_path)
+    assert "sync_jax: no step has finished for" in shown
+    assert "in hangs_at_nine" in shown
+    # Steps, and batches of 16: of two evaluations of the training and of both splits at its end.
+    assert len(heard) >= 18 + 2 * 3 + 3 + 5
 
 
 def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):
