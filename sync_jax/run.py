@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 
 from sync_jax import sharding, timing
 from sync_jax.data import catalogue, host, pictures
-from sync_jax.data.augmentation import normalise
+from sync_jax.data.augmentation import augment, normalise
 from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
     ResidentSplit,
+    augmentation_key,
     epoch_constants,
     epoch_index,
     put_on_devices,
@@ -158,13 +159,22 @@ class Run:
                 mesh=mesh if placement.sharded else None,
             )
 
+        def host_batch(state: TrainState, data: Batch, seed: Array) -> Batch:
+            image = augment(
+                augmentation_key(seed, state.step), data["image"], self.augmentation, cropped=True
+            )
+            return data | {"image": image}
+
         def step(
             state: TrainState,
             data: ResidentSplit | Batch,
             seed: Array,
             skip: Array,
         ) -> tuple[TrainState, Terms]:
-            batch = resident_batch(state, data, seed) if isinstance(data, ResidentSplit) else data
+            if isinstance(data, ResidentSplit):
+                batch = resident_batch(state, data, seed)
+            else:
+                batch = host_batch(state, data, seed)
             batch = sharding.shard_batch(batch | {"image": normal(batch["image"])}, mesh)
             return train_step(
                 state,
@@ -291,7 +301,7 @@ class Run:
             part.labels,
             epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
             self.config.seed,
-            self.augmentation,
+            self.augmentation.min_crop_area,
             self.info.image_shape[0],
         )
         for batch in host.batches(

@@ -411,7 +411,7 @@ def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = N
     section = config.data.copy_and_resolve_references()
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
-        # Its augmentation has other random numbers elsewhere, and free memory changes.
+        # Its crops would be others elsewhere, and free memory changes.
         section.placement = "device" if notes["on_device"] else "host"
     return choose(section, info, mesh)
 

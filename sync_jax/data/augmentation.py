@@ -16,7 +16,12 @@ from sync_jax.data.recipe import (
 
 
 def augment(
-    key: Array, images: Array, augmentation: Augmentation, *, size: int | None = None
+    key: Array,
+    images: Array,
+    augmentation: Augmentation,
+    *,
+    size: int | None = None,
+    cropped: bool = False,
 ) -> Array:
     """What `augmentation` says, at random, each image by itself.
 
@@ -30,30 +35,33 @@ def augment(
         augmentation: what to do.
         size: pixels of a side of the result, at most those of the images, which are square then;
             without resized crops the middle is taken. None: the images' own.
+        cropped: whether the resized crops have been made already, as the host pipeline does.
 
     Returns:
         `[batch, size, size, channels]` float32, values in [0, 255].
     """
     a = augmentation
-    if size is not None and size != images.shape[1] and a.min_crop_area == 1:
+    resized = a.min_crop_area < 1
+    if size is not None and size != images.shape[1] and not resized:
         top, left = ((length - size) // 2 for length in images.shape[1:3])
         images = images[:, top : top + size, left : left + size]
-    if a == Augmentation(0, False):
-        return images.astype(jnp.float32)  # the same as below, without its products
     batch = images.shape[0]
     height, width = images.shape[1:3] if size is None else (size, size)
     row_key, column_key, flip_key = jax.random.split(key, 3)
     pad = a.crop_padding
-    down = jax.random.randint(row_key, (batch, 1), -pad, pad + 1)
-    right = jax.random.randint(column_key, (batch, 1), -pad, pad + 1)
     flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & a.flip
     limit = jnp.deg2rad(a.rotation)
     angles = jax.random.uniform(jax.random.fold_in(key, 1), (batch,), minval=-limit, maxval=limit)
-    # A source outside the image matches no column of the one-hot matrix: that is the zero padding.
-    rows = jax.nn.one_hot(jnp.arange(height) + down, height)
-    columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
-    columns = jax.nn.one_hot(columns, width)
-    if a.min_crop_area < 1:
+    if a.rotation and not resized:
+        images = rotate(images, angles)
+    if pad:
+        down = jax.random.randint(row_key, (batch, 1), -pad, pad + 1)
+        right = jax.random.randint(column_key, (batch, 1), -pad, pad + 1)
+        # A source outside the image matches no column of the one-hot matrix: that is the padding.
+        rows = jax.nn.one_hot(jnp.arange(height) + down, height)
+        columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
+        columns = jax.nn.one_hot(columns, width)
+    if resized and not cropped:
         boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
         resize_rows, resize_columns = box_weights(images, boxes, height)
         if pad:
@@ -63,12 +71,13 @@ def augment(
             rows = resize_rows
             columns = jnp.where(flip[..., None], resize_columns[:, ::-1], resize_columns)
         images = _apply_weights(images, rows, columns, exact=True)
-        if a.rotation:
-            images = rotate(images, angles)
-    else:
-        if a.rotation:
-            images = rotate(images, angles)
+    elif pad:
         images = _apply_weights(images, rows, columns, exact=False)
+    elif a.flip:
+        images = jnp.where(flip[..., None, None], images[:, :, ::-1], images)
+    if a.rotation and resized:
+        images = rotate(images, angles)
+    images = images.astype(jnp.float32)
     if a.jitter:
         images = colour_jitter(jax.random.fold_in(key, 3), images, a.jitter)
     if a.sharpen:

@@ -1,8 +1,9 @@
-"""The host pipeline: pictures decoded and augmented by threads or processes, batch = f(seed, step).
+"""The host pipeline: pictures decoded and cropped by threads or processes, batch = f(seed, step).
 
 An example is a function of the seed and its position, step * batch + place in the batch, and of
 nothing else: neither threads, workers and processes nor an interruption change it. The order is the
-resident pipeline's. Nothing here computes with JAX, which a worker process must not start.
+resident pipeline's, and so is all of the augmentation but resized crops: it is left to the device.
+Nothing here computes with JAX, which a worker process must not start.
 """
 
 import dataclasses
@@ -17,9 +18,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from sync_jax.data.host_augmentation import augment
-from sync_jax.data.images import centre, square
-from sync_jax.data.recipe import Augmentation
+from sync_jax.data.random_crop import random_crop
 from sync_jax.data.records import DecodedPictures
 from sync_jax.data.shuffle import shuffled
 
@@ -36,8 +35,8 @@ class Examples:
         images: `[n, height, width, channels]`.
         labels: `[n]` int32.
         constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
-        seed: of the augmentation.
-        augmentation: what it does.
+        seed: of the crops.
+        min_crop_area: of random resized crops; 1: there are none.
         size: pixels of a side of the result.
     """
 
@@ -45,7 +44,7 @@ class Examples:
     labels: np.ndarray
     constants: np.ndarray
     seed: int
-    augmentation: Augmentation
+    min_crop_area: float
     size: int
     _rows: dict[tuple[int, int], np.ndarray] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -59,11 +58,8 @@ class Examples:
         """
         epoch, place = divmod(position, len(self.labels))
         row = self._row(epoch, place)
-        rng = np.random.Generator(
-            np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
-        )
         return {
-            "image": augment(rng, self._picture(row), self.augmentation, self.size),
+            "image": self._image(row, position),
             "label": self.labels[row],
             "index": np.int32(row),
         }
@@ -80,16 +76,21 @@ class Examples:
             self._rows[epoch, first] = rows
         return int(rows[place - first])
 
+    def _image(self, row: int, position: int) -> np.ndarray:
+        if self.min_crop_area == 1:
+            return (
+                self.images[row] if isinstance(self.images, np.ndarray) else self.images.square(row)
+            )
+        rng = np.random.Generator(
+            np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
+        )
+        return random_crop(rng, self._picture(row), self.min_crop_area, self.size)
+
     def _picture(self, row: int) -> Image.Image:
         if isinstance(self.images, np.ndarray):
             pixels = self.images[row]
             return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        picture, layout = self.images.picture(row), self.images.layout
-        if self.augmentation.min_crop_area < 1:
-            return picture
-        return Image.fromarray(
-            centre(square(picture, layout.short_side, layout.stored), layout.size)
-        )
+        return self.images.picture(row)
 
 
 def batches(

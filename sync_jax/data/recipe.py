@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 class Augmentation(NamedTuple):
     """What happens to a training image, in this order.
 
-    The device's version is `augmentation.augment`, the host's `host_augmentation.augment`.
+    By `augmentation.augment`, on the device; the host pipeline makes the resized crops itself, of
+    pictures of any size, by `random_crop`.
 
     Attributes:
         crop_padding: zero pixels added on every side before a random crop of the original size.

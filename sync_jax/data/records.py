@@ -361,7 +361,7 @@ class DecodedPictures:
     def __getitem__(self, wanted: Any) -> np.ndarray:
         with ThreadPool(os.cpu_count()) as pool:
             positions = np.arange(len(self.rows))[wanted].tolist()
-            images = pool.map(self._square, positions, chunksize=4)
+            images = pool.map(self.square, positions, chunksize=4)
         return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
 
     def picture(self, position: int) -> Image.Image:
@@ -376,7 +376,12 @@ class DecodedPictures:
         except BadImageError as error:
             raise DataError(f"{self.records.prepared}: picture {row}: {error}") from error
 
-    def _square(self, position: int) -> np.ndarray:
+    def square(self, position: int) -> np.ndarray:
+        """The middle of one of them: `[size, size, 3]` uint8.
+
+        Raises:
+            DataError: it can no longer be read.
+        """
         image = square(self.picture(position), self.layout.short_side, self.layout.stored)
         return centre(image, self.layout.size)
 

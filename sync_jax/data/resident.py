@@ -62,17 +62,23 @@ def training_batch(
         image `[batch, height, width, channels]` float32 in [0, 255], label `[batch]` int32, index
         `[batch]` int32, the example's position in the split, and mask `[batch]` float32, all ones.
     """
-    shuffle_key, augment_key = jax.random.split(jax.random.key(seed))
+    shuffle_key, _ = jax.random.split(jax.random.key(seed))
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])
     # The gathered images stay uint8 until augmentation, which moves a quarter of the bytes.
     image = split.images[index] if mesh is None else take(split.images, index, mesh)
-    image = augment(jax.random.fold_in(augment_key, step), image, augmentation, size=size)
+    image = augment(augmentation_key(seed, step), image, augmentation, size=size)
     return {
         "image": image,
         "label": split.labels[index],
         "index": index,
         "mask": jnp.ones(batch_size, jnp.float32),
     }
+
+
+def augmentation_key(seed: Array, step: Array) -> Array:
+    """PRNG key of a step's augmentation, whichever pipeline the images come from."""
+    _, key = jax.random.split(jax.random.key(seed))
+    return jax.random.fold_in(key, step)
 
 
 def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:

@@ -250,6 +250,23 @@ def test_a_box_is_resized_as_pillow_does():
     np.testing.assert_allclose(ours[0], image, atol=1e-3)
 
 
+def test_what_was_cropped_is_not_cropped_again():
+    """The rest is done as it would have been: here, to a crop that is the whole, nothing else."""
+    images = make_images(6, 16, 16, 3)
+    key, recipe = jax.random.key(0), Augmentation(2, True, 10.0, 0.3, 0.4)
+    np.testing.assert_array_equal(
+        augment(key, images, Augmentation(0, False, 0.0, 0.3), cropped=True), images
+    )
+    done = augment(key, images, recipe, cropped=True)
+    steps = augment(key, images, recipe._replace(rotation=0.0, jitter=0.0), cropped=True)
+    angles = jax.random.uniform(
+        jax.random.fold_in(key, 1), (6,), minval=-jnp.deg2rad(10.0), maxval=jnp.deg2rad(10.0)
+    )
+    expected = colour_jitter(jax.random.fold_in(key, 3), rotate(steps, angles), 0.4)
+    np.testing.assert_array_equal(done, expected)
+    identify(images, steps, 2, True)
+
+
 def test_jitter_multiplies_and_blends():
     images = jnp.full((500, 2, 2, 3), 100.0)
     results = np.asarray(colour_jitter(jax.random.key(0), images, 0.4))

@@ -16,19 +16,24 @@ import scipy.stats
 from PIL import Image
 
 from sync_jax.config import default_config
-from sync_jax.data import augmentation, catalogue, host, host_augmentation, pictures
+from sync_jax.data import augmentation, catalogue, host, pictures
 from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data.random_crop import random_box, random_crop
 from sync_jax.data.recipe import Augmentation
-from sync_jax.data.resident import ResidentSplit, epoch_constants, training_batch
+from sync_jax.data.resident import (
+    ResidentSplit,
+    augmentation_key,
+    epoch_constants,
+    training_batch,
+)
 from tests.data.pictures import pixels, write_pictures
 
 PLAIN = Augmentation(0, False)
-ALL = Augmentation(1, True, 20.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.5)
 
 
-def examples(images, recipe=ALL, *, seed=3, epochs=9, size=12):
+def examples(images, min_crop_area=0.3, *, seed=3, epochs=9, size=12):
     labels = np.arange(len(images), dtype=np.int32) * 7 % 5
-    return host.Examples(images, labels, epoch_constants(seed, epochs), seed, recipe, size)
+    return host.Examples(images, labels, epoch_constants(seed, epochs), seed, min_crop_area, size)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +66,18 @@ def assert_same(found, expected):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_order_and_labels_are_the_resident_pipelines(arrays):
+@pytest.mark.parametrize(
+    "recipe", [PLAIN, Augmentation(1, True, 20.0, 1.0, 0.3, 0.5, 0.5, 0.5, 0.5)]
+)
+def test_without_resized_crops_a_batch_is_the_resident_pipelines(arrays, recipe):
     """Across the end of an epoch: 22 examples, batches of 6."""
-    source = examples(arrays, PLAIN)
+    source, seed = examples(arrays, 1.0), jnp.uint32(3)
     split = ResidentSplit(jnp.asarray(arrays), jnp.asarray(source.labels))
     for step, batch in enumerate(collect(source, start=0, stop=9)):
-        resident = training_batch(
-            split, jnp.uint32(3), jnp.int32(step), batch_size=6, augmentation=PLAIN
+        resident = training_batch(split, seed, jnp.int32(step), batch_size=6, augmentation=recipe)
+        key = augmentation_key(seed, jnp.int32(step))
+        batch["image"] = augmentation.augment(
+            key, jnp.asarray(batch["image"]), recipe, cropped=True
         )
         for name in ("image", "label", "index"):
             np.testing.assert_array_equal(batch[name], resident[name])
@@ -81,7 +91,7 @@ def test_a_batch_depends_on_its_step_alone(arrays):
     assert not np.array_equal(other[0]["image"], whole[0]["image"])
 
 
-def test_the_same_example_is_augmented_anew_in_each_epoch(arrays):
+def test_the_same_example_is_cropped_anew_in_each_epoch(arrays):
     batches = collect(examples(arrays), start=0, stop=11)
     images = np.concatenate([batch["image"] for batch in batches])
     index = np.concatenate([batch["index"] for batch in batches])
@@ -106,9 +116,7 @@ def test_processes_share_a_batch(arrays, processes):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(decoded):
     part, _ = load_train_and_calibration(decoded, decode=True)
-    source = host.Examples(
-        part.images, part.labels, epoch_constants(0, 9), 0, ALL._replace(min_crop_area=0.5), 12
-    )
+    source = host.Examples(part.images, part.labels, epoch_constants(0, 9), 0, 0.5, 12)
     threads = collect(source, start=1, stop=8)
     before = set(multiprocessing.active_children())
     batches = host.batches(source, start=1, stop=8, batch_size=6, workers=2)
@@ -126,12 +134,11 @@ ORPHANS = """
 import multiprocessing, os, signal, sys
 import numpy as np
 from sync_jax.data import host
-from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import epoch_constants
 
 if __name__ == "__main__":
     images, labels = np.zeros((22, 12, 12, 3), np.uint8), np.zeros(22, np.int32)
-    source = host.Examples(images, labels, epoch_constants(0, 9), 0, Augmentation(0, False), 12)
+    source = host.Examples(images, labels, epoch_constants(0, 9), 0, 1.0, 12)
     batches = host.batches(source, start=0, stop=9, batch_size=6, workers=1)
     next(batches)
     print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
@@ -167,7 +174,7 @@ def runs(process: int) -> bool:
 def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
     part, calibration = load_train_and_calibration(decoded, decode=True)
     squares, _ = load_train_and_calibration(decoded)
-    source = host.Examples(part.images, part.labels, epoch_constants(0, 2), 0, PLAIN, 12)
+    source = host.Examples(part.images, part.labels, epoch_constants(0, 2), 0, 1.0, 12)
     (batch,) = host.batches(source, start=0, stop=1, batch_size=22)
     np.testing.assert_array_equal(batch["image"], part.images[:][batch["index"]])
     np.testing.assert_array_equal(batch["image"], squares.images[:][batch["index"]])
@@ -177,100 +184,13 @@ def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
     assert calibration.images[5:5].shape == (0, 12, 12, 3)
 
 
-# --- Host and device augment alike ----------------------------------------------------------------
-
-
-def smooth(seed, size=48):
-    """An image of which neighbouring pixels are close: what interpolation is for."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    waves = [
-        127.5 + 60 * np.sin(7 * (a * x + b * y) + c) + 50 * np.cos(5 * (b * x - a * y))
-        for a, b, c in rng.uniform(-1, 1, (3, 3))
-    ]
-    return np.clip(np.stack(waves, axis=-1), 0, 255).round().astype(np.uint8)
-
-
-IMAGES = np.stack([smooth(i) for i in range(4)])
-
-
-def compare(on_device, on_host, *, levels, share=1.0):
-    """At least a share of the values within so many levels."""
-    on_host = np.stack([np.asarray(x) for x in on_host]).astype(np.float32)
-    difference = np.abs(np.asarray(on_device) - on_host)
-    assert np.mean(difference <= levels) >= share, (difference.max(), np.mean(difference <= levels))
-
-
-def on_host(function, *arguments):
-    return [
-        function(Image.fromarray(image), *(a[i] for a in arguments))
-        for i, image in enumerate(IMAGES)
-    ]
-
-
-def test_colours_agree():
-    images = jnp.asarray(IMAGES, jnp.float32)
-    factors = np.random.default_rng(0).uniform(0.6, 1.4, (3, 4)).astype(np.float32)
-    adjusted = augmentation.adjust(images, jnp.asarray(factors).reshape(3, 4, 1, 1, 1))
-    found = [
-        host_augmentation.adjust(Image.fromarray(x), *f)
-        for x, f in zip(IMAGES, factors.T.tolist(), strict=True)
-    ]
-    # Pillow rounds thrice, and its mean too: ((1 x 1.4 + 1 + 0.2) x 1.4 + 1) levels at most.
-    compare(adjusted, found, levels=4.64)
-    compare(augmentation.sharpen(images), on_host(host_augmentation.sharpen), levels=1.01)
-    grey = [Image.fromarray(x).convert("L").convert("RGB") for x in IMAGES]
-    compare(augmentation.to_grey(images), grey, levels=1.01)
-    posterised = [np.asarray(x) & np.uint8(0xC0) for x in IMAGES]
-    compare(augmentation.posterise(images), posterised, levels=0)
-    assert len(np.unique(posterised)) == 4
-
-
-def test_rotations_agree():
-    angles = np.asarray([-33.0, -10.0, 12.5, 35.0])
-    turned = augmentation.rotate(jnp.asarray(IMAGES), jnp.deg2rad(jnp.asarray(angles, jnp.float32)))
-    # A pixel whose source lies between two may be either's; at the border that is black or not.
-    compare(turned, on_host(host_augmentation.rotate, angles.tolist()), levels=12, share=0.97)
-    wrong = on_host(host_augmentation.rotate, (-angles).tolist())
-    with pytest.raises(AssertionError):
-        compare(turned, wrong, levels=12, share=0.97)
-
-
-def test_perspectives_agree():
-    rng = np.random.default_rng(1)
-    corners = [host_augmentation.random_corners(rng, 48, 48) for _ in IMAGES]
-    moved = augmentation.perspective(jnp.asarray(IMAGES), jnp.asarray(corners, jnp.float32))
-    compare(moved, on_host(host_augmentation.perspective, corners), levels=3, share=0.97)
-    still = [(0, 0), (47, 0), (47, 47), (0, 47)]
-    np.testing.assert_allclose(
-        augmentation.perspective(jnp.asarray(IMAGES), jnp.asarray([still] * 4, jnp.float32)),
-        IMAGES,
-        atol=0.01,
-    )
-    # By hand: the corner of the picture is at the place that it was moved to.
-    for image, result, places in zip(IMAGES, moved, corners, strict=True):
-        for (x, y), (u, v) in zip(places, still, strict=True):
-            np.testing.assert_allclose(result[int(y), int(x)], image[v, u], atol=1.5)
-
-
-def test_crops_agree():
-    rng = np.random.default_rng(2)
-    boxes = np.asarray([host_augmentation.random_box(rng, 48, 48, 0.2) for _ in IMAGES])
-    left, top, width, height = boxes.T
-    resized = augmentation.crop_and_resize(
-        jnp.asarray(IMAGES), jnp.asarray(np.stack([top, left, height, width], 1), jnp.float32), 32
-    )
-    found = [
-        Image.fromarray(x).crop((a, b, a + w, b + h)).resize((32, 32), Image.Resampling.BILINEAR)
-        for x, (a, b, w, h) in zip(IMAGES, boxes.tolist(), strict=True)
-    ]
-    compare(resized, found, levels=1.01)
+# --- Random resized crops -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(40, 40), (60, 30)])
 def test_boxes_are_distributed_as_on_the_device(size):
     rng = np.random.default_rng(3)
-    boxes = np.asarray([host_augmentation.random_box(rng, *size, 0.08) for _ in range(4000)])
+    boxes = np.asarray([random_box(rng, *size, 0.08) for _ in range(4000)])
     images = jnp.zeros((4000, size[1], size[0], 1), jnp.uint8)
     others = np.asarray(augmentation.random_boxes(jax.random.key(0), images, 0.08))
     left, top, width, height = boxes.T
@@ -284,31 +204,15 @@ def test_boxes_are_distributed_as_on_the_device(size):
         assert scipy.stats.ks_2samp(ours, theirs).statistic < 0.05
 
 
-def test_rates_are_those_asked_for():
-    """Of each operation alone, on both sides: how often an image changes."""
-    images = np.repeat(IMAGES[:1], 600, axis=0)
-    for field, probability in (
-        ("flip", 0.5),
-        ("sharpen", 0.3),
-        ("grey", 0.3),
-        ("perspective", 0.3),
-        ("posterise", 0.3),
-    ):
-        recipe = PLAIN._replace(**{field: True if field == "flip" else probability})
-        device = np.asarray(augmentation.augment(jax.random.key(1), jnp.asarray(images), recipe))
-        rng = np.random.default_rng(4)
-        image = Image.fromarray(images[0])
-        ours = np.stack([host_augmentation.augment(rng, image, recipe, 48) for _ in images])
-        for results in (device, ours):
-            changed = np.mean(np.any(results != images, axis=(1, 2, 3)))
-            if field == "perspective":  # corners may be moved by nothing, one time in 28,561
-                assert changed <= probability + 0.07
-            assert abs(changed - probability) < 0.07, field
-
-
-def test_grey_pictures_of_one_channel():
-    image = Image.fromarray(IMAGES[0, ..., 0])
-    recipe = ALL._replace(crop_padding=2)
-    result = host_augmentation.augment(np.random.default_rng(0), image, recipe, 20)
-    assert result.shape == (20, 20, 1)
-    assert result.dtype == np.uint8
+def test_a_crop_is_the_devices():
+    """The same box of the same picture; Pillow rounds to whole levels after each of two passes."""
+    image = Image.fromarray(np.stack([pixels(i) for i in range(3)], axis=1).reshape(-1, 36, 3))
+    left, top, width, height = random_box(np.random.default_rng(5), *image.size, 0.3)
+    box = jnp.asarray([[top, left, height, width]], jnp.float32)
+    expected = augmentation.crop_and_resize(jnp.asarray(image)[None], box, 7)[0]
+    found = random_crop(np.random.default_rng(5), image, 0.3, 7)
+    assert found.shape == (7, 7, 3)
+    assert found.dtype == np.uint8
+    assert np.max(np.abs(found - np.asarray(expected))) <= 1.01
+    grey = random_crop(np.random.default_rng(5), image.convert("L"), 0.3, 7)
+    assert grey.shape == (7, 7, 1)
