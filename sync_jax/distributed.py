@@ -28,10 +28,12 @@ from sync_jax.errors import (
     WriteError,
 )
 from sync_jax.printable import printable, say
+from sync_jax.roll_call import roll_call
 
 T = TypeVar("T")
 
 _GRACE = 5.0  # seconds that a process has to end by itself after another has failed
+_BEYOND = 30.0  # seconds for JAX's own meeting, once all have come to ours
 _INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.
@@ -55,8 +57,9 @@ def initialize(
 
     Raises:
         InputError: the arguments are incomplete.
-        FailedError: the others cannot be met. Where they do not come in time, the process ends,
-            with a line and status 1; when it is interrupted meanwhile, with status 130.
+        FailedError: the others cannot be met; it names those that did not come in time. Where
+            JAX's meeting hangs though all have come, the process ends, with a line and status 1;
+            when it is interrupted meanwhile, with status 130.
     """
     given = (coordinator, processes, process)
     automatic = all(name in os.environ for name in _SLURM) or _on_tpu()
@@ -72,43 +75,61 @@ def initialize(
     # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    text = f"the {processes or 'other'} processes did not all come together within {seconds:g} s"
-    if given != (None, None, None):
-        text += f"; process {process} waited at {coordinator}, and who does not say so is missing"
     ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def meet() -> None:
         try:
-            jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                cluster_detection_method=None if given == (None, None, None) else "deactivate",
-                # Its own limit ends the process with a stack of C++, so ours comes first.
-                initialization_timeout=int(seconds) + 60,
-                # A process that died is noticed within this time, and the others are ended.
-                heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
-                shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
-            )
+            _meet(given, seconds)
             ended.put(None)
         except Exception as error:
             ended.put(error)
 
-    # In a thread of its own, for nothing can interrupt the call, a signal neither.
+    # In a thread of its own, for nothing can interrupt JAX's call, a signal neither.
     threading.Thread(target=meet, daemon=True).start()
     try:
-        error = ended.get(timeout=seconds)
+        error = ended.get(timeout=seconds + _BEYOND)
     except queue.Empty:
-        _give_up(text, 1)
+        _give_up(f"the other processes were not met within {seconds + _BEYOND:g} s", 1)
     except KeyboardInterrupt:
         _give_up("interrupted", 130)
-    if error is None:
-        return
-    if given == (None, None, None) and "coordinator_address should be" in str(error):
+    if isinstance(error, RuntimeError | ValueError | OSError):
+        raise FailedError(f"the other processes cannot be met: {_one_line(error)}") from error
+    if error is not None:
+        raise error
+
+
+def _meet(given: tuple[str | None, int | None, int | None], seconds: float) -> None:
+    """Waits for all processes of those arguments, or those that the surroundings tell of."""
+    coordinator, processes, process = given
+    local_devices = None
+    if coordinator is None:
+        coordinator, processes, process, local_devices = (
+            jax_distributed.clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, int(seconds)
+            )
+        )
+    if coordinator is None:
         return  # a TPU's library, but no slice
-    if isinstance(error, RuntimeError | ValueError):
-        raise FailedError(f"{text}: {_one_line(error)}") from error
-    raise error
+    assert processes is not None
+    assert process is not None
+    missing = roll_call(coordinator, processes, process, seconds=seconds)
+    if missing:
+        raise FailedError(
+            f"process {', '.join(map(str, missing))} of {processes} did not come to the meeting at "
+            f"{coordinator} within {seconds:g} s; its own log says why"
+        )
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        local_devices,
+        cluster_detection_method="deactivate",
+        # Its own limit ends the process with a stack of C++, so ours comes first.
+        initialization_timeout=int(seconds) + 2 * int(_BEYOND),
+        # A process that died is noticed within this time, and the others are ended.
+        heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
+        shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
+    )
 
 
 def _give_up(text: str, status: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """The same training curve on one device, on eight, and on two processes of two devices each."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,18 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import distributed as jax_distributed
 
 from sync_jax import sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.distributed import Processes, initialize
 from sync_jax.errors import InputError
 from sync_jax.progress import Progress
+from sync_jax.roll_call import roll_call
 from sync_jax.run import Run
 from sync_jax.sweep import sweep
 from tests import processes, tiny
@@ -195,29 +200,45 @@ def test_processes_agree_and_name_those_that_are_missing():
     assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
 
 
-ALONE = """
+COMING = """
 import sys
-from sync_jax import distributed
+from sync_jax import distributed, errors
 
-distributed.initialize(sys.argv[2], 2, int(sys.argv[1]), seconds=2)
+i, port, count = map(int, sys.argv[1:])
+try:
+    distributed.initialize(f"localhost:{port}", count, i, seconds=4)
+except errors.FailedError as error:
+    print("FailedError", error)
 """
 
 
 @pytest.mark.slow
-def test_processes_that_never_come_are_not_waited_for():
-    """Whoever waits, the one that the others meet at or another."""
-    addresses = [f"localhost:{free_port()}" for _ in range(2)]
+@pytest.mark.parametrize("missing", [[0], [1], [1, 3]])
+def test_processes_that_never_come_are_named_by_all_that_did(missing):
+    """Also where it is the one that the others meet at."""
+    port, count = free_port(), 4 if len(missing) > 1 else 3
     children = [
-        processes.start([[sys.executable, "-c", ALONE, str(i), address]])[0]
-        for i, address in enumerate(addresses)
+        processes.start([[sys.executable, "-c", COMING, str(i), port, str(count)]])[0]
+        for i in range(count)
+        if i not in missing
     ]
     printed = processes.finish(children, timeout=60)
-    assert [child.returncode for child in children] == [1, 1], printed
-    for i, address in enumerate(addresses):
-        assert printed[i].splitlines()[-1] == (
-            "sync_jax: the 2 processes did not all come together within 2 s; "
-            f"process {i} waited at {address}, and who does not say so is missing"
-        )
+    expected = (
+        f"FailedError process {', '.join(map(str, missing))} of {count} did not come to the "
+        f"meeting at localhost:{port} within 4 s; its own log says why\n"
+    )
+    assert printed == [expected] * len(children)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_an_error():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        command = [sys.executable, "-c", COMING, "0", str(taken.getsockname()[1]), "2"]
+        (printed,) = processes.finish(processes.start([command]), timeout=60)
+    assert printed.startswith("FailedError the other processes cannot be met: ")
+    assert "in use" in printed
 
 
 WAITING = """
@@ -341,19 +362,42 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
         importlib.util, "find_spec", lambda name: name == "libtpu" or find_spec(name)
     )
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    port = free_port()
     calls = []
 
-    def joins(*arguments, **options):
-        calls.append((arguments, options["cluster_detection_method"]))
+    class Slice(jax_distributed.clusters.ClusterEnv):  # JAX asks all such classes
+        here = True
+        is_env_present = classmethod(lambda cls: cls.here)
+        get_coordinator_address = classmethod(lambda cls, **_: f"localhost:{port}")
+        get_process_count = classmethod(lambda cls: 2)
+        get_process_id = classmethod(lambda cls: 0)
 
-    def finds_none(*arguments, **options):
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", joins)
-    initialize(None, None, None, seconds=9)
-    assert calls == [((None, None, None), None)]
-    monkeypatch.setattr(jax.distributed, "initialize", finds_none)
+    monkeypatch.setattr(jax_distributed.clusters.ClusterEnv, "_cluster_types", [Slice])
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(roll_call, f"localhost:{port}", 2, 1, seconds=60)
+        initialize(None, None, None, seconds=60)
+        assert other.result() == []
+    assert calls == [(f"localhost:{port}", 2, 0, None)]
+    Slice.here = False
     initialize(None, None, None, seconds=9)  # a host with a chip of its own
+    assert len(calls) == 1
+
+
+def test_a_roll_call_survives_strangers_and_processes_that_begin_anew():
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call, f"localhost:{port}", 3, 0, seconds=60)
+        for words in (b"GET / HTTP/1.1\r\n", b"", b"7\n", b"2\n"):
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                with contextlib.suppress(ConnectionRefusedError):
+                    connection = socket.create_connection(("localhost", int(port)))
+                    break
+            with connection:
+                connection.sendall(words)
+        others = [pool.submit(roll_call, f"localhost:{port}", 3, i, seconds=60) for i in (1, 2)]
+        assert [call.result() for call in (first, *others)] == [[], [], []]
 
 
 def test_one_process_needs_nothing(monkeypatch):
