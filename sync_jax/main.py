@@ -105,6 +105,8 @@ def _do() -> None:
     from sync_jax import config as config_lib
 
     config_lib.check_path("--workdir", _WORKDIR.value or "")
+    for runs in _RUNS.value:
+        config_lib.check_path("--runs", runs)
     if _MODE.value in ("compare", "ensemble"):
         from sync_jax import compare, ensemble, errors
 

@@ -1,9 +1,12 @@
-"""Memory that a training step frees, kept for the next one."""
+"""Memory that is not asked for twice: what a step frees, and images that XLA takes as they are."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import platform
+
+import numpy as np
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -30,3 +33,18 @@ def keep_freed_memory() -> bool:
     # One arena, for those of other threads cannot grow beyond 64 MB and then ask the system.
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))  # -1: never
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes that a CPU's XLA computes with where they are; others it copies.
+
+    Args:
+        shape: of the array.
+
+    Returns:
+        uint8, not initialised, in C order; begins at a multiple of 64 bytes.
+    """
+    size, boundary = math.prod(shape), 64
+    room = np.empty(size + boundary, np.uint8)
+    start = -room.ctypes.data % boundary
+    return room[start : start + size].reshape(shape)

@@ -427,6 +427,9 @@ BAD = {
         ["--mode=compare", "--runs=x", "--workdir=gs://bucket/run"],
         "--workdir=gs://bucket/run must be a path",
     ),
+    "runs in a bucket": Bad(
+        ["--mode=compare", "--runs=gs://bucket/runs/*"], "--runs=gs://bucket/runs/. must be a path"
+    ),
     **{
         f"{field} in a bucket": Bad(
             [QUICKSTART, f"--config.{field}=gs://bucket/x"],

@@ -22,7 +22,7 @@ from sync_jax.report import read_report
 from sync_jax.run import Metrics, Run
 from sync_jax.steps import TrainState
 from tests import tiny
-from tests.curves import curve
+from tests.curves import check_close, curve
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,10 +151,9 @@ def test_the_host_pipeline_resumes_to_the_same_bits_on_eight_devices(
         Predictions.load(tmp_path / name / "predictions_test.npz") for name in ("whole", "broken")
     )
     chex.assert_trees_all_equal(whole.outputs, broken.outputs)
-    # Negative control: the device's random numbers differ.
+    # The examples, their order and their augmentation are those of images on the devices.
     train.train_and_evaluate(tiny.config(data_dir), tmp_path / "device")
-    other = Predictions.load(tmp_path / "device" / "predictions_test.npz")
-    assert not np.array_equal(other.outputs["logits"], whole.outputs["logits"])
+    check_close(tmp_path / "whole", tmp_path / "device")
 
 
 def test_a_finished_run_says_so_and_trains_no_more(data_dir, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.sources import DataError
+from sync_jax.memory import aligned_empty
 
 _READ_BATCH = 4096  # records read at once
 
@@ -81,7 +82,7 @@ def read_arrays(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarr
     records = builder.as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    images = np.empty((len(records), *builder.info.features["image"].shape), np.uint8)
+    images = aligned_empty((len(records), *builder.info.features["image"].shape))
     labels = np.empty(len(records), np.int32)
     for start in range(0, len(records), _READ_BATCH):
         stop = min(start + _READ_BATCH, len(records))

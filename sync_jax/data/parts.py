@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 from sync_jax.data import catalogue
 from sync_jax.data.splits import stratified_split
 
+_ROWS = 4096  # moved at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -50,14 +52,22 @@ def load_train_and_calibration(config: ConfigDict, *, decode: bool = False) -> t
     kept, held_out = stratified_split(
         labels, holdout=calibration_size(config, len(labels)), seed=config.split_seed
     )
-    train, calibration = (
-        Part(_rows(images, index), labels[index], index) for index in (kept, held_out)
-    )
-    return train, calibration
+    train, calibration = _divided(images, kept, held_out)
+    return Part(train, labels[kept], kept), Part(calibration, labels[held_out], held_out)
 
 
-def _rows(images: catalogue.Images, rows: np.ndarray) -> catalogue.Images:
-    return images[rows] if isinstance(images, np.ndarray) else images.subset(rows)
+def _divided(
+    images: catalogue.Images, kept: np.ndarray, held_out: np.ndarray
+) -> tuple[catalogue.Images, catalogue.Images]:
+    """The rows of each; what is kept of an array stays in it, for two would be twice the memory."""
+    if not isinstance(images, np.ndarray):
+        return images.subset(kept), images.subset(held_out)
+    rest = images[held_out]
+    for start in range(0, len(kept), _ROWS):
+        rows = kept[start : start + _ROWS]
+        # They are sorted, so that none of them was overwritten before.
+        images[start : start + len(rows)] = images[rows]
+    return images[: len(kept)], rest
 
 
 def load_test(config: ConfigDict, *, decode: bool = False) -> Part:

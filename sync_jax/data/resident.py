@@ -109,18 +109,25 @@ def epoch_constants(seed: int, epochs: int) -> np.ndarray:
 def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool) -> ResidentSplit:
     """Copies a split to the devices, some hundred megabytes at a time.
 
+    A CPU is its own device: an array of `memory.aligned_empty` is not copied there.
+
     Args:
-        images: what gives `[n, height, width, channels]` uint8 when it is sliced.
+        images: what gives `[n, height, width, channels]` uint8 when it is sliced; not to be changed
+            afterwards.
         labels: `[n]` int32.
         mesh: the devices.
         sharded: each holds a part of the images (the last are filled up with zeros) rather than
             all of them.
     """
+    copied = replicated(mesh)
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    if alone and isinstance(images, np.ndarray):
+        return ResidentSplit(*jax.device_put((images, labels), copied))
     parts = mesh.size if sharded else 1
     rows = -(-len(labels) // parts)
     shape = (rows * parts, *images.shape[1:])
     chunk = max(_CHUNK // max(math.prod(images.shape[1:]), 1), 1)
-    sharding = batch_sharding(mesh) if sharded else replicated(mesh)
+    sharding = batch_sharding(mesh) if sharded else copied
     write = jax.jit(
         lambda all_rows, some, start: jax.lax.dynamic_update_slice_in_dim(all_rows, some, start, 0),
         donate_argnums=0,
@@ -135,7 +142,7 @@ def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool
             array = write(array, jax.device_put(some, device), start - first)
         arrays.append(array)
     held = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-    return ResidentSplit(held, jax.device_put(labels, replicated(mesh)))
+    return ResidentSplit(held, jax.device_put(labels, copied))
 
 
 def take(images: Array, index: Array, mesh: Mesh) -> Array:

@@ -10,10 +10,12 @@ import pytest
 
 from sync_jax import sharding
 from sync_jax.config import default_config
-from sync_jax.data import catalogue, placement
+from sync_jax.data import catalogue, parts, placement
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import put_on_devices, take, training_batch
 from sync_jax.errors import InputError
+from sync_jax.memory import aligned_empty
+from tests import tiny
 from tests.data.pictures import pixels
 
 ALL = Augmentation(2, True, 20.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.5)
@@ -68,6 +70,40 @@ def test_free_memory_is_the_devices_own(monkeypatch):
     assert placement.free_memory(mesh) == 220
     available = placement.free_memory(sharding.make_mesh())  # a CPU's eight share the host's
     assert 1e8 < available < 1e13
+
+
+def test_a_cpu_computes_with_the_images_where_they_are():
+    """So that they are in its memory once; an array that begins elsewhere is copied."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    images = aligned_empty((19, 5, 5, 3))
+    images[:] = [pixels(i, 5, 5) for i in range(19)]
+    labels = np.arange(19, dtype=np.int32)
+    split = put_on_devices(images, labels, mesh, sharded=False)
+    assert split.images.unsafe_buffer_pointer() == images.ctypes.data
+    np.testing.assert_array_equal(split.images, images)
+    np.testing.assert_array_equal(split.labels, labels)
+    other = put_on_devices(images[1:], labels[1:], mesh, sharded=False)
+    assert other.images.unsafe_buffer_pointer() != images[1:].ctypes.data
+    np.testing.assert_array_equal(other.images, images[1:])
+
+
+@pytest.mark.parametrize("moved", [1, 7, 4096])
+def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
+    tmp_path, monkeypatch, moved
+):
+    section = default_config().data
+    section.data_dir, section.calibration_size = str(tiny.prepare(tmp_path)), 40
+    images, labels = catalogue.load(section, "train")
+    whole = images.copy()
+    monkeypatch.setattr(catalogue, "load", lambda *_, **__: (images, labels))
+    monkeypatch.setattr(parts, "_ROWS", moved)
+    train, calibration = parts.load_train_and_calibration(section)
+    for part in (train, calibration):
+        np.testing.assert_array_equal(part.images, whole[part.index])
+        np.testing.assert_array_equal(part.labels, labels[part.index])
+    assert sorted([*train.index, *calibration.index]) == list(range(tiny.NUM_TRAIN))
+    assert train.images.ctypes.data == images.ctypes.data
+    assert images.ctypes.data % 64 == 0  # as a CPU's device wants it
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
