@@ -32,7 +32,7 @@ from sync_jax.roll_call import roll_call
 
 T = TypeVar("T")
 
-_GRACE = 5.0  # seconds that a process has to end by itself after another has failed
+_GRACE = 5.0  # seconds for processes to end by themselves, after one failed or at a SIGTERM to all
 _BEYOND = 30.0  # seconds for JAX's own meeting, once all have come to ours
 _INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
@@ -135,6 +135,15 @@ def _meet(given: tuple[str | None, int | None, int | None], seconds: float) -> N
 def _give_up(text: str, status: int) -> NoReturn:
     print(f"sync_jax: {text}", file=sys.stderr, flush=True)
     os._exit(status)  # an orderly end would wait for the call that is still under way
+
+
+def outlast_others() -> None:
+    """Lets those that end too, at the same SIGTERM, do so before the process that they meet at.
+
+    As soon as that is gone, JAX aborts them.
+    """
+    if jax_distributed.global_state.service is not None:
+        time.sleep(_GRACE)
 
 
 def _on_tpu() -> bool:

@@ -101,8 +101,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _do() -> None:
-    from sync_jax import compilation_cache, distributed, sharding, train
     from sync_jax import config as config_lib
+    from sync_jax import distributed, sharding
+    from sync_jax.process import ending_at_sigterm
 
     config_lib.check_path("--workdir", _WORKDIR.value or "")
     for runs in _RUNS.value:
@@ -135,6 +136,14 @@ def _do() -> None:
         _PROCESS.value,
         seconds=config.process.wait_seconds,
     )
+    with ending_at_sigterm(distributed.outlast_others):
+        _do_together(config, name)
+
+
+def _do_together(config: ConfigDict, name: str) -> None:
+    """What all processes do, once they have met."""
+    from sync_jax import compilation_cache, sharding, train
+
     sharding.check_devices()
     if _MODE.value in ("train", "sweep") and (
         complaint := compilation_cache.use(config.process.compilation_cache)

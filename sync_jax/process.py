@@ -50,11 +50,14 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_at_sigterm() -> Iterator[None]:
+def ending_at_sigterm(before: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Ends the process at SIGTERM, with status 75, but where `terminated` notes it instead.
 
     For what has nothing to save. At once, for an exception can be lost: one that is raised while
     Python collects garbage is.
+
+    Args:
+        before: called first.
     """
 
     def end() -> None:
@@ -62,6 +65,7 @@ def ending_at_sigterm() -> Iterator[None]:
             sys.stdout.flush()
         text = "sync_jax: stopped by SIGTERM, no training under way; the same command goes on"
         os.write(2, f"{text}\n".encode())
+        before()
         os._exit(75)
 
     with _on_sigterm(end):

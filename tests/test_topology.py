@@ -250,9 +250,10 @@ with process.ending_at_sigterm():
     if count == 1:
         print("waiting", flush=True)
     distributed.initialize(f"localhost:{port}", 2, i, seconds=200)
-    processes = distributed.Processes(seconds=200)
-    print("waiting", flush=True)
-    processes.from_first("it", lambda: sys.stdin.read())
+    with process.ending_at_sigterm(distributed.outlast_others):
+        processes = distributed.Processes(seconds=200)
+        print("waiting", flush=True)
+        processes.from_first("it", lambda: sys.stdin.read())
 """
 
 
