@@ -28,6 +28,7 @@ from benchmarks.step import CLOCKS, describe_machine, row
 from sync_jax import sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.config import validate
+from sync_jax.data import catalogue
 from sync_jax.data.parts import Part, calibration_size
 from sync_jax.data.placement import Placement
 from sync_jax.distributed import Processes
@@ -136,7 +137,7 @@ def main() -> None:
     config.model.dtype = arguments.dtype
     config.model.width = config.model.width if arguments.width < 0 else arguments.width
     config.train.batch_size = arguments.batch or config.train.batch_size
-    info = train.catalogue.dataset_info(config.data)
+    info = catalogue.dataset_info(config.data)
     train_size = info.num_train - calibration_size(config.data, info.num_train)
     steps = arguments.steps or -(-train_size // config.train.batch_size)
     config.train.epochs = steps * config.train.batch_size / train_size

@@ -142,7 +142,7 @@ def _do() -> None:
 
 def _do_together(config: ConfigDict, name: str) -> None:
     """What all processes do, once they have met."""
-    from sync_jax import compilation_cache, sharding, train
+    from sync_jax import compilation_cache, loading, sharding, train
 
     sharding.check_devices()
     if _MODE.value in ("train", "sweep") and (
@@ -161,7 +161,7 @@ def _do_together(config: ConfigDict, name: str) -> None:
     default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
     if _MODE.value == "prepare":
-        train.prepare(config)
+        loading.prepare(config)
     elif _MODE.value == "train":
         train.train_and_evaluate(config, workdir)
     else:

@@ -16,14 +16,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax import sharding
-from sync_jax.checkpoint import Checkpoints, latest_notes
-from sync_jax.config import check_sizes, to_json
-from sync_jax.data import catalogue, pictures
-from sync_jax.data.parts import Part, load_test, load_train_and_calibration
-from sync_jax.data.placement import Placement, choose
+from sync_jax.checkpoint import Checkpoints
+from sync_jax.config import to_json
+from sync_jax.data.parts import Part, load_test
 from sync_jax.distributed import Processes
-from sync_jax.errors import InputError, NonFiniteError, TerminatedError
+from sync_jax.errors import NonFiniteError, TerminatedError
 from sync_jax.evaluate import Predictions, evaluation_record
+from sync_jax.loading import load_data
 from sync_jax.methods import METHODS
 from sync_jax.nonfinite import NonFiniteSteps, RollbackError
 from sync_jax.printable import say
@@ -338,22 +337,6 @@ def evaluate_finished(
     show_report(report, workdir)
 
 
-def prepare(config: ConfigDict) -> None:
-    """Obtains and prepares the config's dataset; once is enough.
-
-    Raises:
-        InputError: it cannot be had.
-    """
-    catalogue.make_ready(config.data)
-    if config.data.name in pictures.NAMES:
-        if config.data.placement == "device":  # perhaps of another machine, with more memory
-            pictures.prepare_squares(config.data)
-            return
-        placement = decide(config, sharding.make_mesh())
-        make_squares(config, placement)
-        print(placement.reason)
-
-
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
     """Whether the folder holds the run's report, which is shown then.
 
@@ -369,57 +352,6 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     else:  # other coverages, target risks or delta than it was made with
         evaluate_finished(config, workdir)
     return True
-
-
-def load_data(
-    config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path, processes: Processes
-) -> tuple[Placement, Part, Part]:
-    """Where the training images are to be, and the training and the calibration part.
-
-    Raises:
-        InputError: they cannot be had, or the config does not fit them.
-    """
-
-    def make_ready() -> None:
-        if not catalogue.is_ready(config.data):
-            catalogue.make_ready(config.data)
-        check_sizes(config)
-
-    processes.together("preparing the data", make_ready)
-    # One for all: each would decide by its own free memory.
-    decided = processes.from_first(
-        "where the images are to be", lambda: dataclasses.asdict(decide(config, mesh, workdir))
-    )
-    placement = Placement(**decided)
-
-    def load() -> tuple[Part, Part]:
-        make_squares(config, placement)
-        return load_train_and_calibration(config.data, decode=not placement.on_device)
-
-    return placement, *processes.together("reading the data", load)
-
-
-def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Placement:
-    """What `data.placement` says; a run that goes on stays where it was.
-
-    Raises:
-        InputError: there is no room.
-    """
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
-    section = config.data.copy_and_resolve_references()
-    notes = latest_notes(workdir / "checkpoints") if workdir else None
-    if notes is not None and section.placement == "auto":
-        # Its crops would be others elsewhere, and free memory changes.
-        section.placement = "device" if notes["on_device"] else "host"
-    return choose(section, info, mesh)
-
-
-def make_squares(config: ConfigDict, placement: Placement) -> None:
-    """Makes the squares that device memory is to hold, of pictures that are kept encoded."""
-    if placement.on_device and config.data.name in pictures.NAMES:
-        pictures.prepare_squares(config.data)
 
 
 def check(

@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 
 from sync_jax import run, sharding, train
 from sync_jax.checkpoint import Checkpoints
+from sync_jax.data.placement import Placement
 from sync_jax.distributed import Processes
 from sync_jax.errors import NonFiniteError
 from sync_jax.evaluate import Predictions
+from sync_jax.loading import load_data
 from sync_jax.nonfinite import FILE
 from sync_jax.progress import Progress
 from sync_jax.run import Run
@@ -238,10 +240,10 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     assert (entry["step"], entry["action"]) == (9, "stop")
     assert {"loss", "selective_risk", "gradient_norm"} <= entry["bad"].keys()
     # The examples, found otherwise: by their order on the host.
-    _, part, _ = train.load_data(config, sharding.make_mesh(), tmp_path, Processes())
+    _, part, _ = load_data(config, sharding.make_mesh(), tmp_path, Processes())
     host = Run(tiny.config(data_dir, method="sync", data__placement="host"),
                sharding.make_mesh(), train_size=len(part.labels),
-               placement=train.Placement(on_device=False))  # fmt: skip
+               placement=Placement(on_device=False))  # fmt: skip
     batch = next(host.feed(part, 8))
     np.testing.assert_array_equal(entry["indices"], part.index[np.asarray(batch["index"])])
     # The latest checkpoint is from before, and everything in it is finite.

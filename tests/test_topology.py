@@ -23,6 +23,7 @@ from sync_jax import sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.distributed import Processes, initialize
 from sync_jax.errors import InputError
+from sync_jax.loading import load_data
 from sync_jax.progress import Progress
 from sync_jax.roll_call import roll_call
 from sync_jax.run import Run
@@ -131,7 +132,7 @@ def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_d
     for sharded in (False, True):
         config = tiny.config(data_dir, method="ce", optimizer__sharded=sharded)
         run = Run(config, MAKE_MESH(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
-        _, part, _ = train.load_data(config, run.mesh, tmp_path, Processes())
+        _, part, _ = load_data(config, run.mesh, tmp_path, Processes())
         state, _ = run.step(run.create_state(), next(run.feed(part, 0)))
         states.append(state)
     momentum = [max(jax.tree.leaves(state.opt_state), key=lambda x: x.size) for state in states]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sync_jax import train
+from sync_jax import loading, train
 from sync_jax.config import check_sizes, default_config, validate
 from sync_jax.data import catalogue, pictures, records
 from sync_jax.data.parts import load_test, load_train_and_calibration
@@ -59,7 +59,7 @@ def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_pa
     config.data.update(section(tmp_path))
     for placement in ("auto", "device"):
         config.data.placement = placement
-        train.prepare(config)
+        loading.prepare(config)
         made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*"))
         assert made == (["test.npy", "train.npy"] if placement == "device" else [])
 
