@@ -23,6 +23,7 @@ from sync_jax.hashing import mix
 from sync_jax.steps import TrainState
 
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score
+_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 _DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
 
 
@@ -72,6 +73,10 @@ class Checkpoints:
             self._processes.from_first(
                 "the checkpoints' scores", lambda: _read_scores(folder, best_metric)
             )
+        )
+        # Orbax clears them away when it opens.
+        self._half_written: list[str] = self._processes.from_first(
+            "half-written checkpoints", lambda: sorted(x.name for x in folder.glob(_HALF_WRITTEN))
         )
         self._guarded(self._open)
 
@@ -131,7 +136,7 @@ class Checkpoints:
 
         Args:
             like: gives shapes, dtypes and shardings.
-            log: told a line of each that is damaged.
+            log: told a line of each that is damaged, or was half written.
 
         Returns:
             It, or None where there is no checkpoint at all.
@@ -141,6 +146,9 @@ class Checkpoints:
             FailedError: one cannot be read for want of memory or the like.
         """
         steps: list[int] = self._processes.from_first("the list of checkpoints", self._steps)
+        while self._half_written:
+            half = self._folder / self._half_written.pop()
+            log(f"checkpoint {half} was half written when its process ended, and is removed")
         damaged: dict[int, str] = {}
         for step in steps:
             if self._processes.count > 1:

@@ -33,7 +33,7 @@ from sync_jax.roll_call import roll_call
 T = TypeVar("T")
 
 _GRACE = 5.0  # seconds for processes to end by themselves, after one failed or at a SIGTERM to all
-_BEYOND = 30.0  # seconds for JAX's own meeting, once all have come to ours
+_BEYOND = 60.0  # seconds for JAX's own meeting, once all have come to ours
 _INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
 # What Slurm's srun gives each process; a script under sbatch alone has not all of them.
@@ -56,80 +56,88 @@ def initialize(
         seconds: how long to wait for the others.
 
     Raises:
-        InputError: the arguments are incomplete.
+        InputError: the arguments are incomplete, or no such process or port is possible.
         FailedError: the others cannot be met; it names those that did not come in time. Where
             JAX's meeting hangs though all have come, the process ends, with a line and status 1;
             when it is interrupted meanwhile, with status 130.
     """
     given = (coordinator, processes, process)
-    automatic = all(name in os.environ for name in _SLURM) or _on_tpu()
-    if given == (None, None, None):
-        if not automatic:
-            return
-    elif None in given:
-        raise InputError("--coordinator, --processes and --process belong together")
-    elif not 0 <= process < processes:  # type: ignore[operator]
-        raise InputError(f"--process={process} must be between 0 and --processes={processes} - 1")
-    elif ":" not in str(coordinator) or not str(coordinator).rpartition(":")[2].isdigit():
-        raise InputError(f"--coordinator={coordinator} must be HOST:PORT")
+    if given != (None, None, None):
+        _check(*given)
+    elif not all(name in os.environ for name in _SLURM) and not _on_tpu():
+        return
     # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def meet() -> None:
-        try:
-            _meet(given, seconds)
-            ended.put(None)
-        except Exception as error:
-            ended.put(error)
-
-    # In a thread of its own, for nothing can interrupt JAX's call, a signal neither.
-    threading.Thread(target=meet, daemon=True).start()
-    try:
-        error = ended.get(timeout=seconds + _BEYOND)
-    except queue.Empty:
-        _give_up(f"the other processes were not met within {seconds + _BEYOND:g} s", 1)
-    except KeyboardInterrupt:
-        _give_up("interrupted", 130)
-    if isinstance(error, RuntimeError | ValueError | OSError):
-        raise FailedError(f"the other processes cannot be met: {_one_line(error)}") from error
-    if error is not None:
-        raise error
-
-
-def _meet(given: tuple[str | None, int | None, int | None], seconds: float) -> None:
-    """Waits for all processes of those arguments, or those that the surroundings tell of."""
-    coordinator, processes, process = given
     local_devices = None
-    if coordinator is None:
-        coordinator, processes, process, local_devices = (
-            jax_distributed.clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, int(seconds)
+    try:
+        if coordinator is None:
+            coordinator, processes, process, local_devices = (
+                jax_distributed.clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                    None, None, None, None, None, int(seconds)
+                )
             )
-        )
-    if coordinator is None:
-        return  # a TPU's library, but no slice
-    assert processes is not None
-    assert process is not None
-    missing = roll_call(coordinator, processes, process, seconds=seconds)
+        if coordinator is None or processes is None or process is None:
+            return  # a TPU's library, but no slice
+        missing = roll_call(coordinator, processes, process, seconds=seconds)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f" at {coordinator}" if coordinator else ""
+        raise FailedError(
+            f"the other processes cannot be met{where}: {_one_line(error)}"
+        ) from error
     if missing:
         raise FailedError(
             f"process {', '.join(map(str, missing))} of {processes} did not come to the meeting at "
             f"{coordinator} within {seconds:g} s; its own log says why"
         )
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        local_devices,
-        cluster_detection_method="deactivate",
-        # Its own limit ends the process with a stack of C++, so ours comes first.
-        initialization_timeout=int(seconds) + 2 * int(_BEYOND),
-        # A process that died is noticed within this time, and the others are ended.
-        heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
-        shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
-    )
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def meet() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                local_devices,
+                cluster_detection_method="deactivate",
+                # Its own limit ends the process with a stack of C++, so ours comes first.
+                initialization_timeout=2 * int(_BEYOND),
+                # A process that died is noticed within this time, and the others are ended.
+                heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
+                shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
+            )
+            ended.put(None)
+        except Exception as error:
+            ended.put(error)
+
+    # In a thread of its own, for nothing can interrupt the call, a signal neither.
+    threading.Thread(target=meet, daemon=True).start()
+    try:
+        failure = ended.get(timeout=_BEYOND)
+    except queue.Empty:
+        _give_up(
+            f"all {processes} processes came to {coordinator}, but JAX did not connect them within "
+            f"{_BEYOND:g} s",
+            1,
+        )
+    except KeyboardInterrupt:
+        _give_up("interrupted", 130)
+    if isinstance(failure, RuntimeError | ValueError):
+        raise FailedError(
+            f"the other processes cannot be met at {coordinator}: {_one_line(failure)}"
+        ) from failure
+    if failure is not None:
+        raise failure
+
+
+def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    if coordinator is None or processes is None or process is None:
+        raise InputError("--coordinator, --processes and --process belong together")
+    if not 0 <= process < processes:
+        raise InputError(f"--process={process} must be between 0 and --processes={processes} - 1")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--coordinator={coordinator} must be HOST:PORT, a port from 1 to 65535")
 
 
 def _give_up(text: str, status: int) -> NoReturn:
@@ -197,10 +205,18 @@ class Processes:
         client.key_value_set(f"{key}/{self.index}", json.dumps(value))
         seconds = self._seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
+        # Who waits as long as it takes says so now and then.
+        patience = self._seconds if math.isinf(seconds) else math.inf
         values, missing = [], []
         for process in range(self.count):
             # Who has come must be found even when the time is over.
-            text = _found(client, f"{key}/{process}", max(deadline, time.monotonic() + 2.0))
+            until = max(deadline, time.monotonic() + 2.0)
+            while True:
+                next_line = time.monotonic() + patience
+                text = _found(client, f"{key}/{process}", min(until, next_line))
+                if text is not None or next_line > until:
+                    break
+                say(f"process {self.index} still waits for process {process}: {what}")
             if text is None:
                 missing.append(str(process))
             else:

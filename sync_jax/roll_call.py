@@ -19,22 +19,23 @@ def roll_call(address: str, count: int, index: int, *, seconds: float) -> list[i
         address: HOST:PORT, a free port of process 0's host; the same for all.
         count: how many processes there are.
         index: which one this is, from 0.
-        seconds: how long to wait.
+        seconds: how long process 0 waits for the others, and they for it. Who has reached it waits
+            for its answer, though it may have begun later.
 
     Returns:
-        Those that did not come in time; none if all did. Process 0 alone where it is not reached.
+        Those that did not come in time; none if all did. Process 0 where it was never reached.
 
     Raises:
-        OSError: process 0 cannot listen there.
+        OSError: process 0 cannot listen there, or its host has no address.
     """
     host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + seconds
     if index == 0:
-        return _listen(int(port), count, deadline)
-    return _report(host.strip("[]"), int(port), index, deadline)
+        return _listen(int(port), count, seconds)
+    return _report(host.strip("[]"), int(port), index, seconds)
 
 
-def _listen(port: int, count: int, deadline: float) -> list[int]:
+def _listen(port: int, count: int, seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
     present: dict[int, socket.socket] = {}
     others = set(range(1, count))
     dual = socket.has_dualstack_ipv6()
@@ -45,8 +46,7 @@ def _listen(port: int, count: int, deadline: float) -> list[int]:
         server.settimeout(_POLL)
         while time.monotonic() < deadline:
             if present.keys() == others:
-                for who in [who for who, x in present.items() if _has_ended(x)]:
-                    present.pop(who).close()
+                _forget_ended(present)
                 if present.keys() == others:
                     break
             try:
@@ -65,6 +65,7 @@ def _listen(port: int, count: int, deadline: float) -> list[int]:
                 present[who].close()
             connection.setblocking(False)
             present[who] = connection
+    _forget_ended(present)
     missing = sorted(others - present.keys())
     for connection in present.values():
         with contextlib.suppress(OSError):  # it has ended since, which JAX's meeting finds out
@@ -73,27 +74,39 @@ def _listen(port: int, count: int, deadline: float) -> list[int]:
     return missing
 
 
-def _has_ended(connection: socket.socket) -> bool:
-    """Whether the other side of a non-blocking connection is gone: till then it says nothing."""
-    try:
-        return connection.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+def _forget_ended(present: dict[int, socket.socket]) -> None:
+    """Drops those whose side of their non-blocking connections is gone; till then they are mute."""
+    for who, connection in list(present.items()):
+        try:
+            ended = connection.recv(1) == b""
+        except BlockingIOError:
+            ended = False
+        except OSError:
+            ended = True
+        if ended:
+            present.pop(who).close()
 
 
-def _report(host: str, port: int, index: int, deadline: float) -> list[int]:
+def _report(host: str, port: int, index: int, seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    unknown: socket.gaierror | None = None
     while time.monotonic() < deadline:
+        answer = None
         try:
             with socket.create_connection((host, port), timeout=_POLL) as connection:
+                unknown = None
                 connection.sendall(b"%d\n" % index)
-                answer = _answer(connection, deadline + _GRACE)
-        except OSError:  # it is not there yet, or was killed
-            answer = None
+                # Its time may have begun just now.
+                answer = _answer(connection, time.monotonic() + seconds + _GRACE)
+        except socket.gaierror as error:
+            unknown = error  # a name server may learn of the host yet
+        except OSError:
+            pass  # it is not there yet, or was killed
         if answer is not None:
             return answer
         time.sleep(_RETRY)
+    if unknown is not None:
+        raise unknown
     return [0]
 
 

@@ -1,3 +1,4 @@
+import asyncio
 import copy
 import gc
 import random
@@ -5,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 
 import chex
 import hypothesis
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sync_jax import checkpoint, sharding
 from sync_jax.checkpoint import Checkpoints
@@ -57,10 +60,39 @@ def test_a_save_in_progress_is_no_checkpoint_and_what_is_left_of_it_goes(tmp_pat
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state(1.0), 1)
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    lines: list[str] = []
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 1
+        for _ in range(2):  # said once
+            assert checkpoints.restore(state(0.0), lines.append).step == 1
         checkpoints.save(state(2.0), 2)
+    assert lines == [
+        f"checkpoint {tmp_path}/2.orbax-checkpoint-tmp was half written when its process ended, "
+        "and is removed"
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
+    """Until it is complete there is no such checkpoint."""
+    may_end, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
+
+    async def slow(self):
+        while not may_end.is_set():
+            await asyncio.sleep(0.01)
+        await finalize(self)
+
+    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", slow)
+    too_late = threading.Timer(60, may_end.set)
+    too_late.start()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state(1.0), 1)
+        assert not may_end.is_set(), "it waited"
+        assert not (tmp_path / "1").exists()
+        may_end.set()
+        checkpoints.wait()
+        assert (tmp_path / "1").is_dir()
+    too_late.cancel()
 
 
 def test_saved_state_may_be_donated(tmp_path):

@@ -1,6 +1,5 @@
 """The same training curve on one device, on eight, and on two processes of two devices each."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -238,7 +237,7 @@ def test_a_port_in_use_is_an_error():
         taken.listen()
         command = [sys.executable, "-c", COMING, "0", str(taken.getsockname()[1]), "2"]
         (printed,) = processes.finish(processes.start([command]), timeout=60)
-    assert printed.startswith("FailedError the other processes cannot be met: ")
+    assert printed.startswith("FailedError the other processes cannot be met at localhost:")
     assert "in use" in printed
 
 
@@ -348,7 +347,14 @@ def test_under_slurm_processes_find_each_other_by_themselves():
     [
         (("localhost:1", 2, None), "--coordinator, --processes and --process belong together"),
         (("localhost:1", 2, 2), "--process=2 must be between 0 and --processes=2 - 1"),
-        (("localhost", 2, 0), "--coordinator=localhost must be HOST:PORT"),
+        (
+            ("localhost", 2, 0),
+            "--coordinator=localhost must be HOST:PORT, a port from 1 to 65535",
+        ),
+        (
+            ("localhost:99999", 2, 0),
+            "--coordinator=localhost:99999 must be HOST:PORT, a port from 1 to 65535",
+        ),
     ],
 )
 def test_incomplete_arguments_are_refused(arguments, message):
@@ -386,18 +392,41 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
     assert len(calls) == 1
 
 
+def test_whoever_reached_process_0_waits_for_its_word_though_it_began_later():
+    """And one that came and ended is as missing as one that never came."""
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=3)
+        time.sleep(2)
+        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=3)
+        connect(port, b"3\n").close()
+        assert [call.result() for call in (first, second)] == [[2, 3], [2, 3]]
+
+
+def connect(port: str, words: bytes) -> socket.socket:
+    """A connection to process 0, as soon as it listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            connection = socket.create_connection(("localhost", int(port)))
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+    connection.sendall(words)
+    return connection
+
+
+def test_a_host_without_address_is_said_to_be_one():
+    with pytest.raises(socket.gaierror):
+        roll_call("no.such.host.invalid:1234", 2, 1, seconds=0.5)
+
+
 def test_a_roll_call_survives_strangers_and_processes_that_begin_anew():
     port = free_port()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(roll_call, f"localhost:{port}", 3, 0, seconds=60)
-        for words in (b"GET / HTTP/1.1\r\n", b"", b"7\n", b"2\n"):
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                with contextlib.suppress(ConnectionRefusedError):
-                    connection = socket.create_connection(("localhost", int(port)))
-                    break
-            with connection:
-                connection.sendall(words)
+        for words in (b"GET / HTTP/1.1\r\n", b"", b"7\n", b"2\n", b"2\n"):
+            connect(port, words).close()
         others = [pool.submit(roll_call, f"localhost:{port}", 3, i, seconds=60) for i in (1, 2)]
         assert [call.result() for call in (first, *others)] == [[], [], []]
 

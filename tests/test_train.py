@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from sync_jax import process, sharding, train
+from sync_jax import run as run_lib
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.data import catalogue
+from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluate import Predictions
+from sync_jax.loading import load_data
 from sync_jax.methods import METHODS
 from sync_jax.progress import Progress
 from sync_jax.report import read_report
@@ -353,8 +356,42 @@ def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
     train.train_and_evaluate(tiny.config(data_dir, process__watchdog_seconds=0.5), tmp_path)
     assert "sync_jax: no step has finished for" in shown
     assert "in hangs_at_nine" in shown
-    # Steps, and batches of 16: of two evaluations of the training and of both splits at its end.
-    assert len(heard) >= 18 + 2 * 3 + 3 + 5
+    # Steps, saves, and batches of 16: of two evaluations while training and of both splits at its
+    # end, between which the test split is read.
+    assert len(heard) == 18 + 3 + 2 * 3 + 3 + 1 + 5
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "aurc"])
+def test_the_best_on_the_calibration_split_is_kept(metric, data_dir, tmp_path, monkeypatch):
+    """The highest accuracy or the lowest AURC: here of step 6, neither the latest nor the worst."""
+    given = iter([0.9, 0.2, 0.5] if metric == "accuracy" else [0.1, 0.8, 0.5])
+    evaluate = Run.calibration_metrics
+    monkeypatch.setattr(Run, "calibration_metrics", lambda *a: evaluate(*a) | {metric: next(given)})
+    config = tiny.config(
+        data_dir,
+        checkpoint__keep=1,
+        checkpoint__keep_best=1,
+        checkpoint__best_metric=metric,
+        log__calibration_every_epochs=0.5,
+    )
+    train.train_and_evaluate(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"6", "18"}
+
+
+def test_what_the_host_has_cropped_is_not_cropped_again(data_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def augment(key, images, augmentation, **options):
+        asked.append((augmentation.min_crop_area, images.dtype, options))
+        return images.astype(jnp.float32)
+
+    monkeypatch.setattr(run_lib, "augment", augment)
+    config = tiny.config(data_dir, data__placement="host", data__min_crop_area=0.5)
+    mesh = sharding.make_mesh()
+    placement, part, _ = load_data(config, mesh, tmp_path, Processes())
+    run = Run(config, mesh, train_size=len(part.labels), placement=placement)
+    run.step(run.create_state(), next(run.feed(part, 0)))
+    assert asked == [(0.5, np.uint8, {"cropped": True})]
 
 
 def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):

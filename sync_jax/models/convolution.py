@@ -18,12 +18,11 @@ from jax.typing import DTypeLike
 Padding = tuple[tuple[int, int], tuple[int, int]]
 # A map of few places is a sum over pairs of an input's and an output's place.
 _FEW_PLACES = 4
-# With fewer channels Winograd's additions cost more than the multiplications that they save.
+# With fewer channels Winograd's additions cost more than the multiplications that they save; in the
+# kernel's gradient, where XLA is slower, with fewer than half as many.
 _WINOGRAD_CHANNELS = 64
 # With a stride and fewer channels XLA's convolution is fast, its gradients too.
 _FEW_CHANNELS = 4
-# Otherwise, of fewer, a product with a matrix of patches is faster.
-_NATIVE_CHANNELS = 16
 
 
 class Conv(nn.Module):
@@ -87,9 +86,12 @@ def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
             return _place_by_place(x, kernel)
         if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
             return _winograd(x, kernel)
-    if strides != (1, 1) and kernel.shape[2] < _FEW_CHANNELS:
-        return _native(x, kernel, strides, padding)
-    return _by_patches(x, kernel, strides, padding)
+        if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS // 2:
+            return _native_forward(x, kernel, strides, padding, _winograd_kernel_gradient)
+    if strides != (1, 1) and kernel.shape[2] >= _FEW_CHANNELS:
+        of_kernel = functools.partial(_patches_kernel_gradient, strides=strides, padding=padding)
+        return _native_forward(x, kernel, strides, padding, of_kernel)
+    return _native(x, kernel, strides, padding)
 
 
 def _matmul(x: Array, matrix: Array) -> Array:
@@ -144,39 +146,62 @@ def _place_by_place_backward(saved: tuple[Array, Array], gradient: Array) -> tup
 _place_by_place.defvjp(_place_by_place_forward, _place_by_place_backward)
 
 
-# --- Patches --------------------------------------------------------------------------------------
+# --- XLA's own, but for the kernel's gradient -----------------------------------------------------
+
+# Of a layer's input, kernel and output's gradient.
+KernelGradient = Callable[[Array, Array, Array], Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _by_patches(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    """One product of a matrix of patches with the kernel, or XLA's own for many channels."""
-    if kernel.shape[2] >= _NATIVE_CHANNELS:
-        return _native(x, kernel, strides, padding)
-    return _matmul(_patches(x, kernel, strides, padding), kernel.reshape(-1, kernel.shape[-1]))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _native_forward(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    kernel_gradient: KernelGradient,
+) -> Array:
+    """XLA's convolution and its gradient of the input, with another of the kernel."""
+    del kernel_gradient
+    return _native(x, kernel, strides, padding)
 
 
-def _by_patches_forward(
-    x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
+def _native_forward_forward(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    kernel_gradient: KernelGradient,
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _by_patches(x, kernel, strides, padding), (x, kernel)
+    return _native_forward(x, kernel, strides, padding, kernel_gradient), (x, kernel)
 
 
-def _by_patches_backward(
-    strides: tuple[int, int], padding: Padding, saved: tuple[Array, Array], gradient: Array
+def _native_forward_backward(
+    strides: tuple[int, int],
+    padding: Padding,
+    kernel_gradient: KernelGradient,
+    saved: tuple[Array, Array],
+    gradient: Array,
 ) -> tuple[Array, Array]:
     x, kernel = saved
-    of_kernel = _matmul_gradient(_patches(x, kernel, strides, padding), gradient)
     _, pullback = jax.vjp(lambda x: _native(x, kernel, strides, padding), x)
-    return pullback(gradient)[0], of_kernel.reshape(kernel.shape)
+    return pullback(gradient)[0], kernel_gradient(x, kernel, gradient)
 
 
-_by_patches.defvjp(_by_patches_forward, _by_patches_backward)
+_native_forward.defvjp(_native_forward_forward, _native_forward_backward)
 
 
 def _native(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _patches_kernel_gradient(
+    x: Array, kernel: Array, gradient: Array, *, strides: tuple[int, int], padding: Padding
+) -> Array:
+    """One product of a matrix of patches with the output's gradient."""
+    patches = _patches(x, kernel, strides, padding)
+    return _matmul_gradient(patches, gradient).reshape(kernel.shape)
 
 
 def _patches(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
@@ -292,6 +317,12 @@ def _winograd_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Arr
         [_matmul(inputs[i][j], kernels[turned[i]][turned[j]].T) for j in range(4)] for i in range(4)
     ]
     of_x = _output(products, height, width)
+    return of_x, _winograd_kernel_gradient(x, kernel, gradient)
+
+
+def _winograd_kernel_gradient(x: Array, kernel: Array, gradient: Array) -> Array:
+    del kernel
+    height, width = x.shape[1:3]
     even = jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     outputs = _both_ways(_of_output, _quarters(even))
     inputs = _input_tiles(x)
@@ -299,7 +330,7 @@ def _winograd_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Arr
         _to_kernel,
         [[_matmul_gradient(inputs[i][j], outputs[i][j]) for j in range(4)] for i in range(4)],
     )
-    return of_x, jnp.stack([jnp.stack(row) for row in of_kernel])
+    return jnp.stack([jnp.stack(row) for row in of_kernel])
 
 
 _winograd.defvjp(_winograd_forward, _winograd_backward)

@@ -13,6 +13,18 @@ CASES = {
     ),
     "a folder": Bad(["--config=configs"], "--config=configs is no file"),
     "stray argument": Bad([QUICKSTART, "train"], "unexpected argument 'train'"),
+    "half of what several processes need": Bad(
+        [QUICKSTART, "--processes=2", "--process=0"],
+        "--coordinator, --processes and --process belong together",
+    ),
+    "a process too many": Bad(
+        [QUICKSTART, "--coordinator=localhost:1234", "--processes=2", "--process=2"],
+        "--process=2 must be between 0 and --processes=2 - 1",
+    ),
+    "no such port": Bad(
+        [QUICKSTART, "--coordinator=localhost:99999", "--processes=2", "--process=0"],
+        "--coordinator=localhost:99999 must be HOST:PORT, a port from 1 to 65535",
+    ),
     "unknown flag": Bad([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "unknown mode": Bad(
         [QUICKSTART, "--mode=tset"],

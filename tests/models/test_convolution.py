@@ -22,14 +22,15 @@ CASES = {
     "one place": (1, 1, 5, 6, 3, 1, ONE),
     "few places": (2, 2, 5, 6, 3, 1, ONE),
     "few places, three in a row": (1, 3, 5, 6, 3, 1, ONE),
-    "patches": (7, 6, 3, 5, 3, 1, ONE),
+    "kernel's gradient by winograd": (5, 7, 33, 34, 3, 1, ONE),
+    "xla's own": (7, 6, 3, 5, 3, 1, ONE),
     "patches, stride": (9, 8, 4, 5, 5, 2, ((1, 2), (2, 1))),
     "patches, more stride than kernel": (9, 8, 4, 5, 2, 3, NONE),
-    "a stem": (12, 13, 3, 4, 7, 2, ((3, 3), (3, 3))),
-    "more channels": (8, 7, 20, 5, 3, 2, ONE),
+    "xla's own, a stem": (12, 13, 3, 4, 7, 2, ((3, 3), (3, 3))),
+    "patches, more channels": (8, 7, 20, 5, 3, 2, ONE),
     "1 x 1": (4, 5, 6, 7, 1, 1, NONE),
     "1 x 1, stride": (7, 6, 5, 4, 1, 2, NONE),
-    "1 x 1, padded": (3, 3, 5, 4, 1, 1, ONE),
+    "xla's own, 1 x 1, padded": (3, 3, 5, 4, 1, 1, ONE),
 }
 
 
@@ -75,14 +76,29 @@ def test_each_way_is_taken(monkeypatch):
     """The cases above are of the ways that they are named after."""
     ways = {
         **{"winograd": "_winograd", "few": "_place_by_place", "one": "_place_by_place"},
-        **{"patches": "_by_patches", "more": "_by_patches", "a": "_native"},
+        **{"patches": "_patches", "1": "_matmul", "xla's": "_native"},
+        "kernel's": "_winograd_kernel_gradient",
     }
+    taken = set()
+
+    def noted(way):
+        real = getattr(convolution, way)
+
+        def function(*arguments, **options):
+            taken.add(way)
+            return real(*arguments, **options)
+
+        return function
+
+    for way in set(ways.values()):
+        monkeypatch.setattr(convolution, way, noted(way))
     for name, case in CASES.items():
-        way = ways.get(name.split()[0].rstrip(","))
-        way = way or ("_by_patches" if case[4] > 1 or case[6] != NONE else "_matmul")
-        with monkeypatch.context() as patch:
-            patch.setattr(convolution, way, lambda *_: "taken")
-            assert convolve(*arrays(case), (case[5], case[5]), case[6]) == "taken", name
+        taken.clear()
+        value_and_gradients(convolve, *arrays(case), *case[5:])
+        way = ways[name.split()[0].rstrip(",")]
+        assert way in taken, name
+        if way == "_native":
+            assert taken == {way}, name
 
 
 @pytest.mark.parametrize("name", ["few places", "patches, stride"])
@@ -115,7 +131,7 @@ def test_elsewhere_and_in_low_precision_it_is_xlas(monkeypatch):
 def test_parameters_are_flaxs(strides, padding, use_bias):
     fields = {"strides": strides, "padding": padding, "use_bias": use_bias}
     ours, theirs = Conv(5, (3, 3), **fields), nn.Conv(5, (3, 3), **fields)
-    x = arrays(CASES["patches"])[0]
+    x = arrays(CASES["xla's own"])[0]
     variables = theirs.init(jax.random.key(1), x)
     chex.assert_trees_all_equal(ours.init(jax.random.key(1), x), variables)
     if use_bias:
