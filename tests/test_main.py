@@ -57,6 +57,25 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in loud.stderr
 
+    # On a disk that has become read-only: nothing is begun anew, and nothing lost.
+    (folder / workdir / "report.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (folder / workdir).rglob("*")}
+    read_only = (
+        f'mount --bind "{workdir}" "{workdir}" && mount -o remount,ro,bind "{workdir}" && '
+        'exec "$0" "$@"'
+    )
+    inside = ["unshare", "--mount", "sh", "-c", read_only]
+    if subprocess.run([*inside, "true"], cwd=folder, capture_output=True).returncode:
+        return  # not as any user
+    command[:0] = inside
+    refused = start()
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"sync_jax: --workdir={workdir} cannot be written: Read-only file system\n"
+    )
+    after = {path: path.stat().st_mtime_ns for path in (folder / workdir).rglob("*")}
+    assert after == before
+
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),

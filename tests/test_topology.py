@@ -155,7 +155,7 @@ def free_port() -> str:
 
 
 AGREEING = """
-import sys
+import sys, time
 from sync_jax import distributed, errors
 
 i, port = int(sys.argv[1]), sys.argv[2]
@@ -174,6 +174,7 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
+distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(2.5))
 if processes.first:
     try:
         distributed.Processes(seconds=1, name="again").share("the end")
@@ -197,7 +198,9 @@ def test_processes_agree_and_name_those_that_are_missing():
         "[0, 'first']",
         "FailedError process 1 of 2 did not come to 'the end' within 1 s; its own log says why",
     ]
-    assert second.splitlines() == [shared, "InputError no such file", "fine", "[0, 'first']"]
+    waits = "process 1 still waits for process 0: the data"
+    expected = [shared, "InputError no such file", "fine", "[0, 'first']", waits, waits]
+    assert second.splitlines() == expected
 
 
 COMING = """

@@ -25,7 +25,7 @@ def augment(
 ) -> Array:
     """What `augmentation` says, at random, each image by itself.
 
-    Resizing, shifts and flips are one product with a matrix of weights for rows and one for
+    Resizing, shifts and their flips are one product with a matrix of weights for rows and one for
     columns, rather than gathers, which are slow on TPUs. Integers up to 255 are exact even in
     bfloat16, so without resizing the result is exact at every matmul precision.
 
