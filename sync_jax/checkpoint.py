@@ -147,7 +147,7 @@ class Checkpoints:
         """
         steps: list[int] = self._processes.from_first("the list of checkpoints", self._steps)
         while self._half_written:
-            half = self._folder / self._half_written.pop()
+            half = self._folder / self._half_written.pop(0)
             log(f"checkpoint {half} was half written when its process ended, and is removed")
         damaged: dict[int, str] = {}
         for step in steps:

@@ -8,7 +8,6 @@ where the others do not would otherwise leave them waiting in a collective for e
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import queue
 import sys
@@ -136,7 +135,8 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
     if not 0 <= process < processes:
         raise InputError(f"--process={process} must be between 0 and --processes={processes} - 1")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    number = int(port) if port.isascii() and port.isdecimal() and len(port) < 6 else 0
+    if not host or not 0 < number < 65536:
         raise InputError(f"--coordinator={coordinator} must be HOST:PORT, a port from 1 to 65535")
 
 
@@ -186,13 +186,13 @@ class Processes:
         if self.first:
             say(text)
 
-    def share(self, what: str, value: Any = None, *, seconds: float | None = None) -> list[Any]:
+    def share(self, what: str, value: Any = None, *, after_first: bool = False) -> list[Any]:
         """Every process's value, in order; waits until all have come.
 
         Args:
             what: is being waited for, for the error.
             value: of JSON's types.
-            seconds: how long; None: as long as usual.
+            after_first: as long as the first takes for its own; and then for the others as usual.
 
         Raises:
             FailedError: naming those that did not come in time.
@@ -203,20 +203,16 @@ class Processes:
         self._calls += 1
         key = f"sync_jax/{self._name}/{self._calls}/{what}"
         client.key_value_set(f"{key}/{self.index}", json.dumps(value))
-        seconds = self._seconds if seconds is None else seconds
-        deadline = time.monotonic() + seconds
-        # Who waits as long as it takes says so now and then.
-        patience = self._seconds if math.isinf(seconds) else math.inf
         values, missing = [], []
+        if after_first:
+            until = time.monotonic() + self._seconds
+            while _found(client, f"{key}/0", until) is None:  # if it dies, JAX ends the others
+                say(f"process {self.index} still waits for process 0: {what}")
+                until = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self._seconds
         for process in range(self.count):
             # Who has come must be found even when the time is over.
-            until = max(deadline, time.monotonic() + 2.0)
-            while True:
-                next_line = time.monotonic() + patience
-                text = _found(client, f"{key}/{process}", min(until, next_line))
-                if text is not None or next_line > until:
-                    break
-                say(f"process {self.index} still waits for process {process}: {what}")
+            text = _found(client, f"{key}/{process}", max(deadline, time.monotonic() + 2.0))
             if text is None:
                 missing.append(str(process))
             else:
@@ -224,7 +220,7 @@ class Processes:
         if missing:
             raise FailedError(
                 f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
-                f"{seconds:g} s; its own log says why"
+                f"{self._seconds:g} s; its own log says why"
             )
         return values
 
@@ -268,8 +264,7 @@ class Processes:
                 result = function()
             except Exception as error:
                 failed, failure = error, _described(error)
-        # As long as it takes: if the first process dies, JAX ends the others.
-        result, failure = self.share(what, [result, failure], seconds=math.inf)[0]
+        result, failure = self.share(what, [result, failure], after_first=True)[0]
         if failed is not None:
             raise failed
         if failure is not None:

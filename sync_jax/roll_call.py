@@ -23,7 +23,8 @@ def roll_call(address: str, count: int, index: int, *, seconds: float) -> list[i
             for its answer, though it may have begun later.
 
     Returns:
-        Those that did not come in time; none if all did. Process 0 where it was never reached.
+        Those that did not come in time; none if all did. Process 0 where it said nothing: it was
+        not reached, or ended.
 
     Raises:
         OSError: process 0 cannot listen there, or its host has no address.
@@ -101,7 +102,7 @@ def _report(host: str, port: int, index: int, seconds: float) -> list[int]:
         except socket.gaierror as error:
             unknown = error  # a name server may learn of the host yet
         except OSError:
-            pass  # it is not there yet, or was killed
+            unknown = None  # it is not there yet, or was killed
         if answer is not None:
             return answer
         time.sleep(_RETRY)

@@ -57,24 +57,30 @@ def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in loud.stderr
 
-    # On a disk that has become read-only: nothing is begun anew, and nothing lost.
-    (folder / workdir / "report.json").unlink()
-    before = {path: path.stat().st_mtime_ns for path in (folder / workdir).rglob("*")}
+
+@pytest.mark.slow
+def test_on_a_read_only_disk_nothing_is_begun_anew_and_nothing_lost(folder):
+    """Where there are checkpoints, and no report yet."""
+    workdir = folder / "run"
+    config = tiny.config(tiny.prepare(folder))
+    train.train_and_evaluate(config, workdir)
+    (workdir / "report.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     read_only = (
         f'mount --bind "{workdir}" "{workdir}" && mount -o remount,ro,bind "{workdir}" && '
         'exec "$0" "$@"'
     )
     inside = ["unshare", "--mount", "sh", "-c", read_only]
-    if subprocess.run([*inside, "true"], cwd=folder, capture_output=True).returncode:
-        return  # not as any user
-    command[:0] = inside
-    refused = start()
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    refused = subprocess.run(
+        [*inside, *tiny.command(folder / "data", workdir)], capture_output=True, text=True
+    )
     assert refused.returncode == 2
     assert refused.stderr == (
         f"sync_jax: --workdir={workdir} cannot be written: Read-only file system\n"
     )
-    after = {path: path.stat().st_mtime_ns for path in (folder / workdir).rglob("*")}
-    assert after == before
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src import distributed as jax_distributed
 
+from sync_jax import roll_call as roll_call_lib
 from sync_jax import sharding, train
 from sync_jax.checkpoint import Checkpoints
 from sync_jax.distributed import Processes, initialize
@@ -174,7 +175,7 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
-distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(2.5))
+distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(4))
 if processes.first:
     try:
         distributed.Processes(seconds=1, name="again").share("the end")
@@ -355,6 +356,10 @@ def test_under_slurm_processes_find_each_other_by_themselves():
             "--coordinator=localhost must be HOST:PORT, a port from 1 to 65535",
         ),
         (
+            ("localhost:" + "9" * 5000, 2, 0),
+            "--coordinator=localhost:" + "9" * 5000 + " must be HOST:PORT, a port from 1 to 65535",
+        ),
+        (
             ("localhost:99999", 2, 0),
             "--coordinator=localhost:99999 must be HOST:PORT, a port from 1 to 65535",
         ),
@@ -395,13 +400,14 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
     assert len(calls) == 1
 
 
-def test_whoever_reached_process_0_waits_for_its_word_though_it_began_later():
+def test_whoever_reached_process_0_waits_for_its_word_though_it_began_later(monkeypatch):
     """And one that came and ended is as missing as one that never came."""
+    monkeypatch.setattr(roll_call_lib, "_GRACE", 1.0)
     port = free_port()
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=3)
-        time.sleep(2)
-        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=3)
+        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=5)
+        time.sleep(2.5)  # its own time would be over 1.5 s before the other's
+        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=5)
         connect(port, b"3\n").close()
         assert [call.result() for call in (first, second)] == [[2, 3], [2, 3]]
 
