@@ -110,7 +110,10 @@ CASES = {
             [QUICKSTART, f"--config.{field}=gs://bucket/x"],
             f"config.{field}=gs://bucket/x must be a path: .*mount the bucket",
         )
-        for field in ("data.data_dir", "data.source", "data.folder", "model.pretrained")
+        for field in (
+            *("data.data_dir", "data.source", "data.folder", "model.pretrained"),
+            "process.compilation_cache",
+        )
     },
     "nothing to compare": Bad(["--mode=compare"], "--runs is missing"),
     "an ensemble of nothing": Bad(["--mode=ensemble"], "--runs is missing"),
