@@ -7,7 +7,6 @@
 #   logs       the last 100 lines; --follow: and what comes
 #   status     the run
 #   stop       SIGTERM, which saves; SIGKILL after --grace seconds
-#   unlock     removes a stale lock of libtpu, if the server has one
 #   supervise  all of it, and again after a SIGTERM and after failures
 #   --host=USER@SERVER         as for ssh; ports, keys and jumps belong into ~/.ssh/config
 #   --workdir=DIR              where the run saves and resumes: a path there, or gs://BUCKET/DIR
@@ -18,11 +17,12 @@
 #   --dry-run                  prints every command instead
 #   --yes                      asks nothing
 # SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
-# row may find no answer; SYNC_JAX_TIMEOUT=300: seconds that supervise waits for each.
+# row may find no answer; SYNC_JAX_TIMEOUT=300: seconds that supervise waits for each, and
+# SYNC_JAX_LONG_TIMEOUT=1800 for each copy, installation and start; SYNC_JAX_PUSH_MB=100: as much is copied.
 # Exit status: 0 done, 2 bad usage, 75 stopped and saved, 1 anything else.
 set -uo pipefail
 self=launch/gpu.sh
-verbs='setup push run logs status stop unlock supervise'
+verbs='setup push run logs status stop supervise'
 extra=cuda
 creates=0
 # shellcheck source=launch/lib.sh
@@ -54,6 +54,7 @@ copy() { do_ scp -q "${options[@]}" "$1" "$server:" </dev/null; }
 
 look() { :; } # it is there; ssh says where not
 look_for_hosts() { :; }
+goes_with_machine() { return 1; }
 create() { :; }
 remove() { :; }
 

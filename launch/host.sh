@@ -3,11 +3,13 @@
 # place is the home folder: the code in sync_jax/, what it must remember in .sync_jax/.
 #   unpack                             sync_jax.tar.gz into sync_jax/; what an earlier one left there goes
 #   setup EXTRA [BUCKET:FOLDER]...     Python, the pinned packages (EXTRA: tpu or cuda), the mounts
-#   run [BUCKET:FOLDER]... -- ARG...   starts python -m sync_jax.main ARG..., detached; sync_jax.env, with
-#                                      lines NAME=value, is for its environment, and goes
+#   run [lasting] [BUCKET:FOLDER]... -- ARG...
+#                                      starts python -m sync_jax.main ARG..., detached, unless that runs
+#                                      already; sync_jax.env, with lines NAME=value, is for its environment,
+#                                      and goes; lasting: no workdir on a disk that goes with the machine
 #   status [WORKDIR]                   one line: worker, state, exit status, step of the last checkpoint
 #   logs LINES [follow]                the log, each line after the worker's number
-#   stop SECONDS                       TERM to the run, once; KILL after so long
+#   stop SECONDS                       TERM to the run, once; KILL after so long; a setup is ended at once
 #   unlock                             removes libtpu's lock, if nobody holds the accelerator
 set -euo pipefail
 script=$(cd "$(dirname "$0")" && pwd)/${0##*/}
@@ -18,6 +20,9 @@ state=.sync_jax
 uv=0.13.9 python=3.11 gcsfuse=3.2.0
 # Tests have neither the file nor the devices.
 lock_file=${SYNC_JAX_LIBTPU_LOCK:-/tmp/libtpu_lockfile}
+# Every user's the same; where others can make files, but none can replace another's. The system sweeps /tmp.
+if [ -k /run/lock ]; then machine_lock=/run/lock/sync_jax; else machine_lock=/tmp/sync_jax.lock; fi
+machine_lock=${SYNC_JAX_LOCK:-$machine_lock}
 devices=${SYNC_JAX_DEVICES:-/dev/accel* /dev/vfio/*}
 poll=${SYNC_JAX_HOST_POLL:-0.5}
 limit=${SYNC_JAX_HOST_LIMIT:-30} # seconds that a bucket's mount is given to answer
@@ -40,14 +45,96 @@ as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
-# One run per machine, nor new code or packages under one. The run inherits the lock, and with it all
-# that it starts: the machine is free when the last of them is gone.
-take_lock() {
-  mkdir -p $state
-  exec 9>>$state/lock
-  # A run that has noted its end is about to let go of it.
-  flock -w 0.5 9 || die "a run, or its setup, is going on here; stop ends it"
+open_lock() { # for reading, which every user may
+  if [ ! -e "$machine_lock" ] && [ ! -L "$machine_lock" ]; then
+    (umask 022 && set -C && : >"$machine_lock") 2>/dev/null || true # not through a link made meanwhile
+  fi
+  # A link may lead anywhere, and who opens a pipe waits.
+  [ -f "$machine_lock" ] && [ ! -L "$machine_lock" ] && [ -r "$machine_lock" ] ||
+    die "$machine_lock, by which users share this machine, is no file that all may read: remove it"
+  exec 9<"$machine_lock"
 }
+
+held() { # whether anybody has the lock; two that ask do not see each other
+  open_lock
+  if flock -s -n 9; then
+    exec 9<&-
+    return 1
+  fi
+  exec 9<&-
+}
+
+theirs() { # whether somebody else has it
+  held && [ -z "$(ours)$(at_work)" ] || return 1
+  sleep 0.2 # who has just taken it, or let it go
+  held && [ -z "$(ours)$(at_work)" ]
+}
+
+holder() { # whose processes of this script may have it: others' open files only root sees
+  local file words user users='' me
+  me=$(id -un)
+  for file in /proc/[0-9]*/cmdline; do
+    { mapfile -d '' -t words <"$file"; } 2>/dev/null || continue
+    case ${words[1]:-}:${words[2]:-} in
+      *host.sh:attempt | *host.sh:setup | *host.sh:run | *sync_jax.unpack:unpack) ;;
+      *) continue ;;
+    esac
+    user=$(stat -c %U "${file%/cmdline}" 2>/dev/null) || continue
+    if [ "$user" != "$me" ]; then users=$users$user$'\n'; fi
+  done
+  users=$(sort -u <<<"${users%$'\n'}")
+  echo "${users//$'\n'/,}"
+}
+
+# One run per machine, nor new code or packages under one. The run inherits the lock, and with it all
+# that it starts: the machine is free when the last of them is gone. What has the lock begins anew with a
+# mark in its environment, which all that it starts inherits: by it stop finds what hangs.
+take_lock() { # VERB ARG...
+  local id
+  if [ -n "${SYNC_JAX_TASK:-}" ]; then return; fi
+  mkdir -p $state
+  open_lock
+  # A run that has noted its end is about to let go of it.
+  until flock -w 0.5 9; do
+    # gcloud runs again what lost its connection; and two may watch one run.
+    if [ "$1" = run ] && is_recorded "$@"; then
+      if is_up; then
+        echo "worker $worker: already running"
+        exit 0
+      elif [ -n "$(at_work)" ]; then # on its start
+        continue
+      fi
+    fi
+    exec 9<&-
+    if theirs; then die "$(whose) goes on here; only they or root can end it"; fi
+    die "a run, or its setup, is going on here; stop ends it"
+  done
+  [ "$(stat -c %d:%i "$machine_lock")" = "$(stat -L -c %d:%i /proc/self/fd/9)" ] ||
+    die "$machine_lock was replaced just now: try again"
+  id=$(cat /proc/sys/kernel/random/uuid)
+  printf '%s\n' "$id" >$state/task
+  SYNC_JAX_TASK=$id exec bash "$script" "$@"
+}
+
+whose() {
+  local user
+  user=$(holder)
+  echo "a run of ${user:-another user, or of another home folder,}"
+}
+
+record_arguments() { # [WORD]... -- ARG...
+  trainers "$@" >$state/arguments.new
+  mv $state/arguments.new $state/arguments
+}
+
+is_recorded() { cmp -s $state/arguments <(trainers "$@"); } # [WORD]... -- ARG...
+
+trainers() { # its part of a command line
+  while [ "$1" != -- ]; do shift; done
+  printf '%s\0' "$@"
+}
+
+is_up() { [ ! -f $state/exit ] && is_ours "$(sed -n 2p $state/run 2>/dev/null)"; }
 
 whole() { # whether there is code, all of one version
   [ -f sync_jax/setup.cfg ] || die "no code here: push brings it"
@@ -55,7 +142,7 @@ whole() { # whether there is code, all of one version
 }
 
 unpack() {
-  take_lock
+  take_lock unpack
   # To its end: one that was cut off on the way here would leave a mixture of two versions.
   tar --quoting-style=literal -tzf sync_jax.tar.gz >$state/listed ||
     die "sync_jax.tar.gz is not whole: push it again"
@@ -106,8 +193,8 @@ mount_bucket() { # BUCKET:FOLDER
     if ! mkdir -p "$folder" 2>/dev/null; then
       as_root mkdir -p "$folder" && as_root chown "$(id -u):$(id -g)" "$folder"
     fi
-    # It stays, must not keep the lock, and must outlive what ends a session: see attempt.
-    (trap '' HUP && gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 \
+    # It stays, must not keep the lock, and must outlive what ends a session, see attempt, or a setup.
+    (unset SYNC_JAX_TASK && trap '' HUP && gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 \
       --metadata-cache-negative-ttl-secs=0 "$bucket" "$folder" 9>&-) ||
       die "gs://$bucket cannot be mounted: does it exist, and may this machine's service account use it?"
   fi
@@ -123,7 +210,7 @@ mount_bucket() { # BUCKET:FOLDER
 install_gcsfuse() {
   local file=gcsfuse_${gcsfuse}_amd64.deb
   echo "Installing gcsfuse $gcsfuse"
-  if ! curl -fsSL -o "$state/$file" \
+  if ! curl -fsSL --connect-timeout 20 --max-time 600 -o "$state/$file" \
     "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$gcsfuse/$file" ||
     ! as_root apt-get -o DPkg::Lock::Timeout=300 install -qq -y "./$state/$file" >/dev/null; then
     die "gcsfuse cannot be installed; put it on PATH, see Cloud Storage FUSE's documentation"
@@ -136,8 +223,8 @@ identity() { # of an installation: what it was made from
 
 setup() { # EXTRA [BUCKET:FOLDER]...
   local extra=$1 mount interpreter
+  take_lock setup "$@"
   shift
-  take_lock
   rm -f $state/ready
   whole
   for mount; do mount_bucket "$mount"; done
@@ -150,14 +237,60 @@ setup() { # EXTRA [BUCKET:FOLDER]...
   echo "worker $worker: ready"
 }
 
-run() { # [BUCKET:FOLDER]... -- ARG...
-  local extra mount argument folder held mounted=() workdir=
+# What no second try mends, noted as the trainer's own refusals are: supervise ends there.
+refuse() {
+  rm -f $state/run
+  printf '%s\n' "$workdir" >$state/workdir
+  echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) refused: $*" >>$state/log
+  echo 2 >$state/exit
+  echo "worker $worker: $*" >&2
+  exit 2
+}
+
+check_prepared() { # FOLDER, in a bucket
+  local said status=0
+  said=$(LC_ALL=C within ls -A "$1" 2>&1) || status=$?
+  case $status:$said in
+    0:?*) ;;
+    0: | *"No such file or directory")
+      refuse "$1 is empty: prepare the data once and copy it there, see launch/README.md"
+      ;;
+    *) die "$1 cannot be listed: ${said:-no answer within $limit s}" ;; # which may pass
+  esac
+}
+
+check_lasting() { # WORKDIR
+  local place=$1 type='' status
+  # Where it is to be made, what it will lie in.
+  while :; do
+    status=0
+    type=$(within stat -f -c %T "${place:-/}" 2>/dev/null) || status=$?
+    case $status:$place in 0:* | 137:* | *:) break ;; esac
+    place=${place%/*}
+  done
+  case $type in
+    ext* | xfs | btrfs | zfs | f2fs | jfs | reiserfs | tmpfs | ramfs | overlayfs)
+      refuse "--workdir=$1 lies on this host's own disk ($type), which no other host sees and which goes with it; say gs://BUCKET/PATH, or a path that all hosts mount"
+      ;;
+  esac
+}
+
+run() { # [lasting] [BUCKET:FOLDER]... -- ARG...
+  local extra mount argument folder held lasting=0 mounted=() workdir=
   trap 'rm -f sync_jax.env' EXIT # also where the run is refused
-  take_lock
+  take_lock run "$@"
   whole
   extra=$(cut -d' ' -f1 $state/ready 2>/dev/null || true)
   [ -n "$extra" ] && [ "$(<$state/ready)" = "$(identity "$extra")" ] ||
     die "not set up, or not for this code: setup does it"
+  for argument; do
+    case $argument in --workdir=*) workdir=${argument#*=} ;; esac
+  done
+  record_arguments "$@"
+  if [ "$1" = lasting ]; then
+    lasting=1
+    shift
+  fi
   while [ "$1" != -- ]; do
     mount=$1 folder=${1#*:}
     shift
@@ -166,16 +299,13 @@ run() { # [BUCKET:FOLDER]... -- ARG...
     for argument; do # workers that all prepared the data at once would write over one another
       case $argument in
         --config.data.data_dir="$folder" | --config.data.data_dir="$folder"/*)
-          [ -n "$(within ls -A "${argument#*=}" 2>/dev/null)" ] ||
-            die "${argument#*=} is empty: prepare the data once and copy it there, see launch/README.md"
+          check_prepared "${argument#*=}"
           ;;
       esac
     done
   done
+  if [ $lasting = 1 ]; then check_lasting "$workdir"; fi
   shift
-  for argument; do
-    case $argument in --workdir=*) workdir=${argument#*=} ;; esac
-  done
   printf '%s\n' "$workdir" >$state/workdir
   rm -f $state/exit $state/asked $state/env
   if [ -f sync_jax.env ]; then mv sync_jax.env $state/env; fi
@@ -187,6 +317,7 @@ run() { # [BUCKET:FOLDER]... -- ARG...
   # By it stop knows this run's processes again, whatever became of their parents or numbers.
   id=$(cat /proc/sys/kernel/random/uuid)
   printf '%s\n' "$id" >$state/run
+  unset SYNC_JAX_TASK # it is no longer on its start
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) starts" >>$state/log
   JAX_PLATFORMS=${JAX_PLATFORMS:-$extra,cpu} SYNC_JAX_RUN=$id \
     setsid bash "$script" attempt "$@" </dev/null >>$state/log 2>&1 &
@@ -228,14 +359,16 @@ watch_trainer() { # and notes how it ended
   mv $state/exit.new $state/exit
 }
 
-keep_log() { # in the workdir: a machine that is gone has no logs
-  local folder
+# In the workdir: a machine that is gone has no logs. The next one has another name for its own.
+keep_log() {
+  local folder begun
+  begun=$(sed -n '1s/^=== \([0-9TZ:-]*\) .*/\1/p' $state/log | tr -d :-)
   folder=$(<$state/workdir)
   [ -n "$folder" ] || return 0
   folder=$(from_home "$folder")
   # Not -p: where the workdir is gone, it is not made.
   within mkdir "$folder/logs" 2>/dev/null || [ $? != 137 ] || return 0
-  within cp $state/log "$folder/logs/worker-$worker.log" 2>/dev/null
+  within cp $state/log "$folder/logs/worker-$worker-$begun.log" 2>/dev/null
 }
 
 from_home() { # the run's working directory is sync_jax
@@ -245,11 +378,15 @@ from_home() { # the run's working directory is sync_jax
   esac
 }
 
-ours() { # the recorded run's processes, its parent among them
+ours() { marked SYNC_JAX_RUN run; } # the recorded run's processes, its parent among them
+
+at_work() { marked SYNC_JAX_TASK task; } # those of the recorded unpacking, setup or start
+
+marked() { # VARIABLE RECORD
   local id='' file
-  if [ -f $state/run ]; then read -r id <$state/run || true; fi
+  if [ -f "$state/$2" ]; then read -r id <"$state/$2" || true; fi
   [ -n "$id" ] || return 0
-  { grep -lzsxF "SYNC_JAX_RUN=$id" /proc/[0-9]*/environ || true; } |
+  { grep -lzsxF "$1=$id" /proc/[0-9]*/environ || true; } |
     while IFS=/ read -r _ _ file _; do echo "$file"; done
 }
 
@@ -258,35 +395,50 @@ is_ours() { # not by grep -q, which ends at once: what still writes to it fails 
 }
 
 status() { # [WORKDIR]
-  local word exit=- step=0 folder listed name found=0 mount=
-  folder=${1:-}
-  if [ -z "$folder" ] && [ -f $state/workdir ]; then folder=$(<$state/workdir); fi
-  if [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
+  local word exit=- step folder recorded='' listed='' found=0 mount='' user=''
+  if [ -f $state/workdir ]; then recorded=$(<$state/workdir); fi
+  folder=${1:-$recorded}
+  if theirs; then
+    word=other user=$(holder)
+    user=" user=${user:-unknown}"
+  elif [ -n "$(ours)" ] && [ ! -f $state/exit ]; then
     word=running
-    [ "$folder" = "$(<$state/workdir)" ] || word=other
-  elif [ -f $state/exit ]; then
+    [ "${folder%/}" = "${recorded%/}" ] || word=other
+  elif [ -n "$(at_work)" ]; then
+    word=busy # unpacking, being set up or on its start
+  elif [ "${folder%/}" = "${recorded%/}" ] && [ -f $state/exit ]; then
     word=exited exit=$(<$state/exit)
-  elif [ -f $state/run ]; then
+  elif [ "${folder%/}" = "${recorded%/}" ] && [ -f $state/run ]; then
     word=lost # killed, or the machine was restarted under it
   elif [ -f $state/ready ]; then
     word=ready
   else
     word=new
   fi
-  listed=$(LC_ALL=C within ls "$(from_home "$folder")/checkpoints" 2>&1) || found=$?
+  if [ -n "$folder" ]; then
+    # A sweep has its checkpoints in a folder for each run.
+    # shellcheck disable=SC2016 # for the other shell
+    listed=$(LC_ALL=C within sh -c 'ls "$1/checkpoints" "$1"/*/checkpoints 2>&1' - "$(from_home "$folder")") ||
+      found=$?
+  fi
   case $found:$listed in
-    0:*)
-      for name in $listed; do
-        case $name in
-          *[!0-9]*) ;; # being written, or put aside
-          *) if [ "$name" -gt "$step" ]; then step=$name; fi ;;
-        esac
-      done
-      ;;
     137:*) mount=' mount=hangs' ;;
     *"endpoint is not connected"*) mount=' mount=dead' ;;
   esac
-  echo "worker=$worker state=$word exit=$exit step=$step$mount"
+  step=$(steps <<<"$listed")
+  echo "worker=$worker state=$word exit=$exit step=$step$mount$user"
+}
+
+steps() { # each run's last, together; names that are no numbers are being written, or put aside
+  local line last=0 sum=0
+  while IFS= read -r line; do
+    case $line in
+      *:) sum=$((sum + last)) last=0 ;; # the next run's
+      '' | *[!0-9]*) ;;
+      *) if [ "$line" -gt "$last" ]; then last=$line; fi ;;
+    esac
+  done
+  echo $((sum + last))
 }
 
 logs() { # LINES [follow]
@@ -296,6 +448,11 @@ logs() { # LINES [follow]
 
 stop() { # SECONDS
   local end trainer
+  if [ -n "$(at_work)" ]; then # it has nothing to save
+    end_all TERM at_work
+    end_all KILL at_work
+    [ -z "$(at_work)" ] || die "process $(at_work | tr '\n' ' ')does not end"
+  fi
   if [ -n "$(ours)" ]; then
     trainer=$(sed -n 2p $state/run)
     # Once: the trainer takes a second for an order to end at once, though it is saving.
@@ -309,17 +466,22 @@ stop() { # SECONDS
       kill -KILL "$trainer" 2>/dev/null || true
       sleep "$poll"
     fi
-    # shellcheck disable=SC2046 # numbers
-    kill -KILL $(ours) 2>/dev/null || true
-    for _ in $(seq 20); do
-      [ -n "$(ours)" ] || break
-      sleep "$poll"
-    done
+    end_all KILL ours
     [ -z "$(ours)" ] || die "process $(ours | tr '\n' ' ')does not end"
   fi
   rm -f sync_jax.env $state/env
+  if theirs; then die "$(whose) goes on here; only they or root can end it"; fi
   if [ -e "$lock_file" ]; then unlock; fi
   echo "worker $worker: stopped"
+}
+
+end_all() { # SIGNAL ours|at_work; and waits a little
+  # shellcheck disable=SC2046 # numbers
+  kill "-$1" $("$2") 2>/dev/null || true
+  for _ in $(seq 20); do
+    [ -n "$("$2")" ] || break
+    sleep "$poll"
+  done
 }
 
 holders() { # processes that have the accelerator open

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154
 # Of tpu.sh and gpu.sh: how long anything is waited for, and supervise. The verbs are lib.sh's.
 
 # From nothing to a finished run, over preemptions and failures. preempted and failed count against
@@ -9,16 +9,17 @@
 supervise() {
   owned=0 served=0 fresh=1 started=0 begun=0 preempted=0 failed=0 best=-1 stale=0 missed=0 between=0
   odd=0 unlisted=0
-  trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM
+  owed=1
+  trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM HUP
   while :; do
     look
     case $machine in
       gone | refused | expired)
         if listed_later; then
-          sleep "$interval"
+          pause
           continue
         fi
-        if [ $owned = 1 ]; then spend_machine; fi
+        if [ $owned = 1 ] || [ "$machine" = expired ]; then spend_machine; fi
         owned=0 served=0 fresh=1 started=0 between=0
         if [ -n "$detail" ] && ! remove; then
           miss "it cannot be deleted"
@@ -29,7 +30,11 @@ supervise() {
         fi
         ;;
       waiting | between | unknown)
-        [ "$machine" = unknown ] || owned=1
+        case $machine:$detail in
+          # What we delete may be listed until it is gone, also where the call to delete it has failed.
+          unknown:* | between:DELETING*) ;;
+          *) owned=1 ;;
+        esac
         linger
         ;;
       ready)
@@ -38,20 +43,20 @@ supervise() {
         judge
         ;;
     esac
-    sleep "$interval"
+    pause
   done
 }
 
 judge() { # what to do about the run, on a machine that is there
-  [ "$run" = mixed ] || odd=0
+  case $run in mixed | busy) ;; *) odd=0 ;; esac
   case $run in
     unknown) miss "$why" ;;
     running)
       if [ "$started" = 0 ]; then say "found running at step $step"; fi
       fresh=0 started=1 begun=1 missed=0
       ;;
-    other) leave 1 "another run is going on there: watch that, or stop it" ;;
-    mixed)
+    other) leave 1 "${why:-another run is going on there: watch that, or stop it}" ;;
+    mixed | busy)
       odd=$((odd + 1))
       if [ $odd -ge $((2 * patience)) ]; then # and stopping has not helped: one has lost all that it had
         spend_failure "$why"
@@ -93,8 +98,11 @@ ended() { # a run of ours; returns where it is to be started again
 }
 
 launch() {
+  local status=0
   if [ "$fresh" = 1 ]; then
-    setup || {
+    setup || status=$?
+    [ $status = 0 ] || {
+      if [ $status = 137 ]; then stop; fi # what hangs there would refuse every other
       miss "the machine cannot be set up"
       return
     }
@@ -110,11 +118,23 @@ launch() {
     leave 1 "three restarts without progress, still at step $step: see the logs"
   fi
   fresh=0
-  if ! start; then
-    stop
-    miss "the run cannot be started on every worker"
-    return
-  fi
+  start || {
+    survey
+    case $run in
+      running) ;; # begun by another who watches, or before the connection broke
+      unknown | busy) # another sets it up
+        miss "$why"
+        return
+        ;;
+      other) leave 1 "${why:-another run is going on there: watch that, or stop it}" ;;
+      *)
+        stop
+        if [ "$run:$code" = failed:2 ]; then leave 2 "the config or its input is at fault: $why; see the logs"; fi
+        miss "the run cannot be started on every worker"
+        return
+        ;;
+    esac
+  }
   if [ "$begun" = 1 ]; then stale=$((stale + 1)); fi
   started=1 begun=1
   say "started at step $step"
@@ -178,12 +198,6 @@ miss() {
   missed=$((missed + 1))
   say "$1 ($missed in a row)"
   if [ $missed -ge "$patience" ]; then leave 1 "given up; what runs there goes on"; fi
-}
-
-leave() { # STATUS MESSAGE
-  say "$2"
-  farewell
-  exit "$1"
 }
 
 supervise_dry() { # one round

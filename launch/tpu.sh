@@ -25,7 +25,8 @@
 #   --yes                      asks nothing
 # SYNC_JAX_POLL=60, in the environment: seconds between looks; SYNC_JAX_PATIENCE=15: how many looks in a
 # row may find no answer, or a machine that is neither in the queue nor ready; SYNC_JAX_TIMEOUT=300:
-# seconds that create and supervise wait for each answer.
+# seconds that create and supervise wait for each answer, and SYNC_JAX_LONG_TIMEOUT=1800 for each copy,
+# installation, start, creation and deletion; SYNC_JAX_PUSH_MB=100: as much is copied.
 # Exit status: 0 done, 2 bad usage or no account, 75 preempted and saved, 1 anything else.
 set -uo pipefail
 self=launch/tpu.sh
@@ -36,7 +37,7 @@ creates=1
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name='' project='' zone='' type='' version=auto spot=0 valid_until=''
-machine='' detail='' queued='' words='' expected=1 requested=''
+machine='' detail='' queued='' words='' expected=1 listed_spot=''
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
@@ -158,40 +159,59 @@ copy() {
 }
 
 # What look asks for, separated by tabs: why a request failed is a sentence.
-requests='--format=value(name.basename(),state.state,state.failedData.error.message)'
-nodes='--format=value(name.basename(),state,networkEndpoints.len())'
-# Sets second and third, the fields of our line among others.
-fields() { # LINES
+requests='--format=value(name.basename(),state.state,createTime,tpu.nodeSpec[0].node.acceleratorType,state.failedData.error.message)'
+nodes='--format=value(name.basename(),state,networkEndpoints.len(),acceleratorType,schedulingConfig.spot)'
+fields() { # LINES; sets field: of our line, among others, what follows the name
   local line
-  second='' third=''
+  field=()
   while IFS= read -r line; do
     case $line in "$name"$'\t'*) ;; *) continue ;; esac
-    line=${line#*$'\t'}
-    second=${line%%$'\t'*} third=''
-    case $line in *$'\t'*) third=${line#*$'\t'} ;; esac
+    while :; do
+      case $line in *$'\t'*) line=${line#*$'\t'} ;; *) break ;; esac
+      field+=("${line%%$'\t'*}")
+    done
   done <<<"$1"
 }
 
+epoch() { # of a time such as 2026-01-31T23:59:59.123Z; date(1) differs on macOS
+  local year month
+  [[ $1 =~ ^([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2}) ]] || return 1
+  set -- "${BASH_REMATCH[@]}"
+  # March comes first, so that a leap year's day is the last.
+  month=$(((10#$3 + 9) % 12)) year=$((10#$2 - (10#$3 < 3)))
+  echo $(((365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + 10#$4 - 719469) * 86400 \
+    + 10#$5 * 3600 + 10#$6 * 60 + 10#$7))
+}
+
+# Whether a request that failed had waited its time, by when it was made, which also another call of supervise
+# knows; the clocks may differ a little.
+is_expired() { # CREATED
+  local made
+  [ -n "$valid_until" ] && made=$(epoch "$1") || return 1
+  [ $((($(date +%s) - made) * 20)) -ge $(($(seconds "$valid_until") * 19)) ]
+}
+
 look() {
-  local listed found state reason count second third
+  local listed state reason count node created kind
   machine=unknown
   if [ $dry = 1 ]; then
     tpus queued-resources list "$requests"
     tpus tpu-vm list "$nodes"
     return
   fi
-  if ! listed=$(within "$timeout" tpus queued-resources list "$requests" 2>"$chatter") ||
-    ! found=$(within "$timeout" tpus tpu-vm list "$nodes" 2>"$chatter"); then
+  if ! within "$timeout" quietly tpus queued-resources list "$requests" ||
+    ! listed=$(<"$answer") || ! within "$timeout" quietly tpus tpu-vm list "$nodes"; then
     detail=$(grep -v '^$' "$chatter" | tail -n 1)
     return 1
   fi
   fields "$listed"
-  queued=$second reason=$third
-  fields "$found"
-  state=$second count=$third
+  queued=${field[0]:-} created=${field[1]:-} kind=${field[2]:-} reason=${field[3]:-}
+  fields "$(<"$answer")"
+  node=${field[0]:-} count=${field[1]:-} kind=${field[2]:-$kind} listed_spot=${field[3]:-}
   case $queued in
-    ACTIVE) state=${state:-LOST} ;;
+    ACTIVE) state=${node:-LOST} ;;
     ?*) state=$queued ;;
+    *) state=$node ;;
   esac
   case $state in
     '') machine=gone ;;
@@ -201,14 +221,17 @@ look() {
     SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | LOST) machine=gone ;;
     FAILED)
       machine=refused
-      if [ -n "$requested" ] && [ -n "$valid_until" ] &&
-        [ $((SECONDS - requested)) -ge "$(seconds "$valid_until")" ]; then machine=expired; fi
+      if [ -z "$node" ] && is_expired "$created"; then machine=expired; fi
       ;;
     *) machine=between ;; # PROVISIONING, CREATING, REPAIRING, UNKNOWN, STOPPED, DELETING ...
   esac
   state=$state${reason:+ ($reason)}
   if [ "$state" != "$detail" ] && [ -n "$state" ]; then say "machine $name: $state"; fi
   detail=$state
+  case $verb:${kind:-$type} in
+    supervise:"$type") ;;
+    supervise:*) leave 2 "there is a machine $name already, and it is a $kind: say --type=$kind, another --name, or delete it" ;;
+  esac
 }
 
 look_for_hosts() {
@@ -216,32 +239,38 @@ look_for_hosts() {
   [ $dry = 1 ] || [ $machine = ready ] || die 1 "there is no machine $name that is ready${detail:+: $detail}"
 }
 
+goes_with_machine() {
+  case $workdir in /*) ;; *) return 1 ;; esac
+  [ $spot = 1 ] || [ "$listed_spot" = True ] || [ "$expected" -gt 1 ] || [ "$hosts" -gt 1 ]
+}
+
 create() {
   local options=()
-  requested=$SECONDS
   if wants_queue; then
     if [ $spot = 1 ]; then options+=(--spot); fi
     if [ -n "$valid_until" ]; then options+=("--valid-until-duration=$valid_until"); fi
-    tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+    within "$long" tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
       --runtime-version="$runtime" "${options[@]}"
   else
-    tpus tpu-vm create "$name" --accelerator-type="$type" --version="$runtime"
+    within "$long" tpus tpu-vm create "$name" --accelerator-type="$type" --version="$runtime"
   fi
 }
 
 remove() {
   if [ $dry = 1 ]; then queued=$(wants_queue && echo 1); fi
   if [ -n "$queued" ]; then
-    tpus queued-resources delete "$name" --force --quiet
+    within "$long" tpus queued-resources delete "$name" --force --quiet
   else
-    tpus tpu-vm delete "$name" --quiet
+    within "$long" tpus tpu-vm delete "$name" --quiet
   fi
 }
 
 create_and_wait() {
   confirm "Create it"
   if [ $dry = 0 ]; then
-    look
+    owed=1
+    trap 'leave 1 "no longer waited for: what was requested may still come"' INT TERM HUP
+    look || die 1 "it cannot be looked up, so nothing is created: $detail"
     [ $machine = gone ] && [ -z "$detail" ] || die 1 "there is a machine $name already: $detail"
   fi
   create || die 1 "it could not be created"
@@ -255,10 +284,10 @@ create_and_wait() {
       gone:* | refused:*) leave 1 "it will not come: $detail; delete the request" ;;
     esac
     linger
-    sleep "$interval"
+    pause
     look
   done
-  farewell | comment
+  if [ $dry = 1 ]; then farewell | comment; fi
 }
 
 delete() {

@@ -51,6 +51,10 @@ case "$*" in
   "-c import sys; print("*) echo "3.11 /opt/uv" ;;
   "-m pip install"*)
     echo "$*" >>"$HOME/installed"
+    if [ -f "$FAKE_ROOT/pip-hangs" ] && [ ! -s "$FAKE_ROOT/pip-hangs" ]; then
+      echo $$ >"$FAKE_ROOT/pip-hangs"
+      exec setsid sleep 300
+    fi
     if [ -f "$FAKE_ROOT/pip-fails" ]; then rm "$FAKE_ROOT/pip-fails"; exit 1; fi ;;
   "-u -m sync_jax.main"*)
     if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi

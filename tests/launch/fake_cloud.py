@@ -8,6 +8,7 @@ with it as it would there: TERM, some grace, KILL.
 """
 
 import contextlib
+import datetime
 import os
 import re
 import shlex
@@ -82,6 +83,7 @@ class FakeCloud:
         self.cut: list[int] = []
         self.calls: list[list[str]] = []
         self._deadlines: dict[str, float] = {}
+        self._made: dict[str, tuple[str, str, str]] = {}  # type, whether spot, when
         self._folders: dict[str, Path] = {}
         self._serial = 0
         self._lock = threading.Lock()
@@ -109,7 +111,10 @@ class FakeCloud:
                 words: list[str] = []
                 data = b""
                 while not words or len(words) <= int(words[0]):
-                    data += self.request.recv(1 << 16)
+                    received = self.request.recv(1 << 16)
+                    if not received:  # who asked was killed
+                        return
+                    data += received
                     words = data.decode().split("\0")[:-1]
                 with fake._lock:
                     try:
@@ -121,7 +126,8 @@ class FakeCloud:
                         answer = "trap '' TERM; while :; do sleep 9; done"
                     except Exception as error:  # a test that looks finds it
                         answer = f"echo {shlex.quote(f'the fake broke: {error!r}')} >&2; exit 99"
-                self.wfile.write(answer.encode())
+                with contextlib.suppress(OSError):
+                    self.wfile.write(answer.encode())
 
         return Handler
 
@@ -157,6 +163,8 @@ class FakeCloud:
         if verb == "create":
             if name in self.nodes or name in self.requests:
                 raise RefusedError(f"ALREADY_EXISTS: {name}")
+            made = datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
+            self._made[name] = (options["accelerator-type"], "True" * ("spot" in options), made)
             if group == "tpu-vm":
                 self._start(name)
             else:
@@ -186,9 +194,13 @@ class FakeCloud:
                     self._start(name)
                 if states[0] in QUEUED and time.time() > self._deadlines[name]:
                     states[:] = ["FAILED\tthe valid-until constraint expired"]
-            more = f"\t{self.workers}" if of is self.nodes else "" if "\t" in states[0] else "\t"
-            if states[0] != "HIDDEN":
-                lines.append(f"{name}\t{states[0]}{more}\n")
+            state, _, reason = states[0].partition("\t")
+            type_, spot, made = self._made[name]
+            if state != "HIDDEN":
+                fields = [name, state, made, type_, reason]
+                if of is self.nodes:
+                    fields = [name, state, str(self.workers), type_, spot]
+                lines.append("\t".join(fields) + "\n")
             if len(states) > 1:
                 states.pop(0)
             if states[0] == "GONE":  # deleted by somebody else
@@ -298,4 +310,6 @@ def host_environment(laptop: dict[str, str], home: str, worker: int) -> dict[str
         "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "SYNC_JAX_HOST_POLL": "0.05",
+        # For there are several hosts on this machine.
+        "SYNC_JAX_LOCK": f"{laptop['FAKE_ROOT']}/{'-'.join(Path(home).parts[-2:])}.lock",
     }

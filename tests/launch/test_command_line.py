@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sync_jax.config import PATHS
 from tests.launch.cloud import CONFIG, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
 
 TPU, GPU = "launch/tpu.sh", "launch/gpu.sh"
@@ -61,7 +62,7 @@ def test_a_dry_run_calls_nothing(cloud: Cloud):
         result = cloud.run(TPU, verb, *MACHINE, WORKDIR, CONFIG, "--dry-run")
         assert (result.returncode, result.stderr) == (0, "")
         assert "gcloud compute tpus" in result.stdout
-    for verb in set(verbs) - {"create", "delete"}:
+    for verb in set(verbs) - {"create", "delete", "unlock"}:
         result = cloud.run(GPU, verb, "--host=me@server", WORKDIR, CONFIG, "--dry-run")
         assert (result.returncode, result.stderr) == (0, "")
         assert "ssh -o BatchMode=yes" in result.stdout
@@ -266,6 +267,27 @@ def test_the_plan_comes_first_and_no_answer_is_no(answer, cloud: Cloud):
     assert not cloud.calls("create")
 
 
+@pytest.mark.parametrize(
+    ("flags", "lasts"),
+    [
+        (["--workdir=/shared/run"], False),
+        (["--workdir=/shared/run", "--spot"], True),
+        (["--workdir=/shared/run", "--type=v4-32"], True),
+        (["--workdir=/shared/run", "--type=v4-8"], False),
+        ([WORKDIR, "--spot", "--type=v4-32"], False),
+    ],
+)
+def test_the_host_is_told_where_its_own_disk_will_not_do(flags, lasts):
+    assert ("host.sh run lasting -- " in dry(TPU, "run", *WHERE, CONFIG, *flags)) == lasts
+
+
+def test_the_readme_names_every_path_that_must_be_no_bucket():
+    rows = re.findall(r"^\| (.*) \| no \| ", (LAUNCH / "README.md").read_text(), re.MULTILINE)
+    assert {
+        field for row in rows for field in re.findall(r"`((?:data|model|process)\.[a-z_]+)`", row)
+    } == set(PATHS)
+
+
 def test_yes_is_yes(cloud: Cloud):
     result = cloud.run(TPU, "create", *MACHINE, stdin="y\n")
     assert result.returncode == 0, result.stderr
@@ -390,9 +412,10 @@ def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
     # One of each kind: they differ in names only.
     kinds = {
         (*call[:5], *(w.partition("=")[0] for w in call[5:] if w.startswith("--"))): call
-        for call in cloud.calls("gcloud", "compute")
+        for call in cloud.calls("gcloud")
     }
-    assert len(kinds) == 8, kinds  # scp, ssh; list, create and delete of both
+    asked = [kinds.pop(kind) for kind in list(kinds) if kind[1] == "auth"]
+    assert (len(kinds), len(asked)) == (8, 1), kinds  # scp, ssh; list, create and delete of both
     # And what the README says to type, but for the copy of a folder that is not there.
     text = (LAUNCH / "README.md").read_text()
     typed = set(re.findall(r"^gcloud (?!auth|storage rsync)(?!.* sync).*$", text, re.MULTILINE))
@@ -405,7 +428,7 @@ def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
         "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
     }
 
-    def parse(call: list[str]) -> str:
+    def parse(call: list[str], *, status: int = 1) -> str:
         result = subprocess.run(
             [str(REAL_GCLOUD), *call[1:]],
             env=environment,
@@ -413,7 +436,8 @@ def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        return result.stderr
+        assert (result.returncode == 0) == (status == 0), result
+        return result.stdout if status == 0 else result.stderr
 
     bogus = ["gcloud", "compute", "tpus", "tpu-vm", "list", "--zone=a", "--project=b", "--bogus"]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -421,6 +445,8 @@ def test_the_real_gcloud_parses_every_command(cloud: Cloud, tmp_path: Path):
     for call, answer in zip(kinds.values(), answers, strict=True):
         assert "You do not currently have an active account selected" in answer, (call, answer)
     assert "unrecognized arguments: --bogus" in control
+    # Who is logged in it answers: nobody.
+    assert parse(*asked, status=0) == ""
 
 
 def test_shellcheck_is_clean():

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import pwd
+import re
 import signal
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,9 +21,9 @@ CODE = ("setup.cfg", "pyproject.toml", "constraints.txt", "launch/venv.sh", "lau
 class Host:
     """A host of its own, and what tpu.sh would say to it."""
 
-    def __init__(self, cloud: Cloud):
+    def __init__(self, cloud: Cloud, name: str = "server"):
         self.cloud = cloud
-        self.home = cloud.root / "hosts" / "server"
+        self.home = cloud.root / "hosts" / name
         self.home.mkdir(parents=True)
         self.state = self.home / ".sync_jax"
         self.environment = host_environment(cloud.environment, str(self.home), 0)
@@ -78,6 +81,14 @@ def host(cloud: Cloud) -> Host:
 
 PATIENT = "trap 'exit 75' TERM\necho begun\nfor i in $(seq 9999); do sleep 0.05; done"
 STUBBORN = "trap '' TERM\nsleep 300 & echo begun\nwait"
+
+
+def lives(pid: int) -> bool:
+    """Not so what has ended and waits for its parent to ask."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text() != ""
+    except OSError:
+        return False
 
 
 def begin(host: Host, text: str) -> None:
@@ -164,23 +175,209 @@ def test_code_of_two_versions_is_not_run(host: Host):
 def test_one_run_per_machine_nor_code_under_it(host: Host):
     begin(host.ready(), PATIENT)
     host.pack()
+    log = (host.state / "log").read_text()
+    # The same again, as gcloud does where a connection breaks, is no second run.
+    assert host.do("run", "--", "--workdir=runs/a") == (0, "worker 0: already running\n")
     for words in (["run", "--", "--workdir=runs/b"], ["setup", "tpu"], ["unpack"]):
         status, output = host.do(*words)
         assert status == 1
         assert "a run, or its setup, is going on here; stop ends it" in output
+    assert (host.state / "log").read_text() == log
     assert host.do("status")[1] == "worker=0 state=running exit=- step=0\n"
+    assert host.do("status", "runs/a/")[1] == "worker=0 state=running exit=- step=0\n"
     assert host.do("status", "runs/b")[1] == "worker=0 state=other exit=- step=0\n"
     assert host.do("stop", "20") == (0, "worker 0: stopped\n")
     assert host.ended() == 75
     assert host.do("run", "--", "--workdir=runs/a")[0] == 0
 
 
-def test_of_two_that_start_at_once_one_does(host: Host):
+@pytest.mark.parametrize("words", [["a", "b", "c", "d"], ["a", "a", "a", "a"]])
+def test_of_two_that_start_at_once_one_does(words, host: Host):
+    """And who wanted the same has it."""
     host.ready().cloud.trainer(PATIENT)
-    children = [host.start("run", "--", "--workdir=runs/a") for _ in range(4)]
-    for child in children:
-        child.communicate()
-    assert sorted(child.returncode for child in children) == [0, 1, 1, 1]
+    children = [host.start("run", "--", f"--workdir=runs/{word}") for word in words]
+    said = [child.communicate()[0] for child in children]
+    assert said.count("worker 0: started\n") == 1
+    others = 0 if words[0] == words[1] else 1
+    assert sorted(child.returncode for child in children) == [0, others, others, others]
+    assert (host.state / "log").read_text().count("starts") == 1
+    assert said.count("worker 0: already running\n") == (0 if others else 3)
+
+
+def test_a_start_that_was_refused_is_not_already_running(host: Host):
+    """Nor one whose trainer was killed, and whose children still hold the machine."""
+    begin(host.ready(), STUBBORN)
+    trainer = int((host.state / "run").read_text().split()[1])
+    os.kill(int(Path(f"/proc/{trainer}/stat").read_text().split()[3]), signal.SIGKILL)
+    os.kill(trainer, signal.SIGKILL)
+    status, output = host.do("run", "--", "--workdir=runs/a")
+    assert (status, "a run, or its setup, is going on here; stop ends it" in output) == (1, True)
+
+
+def other_home(host: Host) -> Host:
+    """Of another user, for all that host.sh can see, on the same machine."""
+    other = Host(host.cloud, "other")
+    other.environment["SYNC_JAX_LOCK"] = host.environment["SYNC_JAX_LOCK"]
+    return other.ready()
+
+
+def test_one_run_per_machine_whoever_starts_it(host: Host):
+    other = other_home(host)
+    (other.home / "sync_jax" / "runs" / "a" / "checkpoints" / "3").mkdir(parents=True)
+    begin(host.ready(), PATIENT)
+    theirs = "a run of another user, or of another home folder, goes on here; only they or root can"
+    other.pack()
+    for words in (["run", "--", "--workdir=runs/a"], ["setup", "tpu"], ["unpack"], ["stop", "1"]):
+        status, output = other.do(*words)
+        assert (status, theirs in output) == (1, True), output
+    shown = "worker=0 state=other exit=- step=3 user=unknown\n"
+    assert other.do("status", "runs/a")[1] == shown
+    assert host.do("status", "runs/a")[1] == "worker=0 state=running exit=- step=0\n"
+    assert host.do("stop", "20")[0] == 0
+    assert other.do("status", "runs/a")[1] == "worker=0 state=ready exit=- step=3\n"
+    assert other.do("run", "--", "--workdir=runs/a")[0] == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_users_run_is_called_theirs(host: Host):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        lock, script = Path(folder) / "lock", Path(folder) / "host.sh"
+        host.environment["SYNC_JAX_LOCK"] = str(lock)
+        host.ready()
+        script.write_text(f"exec 9<'{lock}'; flock 9; echo has it; read -r")
+        child = subprocess.Popen(
+            ["bash", str(script), "attempt"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            user=65534,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "has it\n"
+        user = pwd.getpwuid(65534).pw_name
+        assert host.do("status")[1] == f"worker=0 state=other exit=- step=0 user={user}\n"
+        for words in (["run", "--", "--workdir=runs/a"], ["stop", "1"]):
+            status, output = host.do(*words)
+            assert (status, f"a run of {user} goes on here; only they" in output) == (1, True)
+        child.communicate("\n")
+        assert host.do("status")[1] == "worker=0 state=ready exit=- step=0\n"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+def test_a_lock_that_is_no_file_is_not_followed(kind, host: Host):
+    lock, precious = Path(host.environment["SYNC_JAX_LOCK"]), host.home / "precious"
+    if kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(precious)
+    if kind == "link":
+        precious.write_text("data")
+    host.pack()
+    status, output = host.do("unpack")
+    assert status == 1
+    assert "is no file that all may read: remove it" in output
+    assert precious.exists() == (kind == "link")
+
+
+def test_the_lock_is_open_to_others_whatever_the_umask(host: Host):
+    host.pack()
+    command = f"umask 077; exec bash {REPOSITORY}/launch/host.sh unpack"
+    subprocess.run(["bash", "-c", command], env=host.environment, check=True)
+    assert Path(host.environment["SYNC_JAX_LOCK"]).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_setup_that_hangs_is_ended_by_stop(host: Host):
+    host.pack()
+    host.do("unpack")
+    hangs = host.cloud.root / "pip-hangs"
+    hangs.touch()
+    child = host.start("setup", "tpu")
+    host.cloud.wait(lambda: bool(hangs.read_text()))
+    bystander = subprocess.Popen(["sleep", "300"], env=host.environment)
+    pip = int(hangs.read_text())
+    assert lives(pip)
+    assert host.do("status")[1] == "worker=0 state=busy exit=- step=0\n"
+    status, output = host.do("setup", "tpu")
+    assert (status, "a run, or its setup, is going on here; stop ends it" in output) == (1, True)
+    assert host.do("stop", "20") == (0, "worker 0: stopped\n")
+    child.communicate(timeout=300)
+    assert child.returncode != 0
+    assert not lives(pip)
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    hangs.unlink()
+    assert host.do("status")[1] == "worker=0 state=new exit=- step=0\n"
+    assert host.do("setup", "tpu")[0] == 0
+
+
+def test_the_mount_outlives_a_setup_that_is_ended(host: Host):
+    """stop knows by its environment what a setup has started; gcsfuse has another."""
+    host.cloud.script("host-bin/gcsfuse", GCSFUSE)
+    host.pack()
+    host.do("unpack")
+    (host.cloud.root / "pip-hangs").touch()
+    child = host.start("setup", "tpu", f"bucket:{host.cloud.bucket}")
+    host.cloud.wait(lambda: bool((host.cloud.root / "pip-hangs").read_text()))
+    assert host.do("stop", "20")[0] == 0
+    child.communicate(timeout=300)
+    assert lives(int((host.home / "gcsfuse").read_text()))
+
+
+def test_how_a_run_ended_is_told_of_its_workdir_only(host: Host):
+    host.ready().cloud.trainer("exit 0")
+    assert host.do("run", "--", "--workdir=runs/a")[0] == 0
+    host.ended()
+    host.cloud.wait(lambda: "exited" in host.do("status")[1])
+    assert host.do("status", "runs/a")[1] == "worker=0 state=exited exit=0 step=0\n"
+    assert host.do("status", "runs/b")[1] == "worker=0 state=ready exit=- step=0\n"
+    (host.state / "exit").unlink()
+    assert host.do("status", "runs/a")[1] == "worker=0 state=lost exit=- step=0\n"
+    assert host.do("status", "runs/b")[1] == "worker=0 state=ready exit=- step=0\n"
+
+
+def test_the_steps_of_a_sweep_are_those_of_its_runs(host: Host):
+    host.ready()
+    sweep = host.home / "sync_jax" / "runs" / "my sweep"
+    for name in ("a-0/checkpoints/5", "a-0/checkpoints/20", "a-1/checkpoints/3", "compare"):
+        (sweep / name).mkdir(parents=True)
+    (sweep / "a-1" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    assert host.do("status", "runs/my sweep")[1] == "worker=0 state=ready exit=- step=23\n"
+
+
+NETWORK = '''if [ "$1 $2 $3" = "-f -c %T" ] && [ -e "$4" ]; then
+  case $4 in
+    */nfs*) echo nfs; exit ;;
+    */unknown*) echo "UNKNOWN (0x1)"; exit ;;
+    */disk) echo xfs; exit ;;
+  esac
+fi
+exec /usr/bin/stat "$@"'''
+
+
+def test_a_workdir_that_would_go_with_the_machine_is_refused(host: Host):
+    host.cloud.script("host-bin/stat", NETWORK)
+    host.ready().cloud.trainer("exit 0")
+    for name in ("nfs", "unknown", "disk"):
+        (host.home / name).mkdir()
+    local = f"{host.home}/disk/runs/a"
+    status, output = host.do("run", "lasting", "--", f"--workdir={local}")
+    assert status == 2
+    message = f"worker 0: --workdir={local} lies on this host's own disk (xfs), which no other host"
+    assert output.startswith(message)
+    assert host.do("status", local)[1] == "worker=0 state=exited exit=2 step=0\n"
+    assert message[10:] in (host.state / "log").read_text()
+    assert not (host.state / "run").exists()
+    for words in (
+        ["run", "--", f"--workdir={local}"],
+        ["run", "lasting", "--", f"--workdir={host.home}/nfs/runs/a"],
+        ["run", "lasting", "--", f"--workdir={host.home}/unknown"],
+    ):
+        status, output = host.do(*words)
+        assert status == 0, output
+        host.ended()
+        assert host.do("stop", "20")[0] == 0
 
 
 def test_stop_kills_what_does_not_end_and_nothing_but_the_run(host: Host):
@@ -284,9 +481,14 @@ def test_unprepared_data_in_a_bucket_is_refused(host: Host):
     mount, data = f"bucket:{host.cloud.bucket}", host.cloud.bucket / "data"
     words = ["run", mount, "--", "--workdir=x", f"--config.data.data_dir={data}"]
     status, output = host.do(*words)
-    assert status == 1
+    assert status == 2  # which no second try mends, other than what follows
     assert f"{data} is empty: prepare the data once and copy it there" in output
     assert not (host.state / "run").exists()
+    assert host.do("status", "x")[1] == "worker=0 state=exited exit=2 step=0\n"
+    host.cloud.script("host-bin/ls", "echo 'ls: Input/output error' >&2; exit 2")
+    status, output = host.do(*words)
+    assert (status, "cannot be listed: ls: Input/output error" in output) == (1, True)
+    (host.cloud.root / "host-bin" / "ls").unlink()
     (data / "fashion_mnist").mkdir(parents=True)
     assert host.do(*words)[0] == 0
     host.ended()
@@ -305,7 +507,7 @@ def test_a_dead_mount_is_called_that_and_mounted_anew(host: Host):
     dead_mounts(host.cloud)
     (host.home / "dead").touch()
     assert host.do("status", workdir)[1] == "worker=0 state=exited exit=0 step=0 mount=dead\n"
-    assert host.do("status", "runs/a")[1] == "worker=0 state=exited exit=0 step=0\n"
+    assert host.do("status", "runs/a")[1] == "worker=0 state=ready exit=- step=0\n"
     status, output = host.do(*words)
     assert status == 0, output
     assert "the mount of gs://bucket is dead, for its gcsfuse has ended: mounting it anew" in output
@@ -369,7 +571,9 @@ def test_the_bucket_stays_until_the_run_has_saved(host: Host):
     parent = host.signal(signal.SIGTERM)
     assert host.ended() == 75
     assert (bucket / "run" / "checkpoints" / "7").is_dir()
-    assert "ended with exit status 75" in (bucket / "run" / "logs" / "worker-0.log").read_text()
+    (log,) = (bucket / "run" / "logs").iterdir()
+    assert re.fullmatch(r"worker-0-\d{8}T\d{6}Z\.log", log.name)
+    assert "ended with exit status 75" in log.read_text()
     gone = bucket.with_name("bucket-gone")
     assert not gone.exists()
     host.cloud.wait(lambda: not Path(f"/proc/{parent}").exists())

@@ -4,6 +4,8 @@ The runs are scripts here; test_verbs.py has the real trainer in the loop.
 """
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +34,8 @@ def test_from_nothing_to_done(cloud: Cloud):
     assert last_line(result) == DELETE
     log = (cloud.home() / ".sync_jax" / "log").read_text()
     assert f"--config=configs/quickstart.py --workdir={cloud.bucket}/run\n" in log
-    assert (cloud.bucket / "run" / "logs" / "worker-0.log").read_text() in log
+    (kept,) = (cloud.bucket / "run" / "logs").iterdir()
+    assert kept.read_text() in log
     assert not cloud.calls("delete")
 
 
@@ -114,6 +117,17 @@ def test_three_restarts_without_progress_are_enough(status, cloud: Cloud):
     assert last_line(result) == DELETE
 
 
+def test_a_sweep_makes_progress_in_its_runs(cloud: Cloud):
+    """Each with checkpoints of its own, and no more steps than the one before."""
+    cloud.trainer(
+        'n=$(ls "$workdir" 2>/dev/null | grep -c run-); mkdir -p "$workdir/run-$n/checkpoints/5"\n'
+        "if [ $n -ge 6 ]; then exit 0; fi; exit 75"
+    )
+    result = cloud.supervise("--", "--mode=sweep", "--vary=seed=0,1,2")
+    assert result.returncode == 0, result.stderr
+    assert "started at step 30\n" in result.stderr
+
+
 def test_a_checkpoint_being_written_is_no_progress(cloud: Cloud):
     cloud.trainer('mkdir -p "$workdir/checkpoints/9.orbax-checkpoint-tmp"; exit 75')
     result = cloud.supervise()
@@ -169,6 +183,30 @@ def test_an_expired_request_ends_it_and_only_the_request_is_deleted(cloud: Cloud
     assert len(cloud.calls("create")) == 1
     assert [call[3:6] for call in cloud.calls("delete")] == [["queued-resources", "delete", "sync"]]
     assert [p.name for p in cloud.bucket.iterdir()] == ["precious"]
+
+
+def test_a_request_that_expires_between_two_calls_has_expired(cloud: Cloud):
+    """When it was made, the cloud knows: the second call makes no other."""
+    cloud.set(lives=[["WAITING_FOR_RESOURCES"]])
+    command = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--valid-until=2s", "--yes"]
+    child = cloud.start(*command)
+    cloud.wait(lambda: bool(cloud.calls("create")))
+    child.terminate()
+    child.communicate(timeout=300)
+    time.sleep(2)
+    result = cloud.run(*command)
+    assert result.returncode == 1
+    assert "the request was not served within 2s: FAILED (the valid-until" in result.stderr
+    assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 1
+
+
+def test_a_machine_of_another_type_is_not_taken(cloud: Cloud):
+    assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 0
+    result = cloud.supervise()
+    assert result.returncode == 2
+    assert "there is a machine sync already, and it is a v4-8: say --type=v4-8" in result.stderr
+    assert not cloud.calls("ssh")
+    assert not cloud.calls("delete")
 
 
 @pytest.mark.parametrize("verb", ["create", "supervise"])
@@ -227,6 +265,25 @@ def test_a_machine_being_taken_away_is_deleted_once_it_lets(cloud: Cloud):
     assert "it cannot be deleted (2 in a row)" in result.stderr
     assert "preemption 2" not in result.stderr
     assert len(cloud.calls("delete")) == 3
+
+
+def test_a_deletion_that_goes_on_though_its_call_failed_is_no_second_preemption(cloud: Cloud):
+    cloud.trainer(patient(10))
+    cloud.set(preempt_at=[5], fail={"delete": 1})
+    cloud.set(suspension=["SUSPENDED", "DELETING", "DELETING", "GONE"])
+    result = cloud.supervise("--preemptions=1")
+    assert result.returncode == 0, result.stderr
+    assert "machine sync: DELETING\n" in result.stderr
+    assert "preemption 2" not in result.stderr
+
+
+def test_the_logs_of_machines_that_are_gone_are_kept(cloud: Cloud):
+    cloud.trainer(f"sleep 1.1; touch $HOME; echo I am $HOME\n{patient(15)}")
+    cloud.set(preempt_at=[5, 10])
+    result = cloud.supervise()
+    assert result.returncode == 0, result.stderr
+    logs = sorted((cloud.bucket / "run" / "logs").iterdir())
+    assert [f"sync-{i}/0\n" in log.read_text() for i, log in enumerate(logs, 1)] == [True] * 3
 
 
 def test_a_machine_that_cannot_be_deleted_is_given_up(cloud: Cloud):
@@ -306,6 +363,51 @@ def test_what_does_not_answer_is_asked_again(cloud: Cloud):
     assert "no answer within 3 s (1 in a row)" in result.stderr.split("READY")[1]
     assert len(cloud.calls("create")) == 1
     assert not [line for line in cloud.close() if "sleep" in line or "gcloud" in line]
+
+
+def test_what_takes_long_has_a_limit_too(cloud: Cloud):
+    """A creation, a copy, a deletion."""
+    cloud.trainer(patient(10))
+    cloud.set(hang={"create": 1, "scp": 1, "delete": 1}, preempt_at=[5])
+    result = cloud.supervise("--preemptions=1", "--failures=0", SYNC_JAX_LONG_TIMEOUT="3")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no answer within 3 s\n") == 3
+    for what in ("none can be created", "the machine cannot be set up", "it cannot be deleted"):
+        assert re.search(rf"{what} \(\d in a row\)", result.stderr)
+
+
+def test_an_installation_that_hangs_is_ended_and_made_again(cloud: Cloud):
+    """On the host too, where it would refuse every other."""
+    cloud.trainer("exit 0")
+    hangs = cloud.root / "pip-hangs"
+    hangs.touch()
+    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_LONG_TIMEOUT="4")
+    assert result.returncode == 0, result.stderr
+    assert "the machine cannot be set up (1 in a row)" in result.stderr
+    pip = Path("/proc") / hangs.read_text().strip() / "cmdline"
+    assert not pip.exists() or not pip.read_text()  # ended, and perhaps nobody has asked how
+
+
+def test_unprepared_data_is_not_tried_again(cloud: Cloud):
+    cloud.trainer("exit 0")
+    result = cloud.supervise("--", "--config.data.data_dir=gs://bucket/data")
+    assert result.returncode == 2
+    assert f"{cloud.bucket}/data is empty: prepare the data once" in result.stderr
+    assert "the config or its input is at fault: worker 0 ended with exit status 2" in result.stderr
+    assert len([c for call in cloud.calls("ssh") for c in call if "host.sh run" in c]) == 1
+
+
+def test_two_that_watch_have_one_run(cloud: Cloud):
+    """Neither stops what the other has started or sets up."""
+    cloud.trainer("save 5; sleep 2; exit 0")
+    machine = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
+    assert cloud.run("launch/tpu.sh", "create", *MACHINE, "--yes").returncode == 0
+    children = [cloud.start(*machine, SYNC_JAX_PATIENCE="100") for _ in range(2)]
+    for child in children:
+        _, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors
+    assert (cloud.home() / ".sync_jax" / "log").read_text().count("starts") == 1
+    assert not [c for call in cloud.calls("ssh") for c in call if "host.sh stop" in c]
 
 
 def test_a_bucket_that_hangs_for_a_while_is_no_failure(slice_of_three: Cloud):
@@ -424,9 +526,10 @@ def test_a_run_that_is_going_on_is_watched(cloud: Cloud):
     assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 0
     assert cloud.tpu("setup", WORKDIR).returncode == 0
     assert cloud.tpu("run", WORKDIR, CONFIG).returncode == 0
-    child = cloud.start("launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes")
+    machine = [*WHERE, "--type=v4-8"]
+    child = cloud.start("launch/tpu.sh", "supervise", *machine, WORKDIR, CONFIG, "--yes")
     other = cloud.run(
-        *("launch/tpu.sh", "supervise", *MACHINE, CONFIG, "--yes", "--workdir=gs://bucket/other")
+        *("launch/tpu.sh", "supervise", *machine, CONFIG, "--yes", "--workdir=gs://bucket/other")
     )
     assert other.returncode == 1
     assert "another run is going on there" in other.stderr

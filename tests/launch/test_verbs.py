@@ -68,8 +68,11 @@ def test_every_verb_with_the_real_trainer(cloud: Cloud, tmp_path):
     assert status.returncode == 0
     assert "worker=0 state=running exit=- step=" in status.stdout
     again = cloud.tpu("run", *command())
-    assert again.returncode == 1
-    assert "a run, or its setup, is going on here" in again.stderr
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "worker 0: already running"
+    other = cloud.tpu("run", *command(), "--config.seed=7")
+    assert other.returncode == 1
+    assert "a run, or its setup, is going on here" in other.stderr
     stop = cloud.start("launch/tpu.sh", "stop", *WHERE)
     cloud.wait(lambda: is_asked(trainer))
     os.kill(trainer, signal.SIGCONT)
@@ -79,14 +82,14 @@ def test_every_verb_with_the_real_trainer(cloud: Cloud, tmp_path):
     status = cloud.tpu("status", WORKDIR)
     assert status.returncode == 75
     assert "run saved" in status.stdout
-    log = (run / "logs" / "worker-0.log").read_text()
+    (log,) = [path.read_text() for path in (run / "logs").iterdir()]
     (stopped,) = re.findall(r"stopped by SIGTERM, saved at step (\d+)", log)
     assert 0 < saved(run) == int(stopped) < STEPS
 
     result = cloud.tpu("supervise", *command("--type=v4-8", "--yes"), SYNC_JAX_POLL="1")
     assert result.returncode == 0, result.stderr
     assert f"started at step {stopped}\n" in result.stderr
-    log = (run / "logs" / "worker-0.log").read_text()
+    (log,) = [path.read_text() for path in (run / "logs").iterdir()]
     assert f"resuming at step {stopped} of {STEPS}" in log
     check_finished(run)
     status = cloud.tpu("status", WORKDIR)
@@ -149,6 +152,38 @@ def test_a_venv_that_is_a_link_is_not_pushed(tmp_path):
     assert result.stdout == ".gitignore\n"
 
 
+def test_a_dataset_in_the_checkout_is_not_pushed(cloud: Cloud, tmp_path):
+    """And nothing is created for it."""
+    checkout = tmp_path / "checkout"
+    for name in ("launch", "configs"):
+        shutil.copytree(REPOSITORY / name, checkout / name)
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, checkout)
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    push = [f"{checkout}/launch/gpu.sh", "push", "--host=me@server"]
+    assert cloud.run(*push).returncode == 0
+    images = checkout / "prepared" / "cifar 10" / "images.npy"
+    images.parent.mkdir(parents=True)
+    with images.open("wb") as file:
+        file.truncate(101_000_000)
+    (checkout / "prepared" / "labels.npy").write_bytes(b"0" * 2_000_000)
+    supervise = [f"{checkout}/launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
+    for command in (push, supervise):
+        before = len(cloud.calls())
+        result = cloud.run(*command)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(
+            r"launch/.pu\.sh: to every host would go 103 MB, most of it in prepared/ \(103 MB; "
+            r"the largest file: prepared/cifar 10/images\.npy, 101 MB\): data belong outside .*; "
+            r"SYNC_JAX_PUSH_MB=100 is the limit\n",
+            result.stderr,
+        ), result.stderr
+        assert [call[1:3] for call in cloud.calls()[before:]] in ([], [["auth", "list"]])
+    images.unlink()
+    assert cloud.run(*push, SYNC_JAX_PUSH_MB="1").returncode == 2
+    assert cloud.run(*push).returncode == 0
+
+
 @pytest.mark.parametrize("script", ["tpu", "gpu"])
 def test_a_push_that_was_cut_off_fails_and_changes_nothing(script, cloud: Cloud):
     """Whatever of it arrived, also where the copy did not notice."""
@@ -182,6 +217,52 @@ def test_nothing_is_deleted_while_the_cloud_does_not_answer(cloud: Cloud):
     assert (result.returncode, cloud.calls("delete")) == (1, [])
     assert "so nothing is deleted: ERROR: (gcloud) UNAVAILABLE" in result.stderr
     assert cloud.tpu("delete", "--yes").returncode == 0
+
+
+def test_nothing_is_created_while_the_cloud_does_not_answer(cloud: Cloud):
+    """There may be one of the name."""
+    cloud.set(fail={"list": 1})
+    result = cloud.tpu("create", "--type=v4-8", "--yes")
+    assert (result.returncode, cloud.calls("create")) == (1, [])
+    assert "so nothing is created: ERROR: (gcloud) UNAVAILABLE" in result.stderr
+    assert result.stdout.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+
+
+def test_a_creation_that_breaks_off_ends_with_how_to_delete(cloud: Cloud):
+    cloud.set(fail={"create": 1})
+    result = cloud.tpu("create", "--type=v4-8", "--yes")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("verb", ["create", "supervise"])
+def test_an_interrupted_creation_ends_with_how_to_delete(verb, number, cloud: Cloud):
+    """At once, also while gcloud does not answer."""
+    cloud.set(hang={"create": 1})
+    more = [*MACHINE, WORKDIR, CONFIG, "--yes"]
+    child = cloud.start("env", "--default-signal", "launch/tpu.sh", verb, *more)
+    cloud.wait(lambda: bool(cloud.calls("create")))
+    child.send_signal(number)
+    output, errors = child.communicate(timeout=100)
+    assert child.returncode == 1, errors
+    assert output.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+    assert not [line for line in cloud.close() if "gcloud" in line or "sleep" in line]
+
+
+def test_a_workdir_on_a_spot_machines_own_disk_is_refused(cloud: Cloud):
+    """Also where the call that runs does not say that it is one."""
+    cloud.trainer("exit 0")
+    stat = 'if [ "$1" = -f ]; then echo ext2/ext3; else exec /usr/bin/stat "$@"; fi'
+    cloud.script("host-bin/stat", stat)
+    workdir = f"--workdir={cloud.root}/run"
+    for spot, status in ((["--spot"], 2), ([], 0)):
+        assert cloud.tpu("create", "--type=v4-8", *spot, "--yes").returncode == 0
+        assert cloud.tpu("setup").returncode == 0
+        result = cloud.tpu("run", workdir, CONFIG)
+        assert result.returncode == status, result.stderr
+        assert ("lies on this host's own disk (ext2/ext3)" in result.stderr) == bool(spot)
+        assert cloud.tpu("delete", "--yes").returncode == 0
 
 
 def test_a_request_that_will_not_be_served_ends_the_wait(cloud: Cloud):
@@ -243,7 +324,6 @@ def test_a_gpu_server(cloud: Cloud):
     assert gpu("stop").returncode == 0
     status = gpu("status")
     assert (status.returncode, "run saved" in status.stdout) == (75, True)
-    assert gpu("unlock").returncode == 0
     installed = (cloud.home() / "installed").read_text()
     assert "-e .[cuda]" in installed
     assert (cloud.home() / "sync_jax" / "runs" / "a" / "checkpoints" / "3").is_dir()
