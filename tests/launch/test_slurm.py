@@ -28,6 +28,14 @@ for child in $children; do
 done
 exit $highest
 """
+# As Slurm does without --batch: all processes of the tasks, and not the script.
+SCANCEL = """
+[ "$*" = "--signal=TERM 42" ] || exit 1
+echo "$*" >>"$FAKE_ROOT/scancel"
+for task in $(cat "$FAKE_ROOT/tasks"); do
+  kill -TERM $task $(cat /proc/$task/task/$task/children)
+done
+"""
 PYTHON = """
 if [ -f "$FAKE_ROOT/trainer" ]; then shift 3; exec bash "$FAKE_ROOT/trainer" "$@"; fi
 """
@@ -43,6 +51,7 @@ class Job:
         for name in ("configs", "launch", "sync_jax"):
             (self.checkout / name).symlink_to(REPOSITORY / name)
         cloud.script("bin/srun", SRUN)
+        cloud.script("bin/scancel", SCANCEL)
         cloud.script("bin/scontrol", 'echo "$*" >>"$FAKE_ROOT/scontrol"')
         cloud.script("python", PYTHON + f"exec '{sys.executable}' \"$@\"")
         (self.checkout / ".venv" / "bin").mkdir(parents=True)
@@ -52,7 +61,8 @@ class Job:
     def start(self, *arguments: str, restart: int = 0, tasks: int = 1) -> subprocess.Popen[str]:
         (self.cloud.root / "tasks").unlink(missing_ok=True)
         return self.cloud.start(
-            *("bash", "launch/slurm.sbatch", *arguments),
+            # As Slurm starts it; what begins with SIGINT ignored, as pytest may, cannot mind it.
+            *("env", "--default-signal=INT", "bash", "launch/slurm.sbatch", *arguments),
             SLURM_SUBMIT_DIR=str(self.checkout),
             SLURM_JOB_ID="42",
             SLURM_RESTART_COUNT=str(restart),
@@ -116,6 +126,46 @@ def test_three_restarts_without_progress_are_enough(job: Job, tmp_path):
     (checkpoints / "9.damaged").mkdir()
     assert [job.do(*words, restart=restart)[0] for restart in (3, 4, 5)] == [75, 75, 1]
     assert len(job.requeued()) == 5
+
+
+def test_a_sweep_makes_progress_in_its_runs(job: Job, tmp_path):
+    job.cloud.trainer("exit 75")
+    run = tmp_path / "a sweep"
+    for restart in range(6):
+        (run / f"run-{restart // 3}" / "checkpoints" / str(restart % 3 + 1)).mkdir(parents=True)
+        assert job.do(CONFIG, f"--workdir={run}", "--mode=sweep", restart=restart)[0] == 75
+    assert (
+        "still at step 6"
+        in [job.do(CONFIG, f"--workdir={run}", restart=restart)[1] for restart in (6, 7, 8)][-1]
+    )
+
+
+def test_asked_to_stop_it_saves_and_is_not_queued_again(job: Job, tmp_path):
+    """By scancel --batch --signal=INT, twice, which reaches the script and none of the tasks."""
+    save = 'mkdir -p "$workdir/checkpoints/7"'
+    job.cloud.trainer(
+        "asked=0; trap 'asked=$((asked + 1))' TERM; touch \"$FAKE_ROOT/begun-$SLURM_PROCID\"\n"
+        "until [ $asked -gt 0 ]; do sleep 0.02; done\n"
+        f"for i in $(seq 20); do sleep 0.02; done; {save}; exit $((74 + asked))"
+    )
+    child = job.start(CONFIG, f"--workdir={tmp_path}/run", tasks=2)
+    job.cloud.wait(lambda: len(list(job.cloud.root.glob("begun-*"))) == 2)
+    child.send_signal(signal.SIGINT)
+    job.cloud.wait((job.cloud.root / "scancel").exists)
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=300)
+    assert child.returncode == 75, output + errors
+    assert output.endswith("saved at step 7; sbatch the same goes on from there\n")
+    assert (job.cloud.root / "scancel").read_text() == "--signal=TERM 42\n"
+    assert job.requeued() == []
+
+
+def test_what_readers_are_told_stops_a_job_is_what_the_script_minds():
+    script = (REPOSITORY / "launch" / "slurm.sbatch").read_text()
+    told = "scancel --batch --signal=INT JOB"
+    assert told in script
+    assert f"`{told}`" in (REPOSITORY / "launch" / "README.md").read_text()
+    assert "\ntrap stop INT " in script
 
 
 @pytest.mark.parametrize(("status", "ours"), [(0, 0), (1, 1), (2, 2), (137, 1)])
