@@ -175,6 +175,7 @@ BAD = {
     "no host": ([GPU, "status"], "--host is missing"),
     "bad host": ([GPU, "status", "--host=-oProxyCommand=x"], "is no name of a server"),
     "nothing to create": ([GPU, "create", "--host=a"], "create is no verb"),
+    "no lock of a TPU": ([GPU, "unlock", "--host=a"], "unlock is no verb"),
 }
 
 
