@@ -158,9 +158,9 @@ copy() {
     --scp-flag=-oServerAliveInterval=30 </dev/null
 }
 
-# What look asks for, separated by tabs: why a request failed is a sentence.
-requests='--format=value(name.basename(),state.state,createTime,tpu.nodeSpec[0].node.acceleratorType,state.failedData.error.message)'
-nodes='--format=value(name.basename(),state,networkEndpoints.len(),acceleratorType,schedulingConfig.spot)'
+# What look asks for, separated by tabs: why a request failed is a sentence. The SDK too lists types without their path.
+requests='--format=value(name.basename(),state.state,createTime,tpu.nodeSpec[0].node.acceleratorType.basename(),state.failedData.error.message)'
+nodes='--format=value(name.basename(),state,networkEndpoints.len(),acceleratorType.basename(),schedulingConfig.spot)'
 fields() { # LINES; sets field: of our line, among others, what follows the name
   local line
   field=()
