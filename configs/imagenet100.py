@@ -6,8 +6,8 @@
 DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or train/<wnid>/ and val/. Of the
 138 + 6 GB the 100 classes' 14 GB are read and kept, and 26 GB of 256-pixel squares made of them,
 once. 24 GB of device memory for the training squares (or sharded over several devices), and some
-8 GB for the step; with --config.data.placement=host no squares are made, and the pictures are
-decoded for each batch.
+8 GB for the step; with --config.data.placement=disk the squares are read for each batch, and with
+=host none are made, and the pictures are decoded for each batch.
 
 Expected, by arithmetic alone: 500 epochs of 121,689 images at 22 GFLOP each are 1.3e18 FLOP, 75
 minutes at 300 TFLOP/s, what a third of an H100's bfloat16 is. On the host 16 cores at 760 pictures

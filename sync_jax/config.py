@@ -60,8 +60,8 @@ def default_config() -> ConfigDict:
     config.data.image_size = 64
     config.data.short_side = 0
     config.data.stored_size = 0
-    # Training images in the "device"'s memory, or decoded for each batch on the "host"; "auto":
-    # device where they fit.
+    # Training images in the "device"'s memory, as squares on the "disk" and read for each batch, or
+    # decoded for each batch on the "host"; "auto": device where they fit, else host.
     config.data.placement = "auto"
     config.data.workers = 0  # host: processes that decode; 0: threads of this one
     config.data.calibration_size = 6000  # held out of the official training split; 0: a tenth
@@ -197,7 +197,7 @@ def validate(config: ConfigDict) -> None:
         check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
     _choice(config, "data.name", catalogue.NAMES)
-    _choice(config, "data.placement", ("auto", "device", "host"))
+    _choice(config, "data.placement", ("auto", "device", "disk", "host"))
     _choice(config, "model.name", BACKBONES)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.stem", ("cifar", "imagenet"))

@@ -24,7 +24,10 @@ def prepare(config: ConfigDict) -> None:
     """
     catalogue.make_ready(config.data)
     if config.data.name in pictures.NAMES:
-        if config.data.placement == "device":  # perhaps of another machine, with more memory
+        if config.data.placement in (
+            "device",
+            "disk",
+        ):  # perhaps of another machine, with more memory
             pictures.prepare_squares(config.data)
             return
         placement = decide(config, sharding.make_mesh())
@@ -55,7 +58,7 @@ def load_data(
 
     def load() -> tuple[Part, Part]:
         make_squares(config, placement)
-        return load_train_and_calibration(config.data, decode=not placement.on_device)
+        return load_train_and_calibration(config.data, decode=placement.decoded)
 
     return placement, *processes.together("reading the data", load)
 
@@ -73,11 +76,11 @@ def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = N
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
         # Its crops would be others elsewhere, and free memory changes.
-        section.placement = "device" if notes["on_device"] else "host"
+        section.placement = notes["placement"]
     return choose(section, info, mesh)
 
 
 def make_squares(config: ConfigDict, placement: Placement) -> None:
-    """Makes the squares that device memory is to hold, of pictures that are kept encoded."""
-    if placement.on_device and config.data.name in pictures.NAMES:
+    """Makes the squares that are to be used, of pictures that are kept encoded."""
+    if not placement.decoded and config.data.name in pictures.NAMES:
         pictures.prepare_squares(config.data)

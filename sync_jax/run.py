@@ -161,7 +161,11 @@ class Run:
 
         def host_batch(state: TrainState, data: Batch, seed: Array) -> Batch:
             image = augment(
-                augmentation_key(seed, state.step), data["image"], self.augmentation, cropped=True
+                augmentation_key(seed, state.step),
+                data["image"],
+                self.augmentation,
+                size=self.size,
+                cropped=placement.decoded,
             )
             return data | {"image": image}
 
@@ -289,19 +293,19 @@ class Run:
 
     def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
         """What each step from `start` on takes: the resident split, or the host's batches."""
+        images = part.images.uncut() if isinstance(part.images, Squares) else part.images
         if self.placement.on_device:
-            images = part.images.uncut() if isinstance(part.images, Squares) else part.images
             split = put_on_devices(images, part.labels, self.mesh, sharded=self.placement.sharded)
             yield from itertools.repeat(split)
             return
         batch_size, size = self.config.train.batch_size, len(part.labels)
-        assert not isinstance(part.images, Squares)
+        decoded = self.placement.decoded
         examples = host.Examples(
-            part.images,
+            images,
             part.labels,
             epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
             self.config.seed,
-            self.augmentation.min_crop_area,
+            self.augmentation.min_crop_area if decoded else 1.0,
             self.info.image_shape[0],
         )
         for batch in host.batches(
@@ -311,7 +315,7 @@ class Run:
             batch_size=batch_size,
             process=jax.process_index(),
             processes=jax.process_count(),
-            workers=self.config.data.workers,
+            workers=self.config.data.workers if decoded else 0,
         ):
             whole = batch | {"mask": np.ones(len(batch["label"]), np.float32)}
             split_batch = sharding.batch_sharding(self.mesh)

@@ -264,7 +264,7 @@ def fit(job: Job, start: Start) -> Fitted:
                 notes = {
                     "config": config.to_dict(),
                     "unlogged": unlogged,
-                    "on_device": run.placement.on_device,
+                    "placement": run.placement.where,
                 }
                 with watch.spent("saving"):
                     job.checkpoints.save(state, done, notes=notes, score=score)
@@ -293,7 +293,7 @@ def finish(job: Job, fitted: Fitted) -> None:
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
         "reading the test split",
-        lambda: load_test(run.config.data, decode=not run.placement.on_device),
+        lambda: load_test(run.config.data, decode=run.placement.decoded),
     )
     run.alive()
     test = run.predict(state, test_part)

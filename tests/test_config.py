@@ -70,7 +70,7 @@ BAD = {
         ("0", "0-3", "5-4", "1-1001", "3-", "-3", "1,2", "all", "3 - 4", "1" * 10, "\u0663"),
         "must be steps of the run, as '100-110', from 1 and at most 1,000",
     ),
-    "data.placement": (("gpu", ""), "choose from auto, device, host"),
+    "data.placement": (("gpu", ""), "choose from auto, device, disk, host"),
     "data.workers": ((-1, 257), "between 0 and 256"),
     "data.short_side": ((-1, 1025), "between 0 and 1024"),
     "data.stored_size": ((-1, 1025), "between 0 and 1024"),

@@ -83,4 +83,4 @@ def test_two_steps(name, tmp_path):
 @pytest.mark.parametrize("name", ["stanford_cars"])
 def test_two_steps_of_the_host_pipeline(name, tmp_path):
     path = Path(__file__).parents[1] / "configs" / f"{name}.py"
-    two_steps(config_of(path, tmp_path), Placement(on_device=False))
+    two_steps(config_of(path, tmp_path), Placement("host"))

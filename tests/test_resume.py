@@ -248,7 +248,7 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     _, part, _ = load_data(config, sharding.make_mesh(), tmp_path, Processes())
     host = Run(tiny.config(data_dir, method="sync", data__placement="host"),
                sharding.make_mesh(), train_size=len(part.labels),
-               placement=Placement(on_device=False))  # fmt: skip
+               placement=Placement("host"))  # fmt: skip
     batch = next(host.feed(part, 8))
     np.testing.assert_array_equal(entry["indices"], part.index[np.asarray(batch["index"])])
     # The latest checkpoint is from before, and everything in it is finite.

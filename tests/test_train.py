@@ -378,7 +378,10 @@ def test_the_best_on_the_calibration_split_is_kept(metric, data_dir, tmp_path, m
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"6", "18"}
 
 
-def test_what_the_host_has_cropped_is_not_cropped_again(data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("placement", "cropped"), [("host", True), ("disk", False)])
+def test_what_the_host_has_cropped_is_not_cropped_again(
+    placement, cropped, data_dir, tmp_path, monkeypatch
+):
     asked = []
 
     def augment(key, images, augmentation, **options):
@@ -386,12 +389,12 @@ def test_what_the_host_has_cropped_is_not_cropped_again(data_dir, tmp_path, monk
         return images.astype(jnp.float32)
 
     monkeypatch.setattr(run_lib, "augment", augment)
-    config = tiny.config(data_dir, data__placement="host", data__min_crop_area=0.5)
+    config = tiny.config(data_dir, data__placement=placement, data__min_crop_area=0.5)
     mesh = sharding.make_mesh()
-    placement, part, _ = load_data(config, mesh, tmp_path, Processes())
-    run = Run(config, mesh, train_size=len(part.labels), placement=placement)
+    placed, part, _ = load_data(config, mesh, tmp_path, Processes())
+    run = Run(config, mesh, train_size=len(part.labels), placement=placed)
     run.step(run.create_state(), next(run.feed(part, 0)))
-    assert asked == [(0.5, np.uint8, {"cropped": True})]
+    assert asked == [(0.5, np.uint8, {"size": None, "cropped": cropped})]
 
 
 def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The host pipeline: pictures decoded and cropped by threads or processes, batch = f(seed, step).
+"""The host pipeline: pictures decoded and cropped, or squares read, batch = f(seed, step).
 
 An example is a function of the seed and its position, step * batch + place in the batch, and of
 nothing else: neither threads, workers and processes nor an interruption change it. The order is the
@@ -21,6 +21,7 @@ from PIL import Image
 from sync_jax.data.random_crop import random_crop
 from sync_jax.data.records import DecodedPictures
 from sync_jax.data.shuffle import shuffled
+from sync_jax.data.squares import Squares
 
 Example = dict[str, np.ndarray]
 
@@ -32,7 +33,7 @@ class Examples:
     """Training examples by position.
 
     Attributes:
-        images: `[n, height, width, channels]`.
+        images: `[n, height, width, channels]`, in memory, as squares on the disk, or encoded.
         labels: `[n]` int32.
         constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
         seed: of the crops.
@@ -40,7 +41,7 @@ class Examples:
         size: pixels of a side of the result.
     """
 
-    images: np.ndarray | DecodedPictures
+    images: np.ndarray | Squares | DecodedPictures
     labels: np.ndarray
     constants: np.ndarray
     seed: int
@@ -77,20 +78,18 @@ class Examples:
         return int(rows[place - first])
 
     def _image(self, row: int, position: int) -> np.ndarray:
+        images = self.images
         if self.min_crop_area == 1:
-            return (
-                self.images[row] if isinstance(self.images, np.ndarray) else self.images.square(row)
-            )
+            return images.square(row) if isinstance(images, DecodedPictures) else images[row]
         rng = np.random.Generator(
             np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
         )
-        return random_crop(rng, self._picture(row), self.min_crop_area, self.size)
-
-    def _picture(self, row: int) -> Image.Image:
-        if isinstance(self.images, np.ndarray):
-            pixels = self.images[row]
-            return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return self.images.picture(row)
+        if isinstance(images, DecodedPictures):
+            picture = images.picture(row)
+        else:
+            pixels = images[row]
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        return random_crop(rng, picture, self.min_crop_area, self.size)
 
 
 def batches(

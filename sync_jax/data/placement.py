@@ -1,4 +1,4 @@
-"""Where training images are: in the devices' memory, or decoded on the host for each batch."""
+"""Where training images are: in the devices' memory, on the disk, or decoded for each batch."""
 
 import dataclasses
 
@@ -21,14 +21,25 @@ class Placement:
     """Where training images are.
 
     Attributes:
-        on_device: in the devices' memory; else decoded on the host.
+        where: "device": in the devices' memory; "disk": as squares there, read for each batch;
+            "host": decoded there for each batch.
         sharded: a part of them on each device, rather than all.
         reason: what was chosen and why, in a line.
     """
 
-    on_device: bool = True
+    where: str = "device"
     sharded: bool = False
     reason: str = ""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether they are in the devices' memory."""
+        return self.where == "device"
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the host decodes pictures for each batch; else they are squares by then."""
+        return self.where == "host"
 
 
 def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
@@ -57,18 +68,20 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
     sharded = mesh.size > 1 and needed > _COPY_SHARE * each
     how = "in device memory, sharded" if sharded else "in device memory"
     if section.placement == "host":
-        return Placement(False, False, f"images on the host, decoded for each batch: {sizes})")
+        return Placement("host", False, f"images on the host, decoded for each batch: {sizes})")
+    if section.placement == "disk":
+        return Placement("disk", False, f"images on the disk, read for each batch: {sizes})")
     if section.placement == "device":
         if needed > free:
             raise InputError(
-                f"config.data.placement='device': {sizes}); use 'host', or a smaller "
+                f"config.data.placement='device': {sizes}); use 'disk' or 'host', or a smaller "
                 "config.data.stored_size"
             )
-        return Placement(True, sharded, f"images {how}: {sizes})")
+        return Placement("device", sharded, f"images {how}: {sizes})")
     if needed <= _SHARE * free:
-        return Placement(True, sharded, f"images {how}: {sizes}, at most half)")
+        return Placement("device", sharded, f"images {how}: {sizes}, at most half)")
     return Placement(
-        False, False, f"images on the host, decoded for each batch: {sizes}, at most half)"
+        "host", False, f"images on the host, decoded for each batch: {sizes}, at most half)"
     )
 
 

@@ -171,6 +171,27 @@ def runs(process: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("min_crop_area", [0.3, 1.0])
+def test_from_the_disk_come_the_resident_pipelines_batches(decoded, min_crop_area):
+    """Squares of 12 pixels of which 10 are used, cropped by the same random numbers."""
+    section = decoded.copy_and_resolve_references()
+    section.image_size, section.stored_size = 10, 12
+    part, _ = load_train_and_calibration(section)
+    squares = part.images.uncut()
+    source = host.Examples(squares, part.labels, epoch_constants(3, 9), 3, 1.0, 10)
+    split = ResidentSplit(jnp.asarray(squares[:]), jnp.asarray(part.labels))
+    recipe, seed = Augmentation(1, True, 0.0, min_crop_area, 0.3), jnp.uint32(3)
+    for step, batch in enumerate(collect(source, start=0, stop=5)):
+        assert batch["image"].shape == (6, 12, 12, 3)
+        resident = training_batch(
+            split, seed, jnp.int32(step), batch_size=6, augmentation=recipe, size=10
+        )
+        key = augmentation_key(seed, jnp.int32(step))
+        image = augmentation.augment(key, jnp.asarray(batch["image"]), recipe, size=10)
+        np.testing.assert_array_equal(image, resident["image"])
+        np.testing.assert_array_equal(batch["label"], resident["label"])
+
+
 def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
     part, calibration = load_train_and_calibration(decoded, decode=True)
     squares, _ = load_train_and_calibration(decoded)

@@ -15,6 +15,7 @@ from sync_jax.data.parts import load_test, load_train_and_calibration
 from sync_jax.data.records import INFO
 from sync_jax.data.sources import DataError
 from sync_jax.errors import InputError
+from tests.curves import check_close
 from tests.data.pictures import CLASSES, pixels, write_pictures
 
 
@@ -274,3 +275,8 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["calibration"]["n"], report["test"]["n"]) == (6, 24)
     assert "3 classes" in capsys.readouterr().out
+    # Squares that are read from the disk for each batch are cropped and coloured alike.
+    config.data.placement = "disk"
+    train.train_and_evaluate(config, tmp_path / "disk")
+    assert "images on the disk, read for each batch" in capsys.readouterr().out
+    check_close(tmp_path / "run", tmp_path / "disk")

@@ -46,7 +46,10 @@ def test_auto_takes_the_device_where_half_of_it_will_do(monkeypatch):
 
 
 def test_what_is_said_is_done(monkeypatch):
-    assert not choose(monkeypatch, 1e12, placement="host").on_device
+    host, disk = (choose(monkeypatch, 1e12, placement=x) for x in ("host", "disk"))
+    assert (host.where, host.decoded) == ("host", True)
+    assert (disk.where, disk.decoded) == ("disk", False)
+    assert disk.reason.startswith("images on the disk, read for each batch: 23.59 GB of")
     assert choose(monkeypatch, 3e10, placement="device").on_device
     with pytest.raises(InputError, match=r"placement='device': 23.59 GB .* 20.00 GB free"):
         choose(monkeypatch, 2e10, placement="device")
