@@ -65,9 +65,11 @@ held() { # whether anybody has the lock; two that ask do not see each other
 }
 
 theirs() { # whether somebody else has it
-  held && [ -z "$(ours)$(at_work)" ] || return 1
-  sleep 0.2 # who has just taken it, or let it go
-  held && [ -z "$(ours)$(at_work)" ]
+  local try
+  for try in {1..15}; do # who has just taken it begins anew with its mark, which on a busy machine takes its time
+    held && [ -z "$(ours)$(at_work)" ] || return 1
+    [ "$try" = 15 ] || sleep 0.2
+  done
 }
 
 holder() { # whose processes of this script may have it: others' open files only root sees

@@ -36,11 +36,13 @@ from sync_jax.models.pretrained import load_pretrained, read_weights
 from sync_jax.printable import printable
 from sync_jax.report import read_report, show_report
 from tests import test_checkpoint, tiny
+from tests.bad_input.case import COMPARE, NEW_ALBUM, PREPARED, prepare
+from tests.bad_input.spoil import cifar100
 from tests.command_line import ROOT, run
 from tests.data import test_archives
 from tests.data.pictures import pixels, write_pictures
 from tests.data.test_published_pictures import food_members, write_food
-from tests.test_bad_input import COMPARE, NEW_ALBUM, PREPARED, cifar100, finished_run, prepare
+from tests.test_bad_input import finished_run
 
 MARKER = "marker"
 # Would clear a terminal, and what a table, a page, a spreadsheet and a plot would take for theirs.
