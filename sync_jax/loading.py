@@ -24,10 +24,8 @@ def prepare(config: ConfigDict) -> None:
     """
     catalogue.make_ready(config.data)
     if config.data.name in pictures.NAMES:
-        if config.data.placement in (
-            "device",
-            "disk",
-        ):  # perhaps of another machine, with more memory
+        # Perhaps for another machine, with more memory.
+        if config.data.placement in ("device", "disk"):
             pictures.prepare_squares(config.data)
             return
         placement = decide(config, sharding.make_mesh())
