@@ -308,8 +308,15 @@ push() {
     from=$scratch/push
   fi
   # Through a file: a pipe's last command would run, and end well, with half of it or nothing.
-  within "$long" in_folder "$from" copy sync_jax.tar.gz &&
-    within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack && bash sync_jax.unpack unpack'
+  {
+    within "$long" in_folder "$from" copy sync_jax.tar.gz &&
+      within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack && bash sync_jax.unpack unpack'
+  } || failed_there $?
+}
+
+failed_there() { # STATUS: 2 of a tar there is not bad usage here
+  [ "$1" = 137 ] || return 1
+  return 137
 }
 
 send_env() { # in a file: a command line can be read by all on the machine, and stands in logs
@@ -330,7 +337,8 @@ send_env() { # in a file: a command line can be read by all on the machine, and 
 }
 
 setup() {
-  push && within "$long" on_hosts "$(host setup "$extra" ${buckets[@]+"${buckets[@]}"})"
+  push || return
+  within "$long" on_hosts "$(host setup "$extra" ${buckets[@]+"${buckets[@]}"})" || failed_there $?
 }
 
 start() { # each way out takes the values away, which host.sh may not have been there to do

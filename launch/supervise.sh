@@ -8,7 +8,7 @@
 # there was begun, or found, by us; begun: so was any.
 supervise() {
   owned=0 served=0 fresh=1 started=0 begun=0 preempted=0 failed=0 best=-1 stale=0 missed=0 between=0
-  odd=0 unlisted=0
+  odd=0 unlisted=0 busy_since=-1
   owed=1
   trap 'leave 1 "no longer watched: what runs goes on, and the same command watches it again"' INT TERM HUP
   while :; do
@@ -48,7 +48,8 @@ supervise() {
 }
 
 judge() { # what to do about the run, on a machine that is there
-  case $run in mixed | busy) ;; *) odd=0 ;; esac
+  case $run in mixed) ;; *) odd=0 ;; esac
+  [ "$run" = busy ] || busy_since=-1
   case $run in
     unknown) miss "$why" ;;
     running)
@@ -56,7 +57,15 @@ judge() { # what to do about the run, on a machine that is there
       fresh=0 started=1 begun=1 missed=0
       ;;
     other) leave 1 "${why:-another run is going on there: watch that, or stop it}" ;;
-    mixed | busy)
+    busy) # by another who watches, or what a broken connection has left: as long as we give it ourselves
+      if [ "$busy_since" -lt 0 ]; then busy_since=$SECONDS; fi
+      if [ $((SECONDS - busy_since)) -ge "$long" ]; then
+        say "$why"
+        stop
+        busy_since=-1
+      fi
+      ;;
+    mixed)
       odd=$((odd + 1))
       if [ $odd -ge $((2 * patience)) ]; then # and stopping has not helped: one has lost all that it had
         spend_failure "$why"
@@ -102,7 +111,11 @@ launch() {
   if [ "$fresh" = 1 ]; then
     setup || status=$?
     [ $status = 0 ] || {
-      if [ $status = 137 ]; then stop; fi # what hangs there would refuse every other
+      if [ $status = 137 ]; then
+        survey
+        # What hangs there would refuse every other; but another who watches may have come further.
+        case $run in running | other) ;; *) stop ;; esac
+      fi
       miss "the machine cannot be set up"
       return
     }
@@ -119,6 +132,7 @@ launch() {
   fi
   fresh=0
   start || {
+    status=$?
     survey
     case $run in
       running) ;; # begun by another who watches, or before the connection broke
@@ -129,7 +143,8 @@ launch() {
       other) leave 1 "${why:-another run is going on there: watch that, or stop it}" ;;
       *)
         stop
-        if [ "$run:$code" = failed:2 ]; then leave 2 "the config or its input is at fault: $why; see the logs"; fi
+        # By its own refusal, and not by what an earlier run has left there.
+        if [ "$status:$run:$code" = 2:failed:2 ]; then leave 2 "the config or its input is at fault: $why; see the logs"; fi
         miss "the run cannot be started on every worker"
         return
         ;;

@@ -60,7 +60,7 @@ class FakeCloud:
         suspension: the states of a request whose machine was taken away.
         grace: seconds between TERM and KILL.
         preempt_at: steps; once the first is saved, the machine is taken away.
-        fail: how many times each verb fails.
+        fail: how many times each verb fails; "start": the ssh that starts a run.
         hang: how many times each verb does not answer.
         cut: bytes of the next files that scp copies, which does not notice.
         calls: every command line.
@@ -218,6 +218,8 @@ class FakeCloud:
         assert options["worker"] == "all", "a slice that is told one by one hangs"
         homes = [(i, self._folders[name] / str(i)) for i in range(self.workers)]
         if verb == "ssh":
+            if "host.sh run " in options["command"]:
+                self._may_fail("start", "Connection reset by 192.0.2.1 port 22", 255)
             return self._on(homes, options["command"])
         for _, home in homes:
             self._copy(folder / rest[0], home)
