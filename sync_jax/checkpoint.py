@@ -186,7 +186,9 @@ class Checkpoints:
             names = [path.name for path in self._folder.iterdir() if path.is_dir()]
         except OSError as error:
             raise FailedError(f"{self._folder} cannot be read: {error.strerror}") from error
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        return sorted(
+            (int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True
+        )
 
     def _read(self, like: TrainState, step: int) -> Restored:
         abstract = jax.tree.map(

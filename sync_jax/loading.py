@@ -74,7 +74,7 @@ def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = N
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
         # Its crops would be others elsewhere, and free memory changes.
-        section.placement = notes["placement"]
+        section.placement = notes.get("placement", "auto")  # earlier versions noted otherwise
     return choose(section, info, mesh)
 
 

@@ -107,6 +107,7 @@ def test_saved_state_may_be_donated(tmp_path):
 
 def test_nothing_to_restore(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
+        (tmp_path / "²").mkdir()  # a digit to Python, and no step
         assert checkpoints.restore(state(0.0)) is None
 
 

@@ -156,7 +156,7 @@ def label_100(members: dict[str, bytes]) -> None:
 
 def pickled(**fields) -> Callable[[dict[str, bytes]], None]:
     def change(members: dict[str, bytes]) -> None:
-        content = pickle.loads(members["train"])
+        content = pickle.loads(members["train"])  # which this test has just made
         content |= {name.encode(): value for name, value in fields.items()}
         members["train"] = pickle.dumps(content, protocol=2)
 

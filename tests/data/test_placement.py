@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import sharding
+from sync_jax import loading, sharding
 from sync_jax.config import default_config
 from sync_jax.data import catalogue, parts, placement
 from sync_jax.data.recipe import Augmentation
@@ -58,6 +58,18 @@ def test_what_is_said_is_done(monkeypatch):
     assert choose(monkeypatch, 6e11, devices=8).sharded
     small = choose(monkeypatch, 6e11, devices=8, name="fashion_mnist", calibration_size=6000)
     assert (small.on_device, small.sharded) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("notes", "where"),
+    [({"placement": "disk"}, "disk"), ({"on_device": False}, "device"), (None, "device")],
+)
+def test_a_run_that_goes_on_stays_where_it_was(tmp_path, monkeypatch, notes, where):
+    """Where its checkpoint says; an earlier version's says something else."""
+    config = default_config()
+    config.data.data_dir = str(tiny.prepare(tmp_path))
+    monkeypatch.setattr(loading, "latest_notes", lambda folder: notes)
+    assert loading.decide(config, sharding.make_mesh(), tmp_path).where == where
 
 
 def test_free_memory_is_the_devices_own(monkeypatch):
