@@ -144,21 +144,26 @@ whole() { # whether there is code, all of one version
 }
 
 unpack() {
+  local archive=$state/pushed.tar.gz # not the name under which another may copy here meanwhile
   take_lock unpack
+  if [ -e sync_jax.tar.gz ]; then mv sync_jax.tar.gz "$archive"; fi
   # To its end: one that was cut off on the way here would leave a mixture of two versions.
-  tar --quoting-style=literal -tzf sync_jax.tar.gz >$state/listed ||
+  tar --quoting-style=literal -tzf "$archive" >$state/listed ||
     die "sync_jax.tar.gz is not whole: push it again"
   grep -v '/$' $state/listed >$state/files.new
   : >$state/unpacking # as long as it is there, no run starts
-  mkdir -p sync_jax
+  mkdir -p sync_jax/launch
   # Only what an earlier archive brought is removed: runs and data may lie there too.
   if [ -f $state/files ]; then
     sort $state/files.new | comm -13 - <(sort $state/files) |
       while IFS= read -r file; do rm -f -- "sync_jax/$file"; done
   fi
-  tar -xzf sync_jax.tar.gz -C sync_jax
+  tar -xzf "$archive" -C sync_jax --exclude=launch/host.sh
+  # By renaming: who asks how a run stands calls it meanwhile, and tar would remove it first.
+  tar -xzf "$archive" -C $state launch/host.sh
+  mv $state/launch/host.sh sync_jax/launch/host.sh
   mv $state/files.new $state/files
-  rm -f $state/listed $state/unpacking sync_jax.tar.gz sync_jax.unpack
+  rm -f $state/listed $state/unpacking "$archive" sync_jax.unpack*
 }
 
 find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which needs no root
@@ -396,10 +401,7 @@ is_ours() { # not by grep -q, which ends at once: what still writes to it fails 
   case $'\n'$(ours)$'\n' in *$'\n'"${1:-none}"$'\n'*) ;; *) return 1 ;; esac
 }
 
-status() { # [WORKDIR]
-  local word exit=- step folder recorded='' listed='' found=0 mount='' user=''
-  if [ -f $state/workdir ]; then recorded=$(<$state/workdir); fi
-  folder=${1:-$recorded}
+stands() { # sets word, exit and user of status
   if theirs; then
     word=other user=$(holder)
     user=" user=${user:-unknown}"
@@ -417,6 +419,21 @@ status() { # [WORKDIR]
   else
     word=new
   fi
+}
+
+# All that tells how a run stands, but for its processes. Whatever begins is noted first.
+noted() { (cd $state 2>/dev/null && cat task run workdir exit 2>/dev/null) || true; }
+
+status() { # [WORKDIR]
+  local word exit folder step found=0 known=unread listed='' recorded='' mount='' user=''
+  # Anew where a run, or its setup, has begun or ended meanwhile: else an earlier run's notes and a later
+  # one's processes would be taken together.
+  until [ "$known" = "$(noted)" ]; do
+    known=$(noted) exit=- user=''
+    if [ -f $state/workdir ]; then recorded=$(<$state/workdir); fi
+    folder=${1:-$recorded}
+    stands
+  done
   if [ -n "$folder" ]; then
     # A sweep has its checkpoints in a folder for each run.
     # shellcheck disable=SC2016 # for the other shell

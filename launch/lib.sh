@@ -307,10 +307,11 @@ push() {
     pack || return
     from=$scratch/push
   fi
-  # Through a file: a pipe's last command would run, and end well, with half of it or nothing.
+  # Through a file: a pipe's last command would run, and end well, with half of it or nothing. And by
+  # renaming: another who watches may run the one that is there.
   {
     within "$long" in_folder "$from" copy sync_jax.tar.gz &&
-      within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack && bash sync_jax.unpack unpack'
+      within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack.$$ && mv sync_jax.unpack.$$ sync_jax.unpack && bash sync_jax.unpack unpack'
   } || failed_there $?
 }
 

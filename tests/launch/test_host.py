@@ -172,6 +172,54 @@ def test_code_of_two_versions_is_not_run(host: Host):
     assert host.do("setup", "tpu")[0] == 0
 
 
+def test_host_sh_is_there_while_the_code_around_it_is_replaced(host: Host):
+    """Whoever asks how a run stands calls it."""
+    host.ready().pack("README.md")
+    script = host.home / "sync_jax" / "launch" / "host.sh"
+    script.write_text("old")
+    seen = host.home / "seen"
+    host.cloud.script(
+        "host-bin/tar",
+        f'/usr/bin/tar "$@" || exit\n'
+        f'case $1 in -x*) cat {script}; stat -c " %i" {script} ;; esac >>{seen}',
+    )
+    before = script.stat().st_ino
+    assert host.do("unpack") == (0, "")
+    assert (host.home / "sync_jax" / "README.md").exists()
+    assert seen.read_text() == f"old {before}\n" * 2
+    assert script.read_text() == (REPOSITORY / "launch" / "host.sh").read_text()
+    assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize(
+    ("earlier", "look"),
+    [("none", 1), ("runs/a", 1), ("runs/a", 2), ("runs/b", 1), ("runs/b", 2)],
+)
+def test_a_run_that_starts_while_status_looks_is_that_run(earlier, look, host: Host):
+    """Not lost, nor another's: what was noted of an earlier one does not count."""
+    host.ready().cloud.trainer("exit 0")
+    if earlier != "none":
+        assert host.do("run", "--", f"--workdir={earlier}")[0] == 0
+        host.ended()
+        assert host.do("stop", "20")[0] == 0  # waits until no process of it is left
+    host.cloud.trainer(PATIENT)
+    looks = host.home / "looks"
+    # Processes are looked for by grep; what the start itself looks for does not count.
+    host.cloud.script(
+        "host-bin/grep",
+        f"""if [ -n "$COUNTED" ]; then
+  echo >>{looks}
+  if [ $(wc -l <{looks}) = {look} ]; then
+    env -u COUNTED bash {REPOSITORY}/launch/host.sh run -- --workdir=runs/a >/dev/null
+  fi
+fi
+exec /usr/bin/grep "$@" """,
+    )
+    host.environment["COUNTED"] = "1"
+    assert host.do("status", "runs/a") == (0, "worker=0 state=running exit=- step=0\n")
+    assert len(looks.read_text()) > look
+
+
 def test_one_run_per_machine_nor_code_under_it(host: Host):
     begin(host.ready(), PATIENT)
     host.pack()

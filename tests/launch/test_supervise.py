@@ -410,13 +410,19 @@ def test_unprepared_data_is_not_tried_again(cloud: Cloud):
 
 def test_two_that_watch_have_one_run(cloud: Cloud):
     """Neither stops what the other has started or sets up."""
-    cloud.trainer("save 5; sleep 2; exit 0")
+    cloud.trainer('save 5; until [ -e "$HOME/enough" ]; do sleep 0.05; done; exit 0')
     machine = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
     assert cloud.run("launch/tpu.sh", "create", *MACHINE, "--yes").returncode == 0
-    children = [cloud.start(*machine, SYNC_JAX_PATIENCE="100") for _ in range(2)]
-    for child in children:
-        _, errors = child.communicate(timeout=300)
-        assert child.returncode == 0, errors
+    said = [cloud.root / f"said-{number}" for number in range(2)]
+    children = [
+        cloud.start("sh", "-c", f'exec "$@" 2>{said}', "-", *machine, SYNC_JAX_PATIENCE="1000")
+        for said in said
+    ]
+    cloud.wait(lambda: all(re.search("started at step|found running", s.read_text()) for s in said))
+    (cloud.home() / "enough").touch()
+    for child, words in zip(children, said, strict=True):
+        child.communicate(timeout=300)
+        assert child.returncode == 0, words.read_text()
     assert (cloud.home() / ".sync_jax" / "log").read_text().count("starts") == 1
     assert not [c for call in cloud.calls("ssh") for c in call if "host.sh stop" in c]
 

@@ -202,6 +202,17 @@ def test_a_push_that_was_cut_off_fails_and_changes_nothing(script, cloud: Cloud)
     assert not list(cloud.home().glob("sync_jax.*"))
 
 
+def test_a_push_leaves_what_another_push_runs_alone(cloud: Cloud):
+    """bash reads a script as it goes: what is cut short under it ends early, and well."""
+    push = ["launch/gpu.sh", "push", "--host=me@server"]
+    assert cloud.run(*push).returncode == 0
+    script = cloud.home() / "sync_jax.unpack"
+    script.write_text("old")
+    with script.open() as running:
+        assert cloud.run(*push).returncode == 0
+        assert running.read() == "old"
+
+
 def test_delete_finds_out_what_it_is(cloud: Cloud):
     """A spot machine needs no --spot to be deleted: forgetting it would cost money."""
     assert cloud.tpu("create", "--type=v4-8", "--spot", "--yes").returncode == 0
