@@ -78,7 +78,7 @@ holder() { # whose processes of this script may have it: others' open files only
   for file in /proc/[0-9]*/cmdline; do
     { mapfile -d '' -t words <"$file"; } 2>/dev/null || continue
     case ${words[1]:-}:${words[2]:-} in
-      *host.sh:attempt | *host.sh:setup | *host.sh:run | *sync_jax.unpack:unpack) ;;
+      *host.sh:attempt | *host.sh:setup | *host.sh:run | *sync_jax.unpack.*:unpack) ;;
       *) continue ;;
     esac
     user=$(stat -c %U "${file%/cmdline}" 2>/dev/null) || continue
@@ -89,23 +89,29 @@ holder() { # whose processes of this script may have it: others' open files only
 }
 
 # One run per machine, nor new code or packages under one. The run inherits the lock, and with it all
-# that it starts: the machine is free when the last of them is gone. What has the lock begins anew with a
-# mark in its environment, which all that it starts inherits: by it stop finds what hangs.
+# that it starts: the machine is free when the last of them is gone. What wants the lock begins anew with
+# a mark in its environment, which all that it starts inherits: by it stop finds what hangs.
 take_lock() { # VERB ARG...
-  local id
-  if [ -n "${SYNC_JAX_TASK:-}" ]; then return; fi
+  local busy tries=0
+  if [ -z "${SYNC_JAX_TASK:-}" ]; then # before it has the lock: who finds it held finds who has it
+    SYNC_JAX_TASK=$(cat /proc/sys/kernel/random/uuid) exec bash "$script" "$@"
+  fi
   mkdir -p $state
   open_lock
-  # A run that has noted its end is about to let go of it.
   until flock -w 0.5 9; do
-    # gcloud runs again what lost its connection; and two may watch one run.
-    if [ "$1" = run ] && is_recorded "$@"; then
-      if is_up; then
+    busy=$(at_work) # before is_up: a start that ends between the two is up
+    if is_up; then
+      # gcloud runs again what lost its connection; and two may watch one run.
+      if [ "$1" = run ] && is_recorded "$@"; then
         echo "worker $worker: already running"
         exit 0
-      elif [ -n "$(at_work)" ]; then # on its start
-        continue
       fi
+    elif [ "$1" = run ] && [ -n "$busy" ] && is_recorded "$@"; then # on its start
+      continue
+    # Who looks has it for a moment. Who has just taken it is noted in one, and who has noted its end lets
+    # go of it in one, or on a busy machine in some.
+    elif [ $((tries += 1)) -lt 10 ]; then
+      continue
     fi
     exec 9<&-
     if theirs; then die "$(whose) goes on here; only they or root can end it"; fi
@@ -113,9 +119,8 @@ take_lock() { # VERB ARG...
   done
   [ "$(stat -c %d:%i "$machine_lock")" = "$(stat -L -c %d:%i /proc/self/fd/9)" ] ||
     die "$machine_lock was replaced just now: try again"
-  id=$(cat /proc/sys/kernel/random/uuid)
-  printf '%s\n' "$id" >$state/task
-  SYNC_JAX_TASK=$id exec bash "$script" "$@"
+  if [ "$1" = run ]; then record_arguments "$@"; fi
+  printf '%s\n' "$SYNC_JAX_TASK" >$state/task
 }
 
 whose() {
@@ -163,7 +168,7 @@ unpack() {
   tar -xzf "$archive" -C $state launch/host.sh
   mv $state/launch/host.sh sync_jax/launch/host.sh
   mv $state/files.new $state/files
-  rm -f $state/listed $state/unpacking "$archive" sync_jax.unpack*
+  rm -f $state/listed $state/unpacking "$archive"
 }
 
 find_python() { # 3.11 or newer; TPU images have 3.10, so uv brings one, which needs no root
@@ -293,7 +298,6 @@ run() { # [lasting] [BUCKET:FOLDER]... -- ARG...
   for argument; do
     case $argument in --workdir=*) workdir=${argument#*=} ;; esac
   done
-  record_arguments "$@"
   if [ "$1" = lasting ]; then
     lasting=1
     shift
@@ -473,17 +477,21 @@ stop() { # SECONDS
     [ -z "$(at_work)" ] || die "process $(at_work | tr '\n' ' ')does not end"
   fi
   if [ -n "$(ours)" ]; then
-    trainer=$(sed -n 2p $state/run)
-    # Once: the trainer takes a second for an order to end at once, though it is saving.
-    if is_ours "$trainer" && [ ! -e $state/asked ]; then
-      : >$state/asked
-      kill -TERM "$trainer" 2>/dev/null || true
-    fi
     end=$((SECONDS + $1))
-    while [ -n "$(ours)" ] && [ $SECONDS -lt $end ]; do sleep "$poll"; done
+    while :; do
+      trainer=$(sed -n 2p $state/run) # anew: it may be noted only now
+      # Once: the trainer takes a second for an order to end at once, though it is saving.
+      if [ ! -e $state/asked ] && is_ours "$trainer"; then
+        : >$state/asked
+        kill -TERM "$trainer" 2>/dev/null || true
+      fi
+      [ -n "$(ours)" ] && [ $SECONDS -lt $end ] || break
+      sleep "$poll"
+    done
     if is_ours "$trainer"; then # first it alone, so that its end is noted
       kill -KILL "$trainer" 2>/dev/null || true
-      sleep "$poll"
+      end=$((SECONDS + limit))
+      while [ -n "$(ours)" ] && [ ! -f $state/exit ] && [ $SECONDS -lt $end ]; do sleep "$poll"; done
     fi
     end_all KILL ours
     [ -z "$(ours)" ] || die "process $(ours | tr '\n' ' ')does not end"
@@ -495,10 +503,12 @@ stop() { # SECONDS
 }
 
 end_all() { # SIGNAL ours|at_work; and waits a little
-  # shellcheck disable=SC2046 # numbers
-  kill "-$1" $("$2") 2>/dev/null || true
+  local found
   for _ in $(seq 20); do
-    [ -n "$("$2")" ] || break
+    found=$("$2")
+    [ -n "$found" ] || break
+    # shellcheck disable=SC2086 # numbers
+    kill "-$1" $found 2>/dev/null || true # anew: one may have started another meanwhile
     sleep "$poll"
   done
 }

@@ -136,8 +136,9 @@ launch() {
     survey
     case $run in
       running) ;; # begun by another who watches, or before the connection broke
-      unknown | busy) # another sets it up
-        miss "$why"
+      # Another sets it up, or is about to start it: nothing of ours is there to be stopped.
+      unknown | busy | new | saved | 'done')
+        miss "${why:-the run cannot be started on every worker}"
         return
         ;;
       other) leave 1 "${why:-another run is going on there: watch that, or stop it}" ;;

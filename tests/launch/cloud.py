@@ -42,6 +42,14 @@ if [ -f "$FAKE_ROOT/trainer" ]; then
 fi
 exec /usr/bin/git "$@"
 """
+# The limit of a call, in seconds, that is over as soon as one hangs: however slow the machine, none
+# that is answered runs into it.
+LIMIT = "301"
+SLEEP = f"""
+[ "$1" = {LIMIT} ] || exec /usr/bin/sleep "$@"
+until [ -e "$FAKE_ROOT/hangs" ]; do /usr/bin/sleep 0.05; done
+rm "$FAKE_ROOT/hangs"
+"""
 UV = 'case "$*" in *find*) echo "$FAKE_ROOT/python3.11-uv" ;; esac'
 PYTHON = """
 case "$*" in
@@ -53,6 +61,7 @@ case "$*" in
     echo "$*" >>"$HOME/installed"
     if [ -f "$FAKE_ROOT/pip-hangs" ] && [ ! -s "$FAKE_ROOT/pip-hangs" ]; then
       echo $$ >"$FAKE_ROOT/pip-hangs"
+      touch "$FAKE_ROOT/hangs"
       exec setsid sleep 300
     fi
     if [ -f "$FAKE_ROOT/pip-fails" ]; then rm "$FAKE_ROOT/pip-fails"; exit 1; fi ;;
@@ -89,6 +98,7 @@ class Cloud:
             self.script(f"bin/{name}", self.fake.client(name))
         self.script("bin/git", GIT)
         self.script("bin/gzip", 'exec /usr/bin/gzip -1 "$@"')
+        self.script("bin/sleep", SLEEP)
         for name, text in HOST_BIN.items():
             self.script(f"host-bin/{name}", text)
         self.script("uv", UV)
@@ -141,9 +151,9 @@ class Cloud:
     ) -> subprocess.CompletedProcess[str]:
         child = self.start(*command, **environment)
         try:
-            output, errors = child.communicate(stdin, timeout=300)
+            output, errors = child.communicate(stdin, timeout=1000)
         except subprocess.TimeoutExpired:
-            child.kill()
+            self.kill_left()
             output, errors = child.communicate()
             raise AssertionError(f"{command} does not end:\n{output}\n{errors}") from None
         return subprocess.CompletedProcess(command, child.returncode, output, errors)
@@ -164,25 +174,32 @@ class Cloud:
         (machine,) = (self.root / "hosts").iterdir()
         return machine / str(worker) if machine.name != "server" else machine
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 1000) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it does not come"
             time.sleep(0.02)
 
-    def close(self) -> list[str]:
-        """Kills what is left; returns its command lines."""
-        left = []
+    def left(self) -> dict[int, str]:
+        """The command lines of all processes of this cloud, its laptop and hosts."""
+        found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
                 if f"FAKE_ROOT={self.root}".encode() in variables:
-                    left.append((entry / "cmdline").read_text().replace("\0", " "))
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        return found
+
+    def kill_left(self) -> None:
+        for pid in self.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.kill_left()
         for child in self.children:
             child.communicate()
         self.fake.close()
-        return left
 
 
 def dead_mounts(cloud: Cloud) -> None:
@@ -211,7 +228,7 @@ def hanging_mounts(cloud: Cloud) -> None:
         cloud.script(
             f"host-bin/{name}",
             f"""case $* in *"$FAKE_ROOT/mnt"*) if [ -f "$HOME/hangs" ]; then
-  trap '' TERM; while :; do sleep 9; done
+  touch "$HOME/looked"; trap '' TERM; while :; do sleep 9; done
 fi ;; esac
 exec {real} "$@" """,
         )

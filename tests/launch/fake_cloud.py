@@ -123,7 +123,7 @@ class FakeCloud:
                         message = shlex.quote(f"ERROR: (gcloud) {error}")
                         answer = f"echo {message} >&2; exit {error.status}"
                     except HangsError:
-                        answer = "trap '' TERM; while :; do sleep 9; done"
+                        answer = 'touch "$FAKE_ROOT/hangs"; trap "" TERM; while :; do sleep 9; done'
                     except Exception as error:  # a test that looks finds it
                         answer = f"echo {shlex.quote(f'the fake broke: {error!r}')} >&2; exit 99"
                 with contextlib.suppress(OSError):

@@ -346,11 +346,10 @@ def test_secrets_arrive_and_are_shown_nowhere(script, slice_of_three: Cloud):
         more = [WORKDIR, CONFIG, "--env=SECRET"]
         results.append(cloud.run(script, verb, *where, *more, SECRET=secret))
         if verb == "run":
-            cloud.wait(lambda: (cloud.home() / ".sync_jax" / "exit").exists())
+            for worker in range(3):
+                cloud.wait((cloud.home(worker) / ".sync_jax" / "exit").exists)
     for worker in range(3):
         home = cloud.home(worker)
-        cloud.wait(lambda home=home: (home / "arrived").exists())
-        cloud.wait(lambda home=home: (home / ".sync_jax" / "exit").exists())
         assert (home / "arrived").read_text() == secret
         assert not (home / ".sync_jax" / "env").exists()
         assert "hunter2" not in (home / ".sync_jax" / "log").read_text()

@@ -45,7 +45,7 @@ class Host:
 
     def do(self, *words: str) -> tuple[int, str]:
         child = self.start(*words)
-        output, errors = child.communicate(timeout=300)
+        output, errors = child.communicate(timeout=1000)
         return child.returncode, output + errors
 
     def ready(self) -> "Host":
@@ -159,6 +159,27 @@ def test_an_archive_that_was_cut_off_changes_nothing(host: Host):
     assert code.read_text() == (REPOSITORY / "launch" / "host.sh").read_text()
 
 
+def test_what_another_pushes_meanwhile_is_not_mixed_in(host: Host):
+    host.ready().pack("README.md")
+    host.cloud.script(
+        "host-bin/tar",
+        '/usr/bin/tar "$@" || exit\n'
+        "case $* in *-tzf*) touch listed; until [ -e go ]; do sleep 0.02; done ;; esac",
+    )
+    child = host.start("unpack")
+    host.cloud.wait((host.home / "listed").exists)
+    host.pack("Makefile")  # as if it were another checkout's
+    status, output = host.do("unpack")
+    assert (status, "a run, or its setup, is going on here" in output) == (1, True)
+    (host.home / "go").touch()
+    child.communicate(timeout=1000)
+    assert child.returncode == 0
+    code = host.home / "sync_jax"
+    assert [(code / name).exists() for name in ("README.md", "Makefile")] == [True, False]
+    assert host.do("unpack") == (0, "")
+    assert [(code / name).exists() for name in ("README.md", "Makefile")] == [False, True]
+
+
 def test_code_of_two_versions_is_not_run(host: Host):
     """Unpacking was cut off, by a full disk or a power cut."""
     host.ready().pack("README.md")
@@ -201,7 +222,7 @@ def test_a_run_that_starts_while_status_looks_is_that_run(earlier, look, host: H
     if earlier != "none":
         assert host.do("run", "--", f"--workdir={earlier}")[0] == 0
         host.ended()
-        assert host.do("stop", "20")[0] == 0  # waits until no process of it is left
+        assert host.do("stop", "120")[0] == 0  # waits until no process of it is left
     host.cloud.trainer(PATIENT)
     looks = host.home / "looks"
     # Processes are looked for by grep; what the start itself looks for does not count.
@@ -234,7 +255,7 @@ def test_one_run_per_machine_nor_code_under_it(host: Host):
     assert host.do("status")[1] == "worker=0 state=running exit=- step=0\n"
     assert host.do("status", "runs/a/")[1] == "worker=0 state=running exit=- step=0\n"
     assert host.do("status", "runs/b")[1] == "worker=0 state=other exit=- step=0\n"
-    assert host.do("stop", "20") == (0, "worker 0: stopped\n")
+    assert host.do("stop", "120") == (0, "worker 0: stopped\n")
     assert host.ended() == 75
     assert host.do("run", "--", "--workdir=runs/a")[0] == 0
 
@@ -273,15 +294,17 @@ def test_one_run_per_machine_whoever_starts_it(host: Host):
     other = other_home(host)
     (other.home / "sync_jax" / "runs" / "a" / "checkpoints" / "3").mkdir(parents=True)
     begin(host.ready(), PATIENT)
-    theirs = "a run of another user, or of another home folder, goes on here; only they or root can"
+    # Another test's user has a name, if it comes at the same time.
+    theirs = "a run of (another user, or of another home folder,|nobody) goes on here; only they"
     other.pack()
     for words in (["run", "--", "--workdir=runs/a"], ["setup", "tpu"], ["unpack"], ["stop", "1"]):
         status, output = other.do(*words)
-        assert (status, theirs in output) == (1, True), output
-    shown = "worker=0 state=other exit=- step=3 user=unknown\n"
-    assert other.do("status", "runs/a")[1] == shown
+        assert status == 1
+        assert re.search(theirs, output)
+    shown = r"worker=0 state=other exit=- step=3 user=(unknown|nobody)\n"
+    assert re.fullmatch(shown, other.do("status", "runs/a")[1])
     assert host.do("status", "runs/a")[1] == "worker=0 state=running exit=- step=0\n"
-    assert host.do("stop", "20")[0] == 0
+    assert host.do("stop", "120")[0] == 0
     assert other.do("status", "runs/a")[1] == "worker=0 state=ready exit=- step=3\n"
     assert other.do("run", "--", "--workdir=runs/a")[0] == 0
 
@@ -344,12 +367,12 @@ def test_a_setup_that_hangs_is_ended_by_stop(host: Host):
     host.cloud.wait(lambda: bool(hangs.read_text()))
     bystander = subprocess.Popen(["sleep", "300"], env=host.environment)
     pip = int(hangs.read_text())
-    assert lives(pip)
+    host.cloud.wait(lambda: lives(pip))
     assert host.do("status")[1] == "worker=0 state=busy exit=- step=0\n"
     status, output = host.do("setup", "tpu")
     assert (status, "a run, or its setup, is going on here; stop ends it" in output) == (1, True)
-    assert host.do("stop", "20") == (0, "worker 0: stopped\n")
-    child.communicate(timeout=300)
+    assert host.do("stop", "120") == (0, "worker 0: stopped\n")
+    child.communicate(timeout=1000)
     assert child.returncode != 0
     assert not lives(pip)
     assert bystander.poll() is None
@@ -368,8 +391,8 @@ def test_the_mount_outlives_a_setup_that_is_ended(host: Host):
     (host.cloud.root / "pip-hangs").touch()
     child = host.start("setup", "tpu", f"bucket:{host.cloud.bucket}")
     host.cloud.wait(lambda: bool((host.cloud.root / "pip-hangs").read_text()))
-    assert host.do("stop", "20")[0] == 0
-    child.communicate(timeout=300)
+    assert host.do("stop", "120")[0] == 0
+    child.communicate(timeout=1000)
     assert lives(int((host.home / "gcsfuse").read_text()))
 
 
@@ -380,6 +403,7 @@ def test_how_a_run_ended_is_told_of_its_workdir_only(host: Host):
     host.cloud.wait(lambda: "exited" in host.do("status")[1])
     assert host.do("status", "runs/a")[1] == "worker=0 state=exited exit=0 step=0\n"
     assert host.do("status", "runs/b")[1] == "worker=0 state=ready exit=- step=0\n"
+    assert host.do("stop", "120")[0] == 0  # until no process of it is left
     (host.state / "exit").unlink()
     assert host.do("status", "runs/a")[1] == "worker=0 state=lost exit=- step=0\n"
     assert host.do("status", "runs/b")[1] == "worker=0 state=ready exit=- step=0\n"
@@ -425,7 +449,7 @@ def test_a_workdir_that_would_go_with_the_machine_is_refused(host: Host):
         status, output = host.do(*words)
         assert status == 0, output
         host.ended()
-        assert host.do("stop", "20")[0] == 0
+        assert host.do("stop", "120")[0] == 0
 
 
 def test_stop_kills_what_does_not_end_and_nothing_but_the_run(host: Host):
@@ -436,8 +460,9 @@ def test_stop_kills_what_does_not_end_and_nothing_but_the_run(host: Host):
     assert host.ended() == 128 + signal.SIGKILL
     assert not Path(f"/proc/{trainer}").exists()
     assert bystander.poll() is None
-    left = host.cloud.close()  # not even the sleep that the run had started
-    assert [line for line in left if "sleep" in line] == ["sleep 300 "]
+    left = [pid for pid, line in host.cloud.left().items() if "sleep" in line]
+    assert left == [bystander.pid]  # not even the sleep that the run had started
+    bystander.kill()
     bystander.wait()
 
 
@@ -448,7 +473,7 @@ def test_stop_asks_a_run_whose_processes_are_slowly_found(host: Host):
     host.cloud.script("host-bin/grep", text)
     some = PATIENT.replace("exit 75", "kill $(jobs -p); exit 75")
     begin(host.ready(), f"sleep 300 & sleep 300 & sleep 300 &\n{some}")
-    assert host.do("stop", "9") == (0, "worker 0: stopped\n")
+    assert host.do("stop", "120") == (0, "worker 0: stopped\n")
     assert host.ended() == 75
 
 
@@ -575,7 +600,7 @@ def test_a_dead_mount_is_called_that_and_mounted_anew(host: Host):
 
 def test_a_mount_that_hangs_holds_up_nothing(host: Host):
     """Neither a look, nor a start, nor the note of how a run ended."""
-    host.environment["SYNC_JAX_HOST_LIMIT"] = "2"
+    host.environment["SYNC_JAX_HOST_LIMIT"] = "5"
     host.ready().cloud.trainer(
         'echo begun; until [ -e "$HOME/hangs" ]; do sleep 0.02; done; exit 9'
     )
@@ -590,14 +615,16 @@ def test_a_mount_that_hangs_holds_up_nothing(host: Host):
     assert host.do("status", workdir)[1] == "worker=0 state=exited exit=9 step=0 mount=hangs\n"
     status, output = host.do(*words)
     assert status == 1
-    assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 2 s" in output
+    assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 5 s" in output
 
 
 GCSFUSE = """
 while [ $# -gt 2 ]; do shift; done
 echo "$2" >>"$HOME/mounted"
 unmount() { # what is in use stays; what is not is no longer there
-  if [ -z "$(find /proc/[0-9]*/fd -lname "$2*" 2>/dev/null)" ]; then mv "$2" "$2-gone"; exit; fi
+  found=$(find /proc/[0-9]*/fd -lname "$2*" 2>/dev/null)
+  if [ -z "$found" ]; then mv "$2" "$2-gone"; exit; fi
+  touch "$HOME/in-use"
 }
 (trap 'unmount "$@"' TERM; while :; do sleep 0.02; done) >/dev/null 2>&1 &
 echo $! >"$HOME/gcsfuse"
@@ -609,7 +636,8 @@ def test_the_bucket_stays_until_the_run_has_saved(host: Host):
     bucket = host.cloud.bucket
     host.cloud.script("host-bin/gcsfuse", GCSFUSE)
     host.ready().cloud.trainer(
-        "trap 'sleep 0.5; save 7; exit 75' TERM\necho begun\nwhile :; do sleep 0.02; done"
+        "ended() { until [ -e $HOME/in-use ]; do sleep 0.02; done; save 7; exit 75; }\n"
+        "trap ended TERM\necho begun\nwhile :; do sleep 0.02; done"
     )
     status, output = host.do("run", f"bucket:{bucket}", "--", f"--workdir={bucket}/run")
     assert status == 0, output
@@ -647,11 +675,12 @@ def test_a_second_stop_does_not_end_a_run_that_is_saving(first, host: Host):
     for _ in range(2):  # and the next run is asked again
         begin(host, SAVING)
         if first == "stop":
-            child = host.start("stop", "20")
+            child = host.start("stop", "120")
         else:
             host.signal(signal.SIGTERM)
+            host.cloud.wait((host.state / "asked").exists)
         host.cloud.wait((host.home / "saving").exists)
-        assert host.do("stop", "20") == (0, "worker 0: stopped\n")
+        assert host.do("stop", "120") == (0, "worker 0: stopped\n")
         assert host.ended() == 75
         (host.home / "saving").unlink()
         (host.state / "log").unlink()

@@ -20,7 +20,7 @@ for task in $(seq 0 $((${FAKE_TASKS:-1} - 1))); do
   SLURM_PROCID=$task "$@" &
   children="$children $!"
 done
-echo $children >"$FAKE_ROOT/tasks"
+echo $children >"$FAKE_ROOT/tasks.new" && mv "$FAKE_ROOT/tasks.new" "$FAKE_ROOT/tasks"
 for child in $children; do
   wait $child
   status=$?
@@ -32,6 +32,7 @@ exit $highest
 SCANCEL = """
 [ "$*" = "--signal=TERM 42" ] || exit 1
 echo "$*" >>"$FAKE_ROOT/scancel"
+until [ -e "$FAKE_ROOT/tasks" ]; do sleep 0.05; done
 for task in $(cat "$FAKE_ROOT/tasks"); do
   kill -TERM $task $(cat /proc/$task/task/$task/children)
 done
@@ -73,11 +74,12 @@ class Job:
 
     def do(self, *arguments: str, restart: int = 0, tasks: int = 1) -> tuple[int, str]:
         child = self.start(*arguments, restart=restart, tasks=tasks)
-        output, errors = child.communicate(timeout=300)
+        output, errors = child.communicate(timeout=1000)
         return child.returncode, output + errors
 
     def terminate(self) -> None:
         """As --signal=TERM@300 does: all processes of the tasks, and not the script."""
+        self.cloud.wait((self.cloud.root / "tasks").exists)
         for task in (self.cloud.root / "tasks").read_text().split():
             children = Path(f"/proc/{task}/task/{task}/children").read_text().split()
             for process in (task, *children):
@@ -100,7 +102,7 @@ def test_saved_before_the_limit_queued_again_and_resumed_with_the_real_trainer(j
     child = job.start(*command)
     job.cloud.wait((run / "config.json").exists)  # from here on it minds SIGTERM
     job.terminate()
-    output, errors = child.communicate(timeout=300)
+    output, errors = child.communicate(timeout=1000)
     assert child.returncode == 75, errors
     assert "saved at step" in output
     assert job.requeued() == ["requeue 42"]
@@ -153,7 +155,7 @@ def test_asked_to_stop_it_saves_and_is_not_queued_again(job: Job, tmp_path):
     child.send_signal(signal.SIGINT)
     job.cloud.wait((job.cloud.root / "scancel").exists)
     child.send_signal(signal.SIGINT)
-    output, errors = child.communicate(timeout=300)
+    output, errors = child.communicate(timeout=1000)
     assert child.returncode == 75, output + errors
     assert output.endswith("saved at step 7; sbatch the same goes on from there\n")
     assert (job.cloud.root / "scancel").read_text() == "--signal=TERM 42\n"
@@ -203,7 +205,7 @@ def test_a_sigterm_to_all_of_a_task_is_one_to_the_trainer(job: Job, tmp_path):
     child = job.start(CONFIG, f"--workdir={tmp_path}/run", tasks=2)
     job.cloud.wait(lambda: len(list(job.cloud.root.glob("begun-*"))) == 2)
     job.terminate()
-    output, errors = child.communicate(timeout=300)
+    output, errors = child.communicate(timeout=1000)
     assert child.returncode == 75, output + errors
     assert job.requeued() == ["requeue 42"]
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.launch.cloud import (
     CONFIG,
+    LIMIT,
     MACHINE,
     WHERE,
     WORKDIR,
@@ -203,7 +204,7 @@ def test_a_request_that_expires_between_two_calls_has_expired(cloud: Cloud):
     child = cloud.start(*command)
     cloud.wait(lambda: bool(cloud.calls("create")))
     child.terminate()
-    child.communicate(timeout=300)
+    child.communicate(timeout=1000)
     time.sleep(2)
     result = cloud.run(*command)
     assert result.returncode == 1
@@ -368,21 +369,22 @@ def test_what_does_not_answer_is_asked_again(cloud: Cloud):
     """The lists first, then a host; each is ended with all that it has started."""
     cloud.trainer("exit 0")
     cloud.set(hang={"list": 2, "ssh": 1})
-    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_TIMEOUT="3")
+    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_TIMEOUT=LIMIT)
     assert result.returncode == 0, result.stderr
-    assert "no answer within 3 s (2 in a row)" in result.stderr
-    assert "no answer within 3 s (1 in a row)" in result.stderr.split("READY")[1]
+    assert f"no answer within {LIMIT} s (2 in a row)" in result.stderr
+    assert f"no answer within {LIMIT} s (1 in a row)" in result.stderr.split("READY")[1]
     assert len(cloud.calls("create")) == 1
-    assert not [line for line in cloud.close() if "sleep" in line or "gcloud" in line]
+    left = ("sleep", "gcloud")
+    cloud.wait(lambda: not [x for x in cloud.left().values() if any(word in x for word in left)])
 
 
 def test_what_takes_long_has_a_limit_too(cloud: Cloud):
     """A creation, a copy, a deletion."""
     cloud.trainer(patient(10))
     cloud.set(hang={"create": 1, "scp": 1, "delete": 1}, preempt_at=[5])
-    result = cloud.supervise("--preemptions=1", "--failures=0", SYNC_JAX_LONG_TIMEOUT="8")
+    result = cloud.supervise("--preemptions=1", "--failures=0", SYNC_JAX_LONG_TIMEOUT=LIMIT)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("no answer within 8 s\n") == 3
+    assert result.stderr.count(f"no answer within {LIMIT} s\n") == 3
     for what in ("none can be created", "the machine cannot be set up", "it cannot be deleted"):
         assert re.search(rf"{what} \(\d in a row\)", result.stderr)
 
@@ -392,7 +394,7 @@ def test_an_installation_that_hangs_is_ended_and_made_again(cloud: Cloud):
     cloud.trainer("exit 0")
     hangs = cloud.root / "pip-hangs"
     hangs.touch()
-    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_LONG_TIMEOUT="10")
+    result = cloud.supervise("--preemptions=0", "--failures=0", SYNC_JAX_LONG_TIMEOUT=LIMIT)
     assert result.returncode == 0, result.stderr
     assert "the machine cannot be set up (1 in a row)" in result.stderr
     pip = Path("/proc") / hangs.read_text().strip() / "cmdline"
@@ -414,6 +416,8 @@ def test_two_that_watch_have_one_run(cloud: Cloud):
     machine = ["launch/tpu.sh", "supervise", *MACHINE, WORKDIR, CONFIG, "--yes"]
     assert cloud.run("launch/tpu.sh", "create", *MACHINE, "--yes").returncode == 0
     said = [cloud.root / f"said-{number}" for number in range(2)]
+    for file in said:
+        file.touch()
     children = [
         cloud.start("sh", "-c", f'exec "$@" 2>{said}', "-", *machine, SYNC_JAX_PATIENCE="1000")
         for said in said
@@ -421,7 +425,7 @@ def test_two_that_watch_have_one_run(cloud: Cloud):
     cloud.wait(lambda: all(re.search("started at step|found running", s.read_text()) for s in said))
     (cloud.home() / "enough").touch()
     for child, words in zip(children, said, strict=True):
-        child.communicate(timeout=300)
+        child.communicate(timeout=1000)
         assert child.returncode == 0, words.read_text()
     assert (cloud.home() / ".sync_jax" / "log").read_text().count("starts") == 1
     assert not [c for call in cloud.calls("ssh") for c in call if "host.sh stop" in c]
@@ -429,14 +433,15 @@ def test_two_that_watch_have_one_run(cloud: Cloud):
 
 def test_a_bucket_that_hangs_for_a_while_is_no_failure(slice_of_three: Cloud):
     cloud = slice_of_three
-    cloud.environment["SYNC_JAX_HOST_LIMIT"] = "2"
+    cloud.environment["SYNC_JAX_HOST_LIMIT"] = "5"
     cloud.trainer(
-        'save 5; if [ $FAKE_WORKER = 1 ]; then touch "$HOME/hangs"; sleep 3; rm "$HOME/hangs"; fi'
+        'save 5; if [ $FAKE_WORKER = 1 ]; then touch "$HOME/hangs"\n'
+        'until [ -e "$HOME/looked" ]; do sleep 0.02; done; rm "$HOME/hangs"; fi'
     )
     hanging_mounts(cloud)
     result = cloud.supervise("--preemptions=0", "--failures=0")
     assert result.returncode == 0, result.stderr
-    assert "worker 1 has a bucket that does not answer (1 in a row)" in result.stderr
+    assert re.search(r"worker 1 has a bucket that does not answer \(\d in a row\)", result.stderr)
 
 
 def test_what_fails_for_a_while_is_tried_again_and_no_preemption(cloud: Cloud):
@@ -471,10 +476,17 @@ def test_a_half_failed_installation_is_made_again_before_anything_runs(cloud: Cl
     assert (cloud.home() / ".sync_jax" / "log").read_text().count("starts") == 1
 
 
-ONE_FAILS = """
+OTHERS_BEGUN = (
+    'until [ -e "$FAKE_ROOT/begun-0" ] && [ -e "$FAKE_ROOT/begun-2" ]; do sleep 0.02; done'
+)
+ONE_FAILS = f"""
 trap 'echo asked; exit 75' TERM
 if [ -d "$workdir" ]; then exit 0; fi
-if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then sleep 0.5; mkdir -p "$workdir"; exit 1; fi
+touch "$FAKE_ROOT/begun-$FAKE_WORKER"
+if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then
+  {OTHERS_BEGUN}
+  mkdir -p "$workdir"; exit 1
+fi
 for i in $(seq 9999); do sleep 0.05; done
 """
 
@@ -527,8 +539,9 @@ def test_a_worker_without_its_bucket_is_a_failure(slice_of_three: Cloud):
     """Its gcsfuse has ended: the run can save no more, and the next start mounts anew."""
     cloud = slice_of_three
     cloud.trainer(
-        'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi; touch $HOME/again\n'
-        "if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then touch $HOME/dead; fi\n"
+        'trap "exit 75" TERM; if [ -e $HOME/again ]; then exit 0; fi\n'
+        'touch $HOME/again "$FAKE_ROOT/begun-$FAKE_WORKER"\n'
+        f"if [ $HOSTNAME = t1v-n-0123abcd-w-1 ]; then {OTHERS_BEGUN}; touch $HOME/dead; fi\n"
         "for i in $(seq 9999); do sleep 0.05; done"
     )
     dead_mounts(cloud)
@@ -543,18 +556,22 @@ def test_a_run_that_is_going_on_is_watched(cloud: Cloud):
     assert cloud.tpu("create", "--type=v4-8", "--yes").returncode == 0
     assert cloud.tpu("setup", WORKDIR).returncode == 0
     assert cloud.tpu("run", WORKDIR, CONFIG).returncode == 0
+    cloud.wait((cloud.bucket / "run" / "checkpoints" / "5").exists)
     machine = [*WHERE, "--type=v4-8"]
-    child = cloud.start("launch/tpu.sh", "supervise", *machine, WORKDIR, CONFIG, "--yes")
+    words = ["launch/tpu.sh", "supervise", *machine, WORKDIR, CONFIG, "--yes"]
+    said = cloud.root / "said"
+    said.touch()
+    child = cloud.start("sh", "-c", f'exec "$@" 2>{said}', "-", *words)
     other = cloud.run(
         *("launch/tpu.sh", "supervise", *machine, CONFIG, "--yes", "--workdir=gs://bucket/other")
     )
     assert other.returncode == 1
     assert "another run is going on there" in other.stderr
+    cloud.wait(lambda: "found running at step 5" in said.read_text())
     assert cloud.tpu("stop").returncode == 0
-    _, errors = child.communicate(timeout=3000)
-    assert child.returncode == 0, errors
-    assert "found running at step 5" in errors
-    assert "saved at step 5: preemption 1" in errors
+    child.communicate(timeout=1000)
+    assert child.returncode == 0, said.read_text()
+    assert "saved at step 5: preemption 1" in said.read_text()
 
 
 def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
@@ -563,7 +580,7 @@ def test_interrupted_supervision_leaves_the_run_alone(cloud: Cloud):
     cloud.wait((cloud.bucket / "run" / "checkpoints" / "5").exists)
     cloud.wait(lambda: len(cloud.calls("list")) > 14)
     child.terminate()
-    output, errors = child.communicate(timeout=300)
+    output, errors = child.communicate(timeout=1000)
     assert child.returncode == 1
     assert "no longer watched: what runs goes on" in errors
     assert output.strip().splitlines()[-1].strip() == DELETE

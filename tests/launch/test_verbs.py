@@ -73,10 +73,10 @@ def test_every_verb_with_the_real_trainer(cloud: Cloud, tmp_path):
     other = cloud.tpu("run", *command(), "--config.seed=7")
     assert other.returncode == 1
     assert "a run, or its setup, is going on here" in other.stderr
-    stop = cloud.start("launch/tpu.sh", "stop", *WHERE)
+    stop = cloud.start("launch/tpu.sh", "stop", *WHERE, "--grace=1000")
     cloud.wait(lambda: is_asked(trainer))
     os.kill(trainer, signal.SIGCONT)
-    _, errors = stop.communicate(timeout=300)
+    _, errors = stop.communicate(timeout=1000)
     assert stop.returncode == 0, errors
     assert "[worker 0] ce on fashion_mnist: 190 training" in cloud.tpu("logs").stdout
     status = cloud.tpu("status", WORKDIR)
@@ -123,7 +123,7 @@ def test_a_preempted_slice_of_two_with_the_real_trainer(tmp_path):
         child = cloud.start("launch/tpu.sh", *words, SYNC_JAX_POLL="2")
         cloud.wait((run / "config.json").exists)  # written when both mind SIGTERM
         cloud.fake.preempt()
-        _, shown = child.communicate(timeout=300)
+        _, shown = child.communicate(timeout=1000)
         assert child.returncode == 0, shown
         assert re.search("the machine is (SUSPENDED|PREEMPTED): preemption 1\n", shown)
         assert "failure" not in shown
@@ -202,17 +202,6 @@ def test_a_push_that_was_cut_off_fails_and_changes_nothing(script, cloud: Cloud)
     assert not list(cloud.home().glob("sync_jax.*"))
 
 
-def test_a_push_leaves_what_another_push_runs_alone(cloud: Cloud):
-    """bash reads a script as it goes: what is cut short under it ends early, and well."""
-    push = ["launch/gpu.sh", "push", "--host=me@server"]
-    assert cloud.run(*push).returncode == 0
-    script = cloud.home() / "sync_jax.unpack"
-    script.write_text("old")
-    with script.open() as running:
-        assert cloud.run(*push).returncode == 0
-        assert running.read() == "old"
-
-
 def test_delete_finds_out_what_it_is(cloud: Cloud):
     """A spot machine needs no --spot to be deleted: forgetting it would cost money."""
     assert cloud.tpu("create", "--type=v4-8", "--spot", "--yes").returncode == 0
@@ -255,10 +244,11 @@ def test_an_interrupted_creation_ends_with_how_to_delete(verb, number, cloud: Cl
     child = cloud.start("env", "--default-signal", "launch/tpu.sh", verb, *more)
     cloud.wait(lambda: bool(cloud.calls("create")))
     child.send_signal(number)
-    output, errors = child.communicate(timeout=100)
+    output, errors = child.communicate(timeout=250)  # and not 301, or 1,800
     assert child.returncode == 1, errors
     assert output.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
-    assert not [line for line in cloud.close() if "gcloud" in line or "sleep" in line]
+    left = ("sleep", "gcloud")
+    cloud.wait(lambda: not [x for x in cloud.left().values() if any(word in x for word in left)])
 
 
 def test_a_workdir_on_a_spot_machines_own_disk_is_refused(cloud: Cloud):
@@ -297,7 +287,7 @@ def test_a_cloud_that_never_answers_ends_the_wait(cloud: Cloud):
     child = cloud.start("launch/tpu.sh", "create", *MACHINE, "--yes")
     cloud.wait(lambda: bool(cloud.calls("create")))
     cloud.set(fail={"list": 1000})
-    _, errors = child.communicate(timeout=300)
+    _, errors = child.communicate(timeout=1000)
     assert child.returncode == 1
     assert "UNAVAILABLE: the service is not there (6 in a row)" in errors
 
@@ -320,7 +310,7 @@ GPU = ["--host=me@server", "--workdir=runs/a"]
 
 def test_a_gpu_server(cloud: Cloud):
     cloud.trainer(
-        'trap "exit 75" TERM; save 3; echo begun; for i in $(seq 9999); do sleep 0.05; done'
+        'trap "exit 75" TERM; echo begun; save 3; for i in $(seq 9999); do sleep 0.05; done'
     )
 
     def gpu(verb: str, *arguments: str):
