@@ -4,6 +4,7 @@ What is in it are programs that the next run executes. JAX does not ask who wrot
 asked here.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -82,7 +83,12 @@ def _processor() -> str:
 
 def _prune(folder: Path) -> None:
     """Deletes the oldest files until the rest are small enough; another process may do the same."""
-    files = [(x.stat().st_mtime, x.stat().st_size, x) for x in folder.iterdir() if x.is_file()]
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                files.append((status.st_mtime, status.st_size, path))
     excess = sum(size for _, size, _ in files) - _BYTES
     for _, size, path in sorted(files):
         if excess <= 0:

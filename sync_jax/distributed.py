@@ -31,7 +31,8 @@ from sync_jax.roll_call import roll_call
 
 T = TypeVar("T")
 
-_GRACE = 5.0  # seconds for processes to end by themselves, after one failed or at a SIGTERM to all
+_GRACE = 5.0  # seconds for processes to end by themselves, after one failed
+_OUTLAST = 15.0  # seconds for all to hear of a SIGTERM, which may have been to one alone
 _BEYOND = 60.0  # seconds for JAX's own meeting, once all have come to ours
 _INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
 
@@ -148,10 +149,21 @@ def _give_up(text: str, status: int) -> NoReturn:
 def outlast_others() -> None:
     """Lets those that end too, at the same SIGTERM, do so before the process that they meet at.
 
-    As soon as that is gone, JAX aborts them.
+    As soon as that is gone, JAX aborts them. So they say that they end, and it waits for that.
     """
-    if jax_distributed.global_state.service is not None:
-        time.sleep(_GRACE)
+    known = jax_distributed.global_state
+    client: Any = known.client
+    if client is None:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody else ends, or it is gone already
+        if known.service is None:
+            client.key_value_set(f"sync_jax/ended/{known.process_id}", "")
+            return
+        deadline = time.monotonic() + _OUTLAST
+        for process in range(1, known.num_processes):
+            left = max(deadline - time.monotonic(), 0.1)
+            client.blocking_key_value_get(f"sync_jax/ended/{process}", int(1000 * left))
+        time.sleep(1.0)  # from what they say to their end
 
 
 def _on_tpu() -> bool:

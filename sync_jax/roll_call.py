@@ -44,12 +44,12 @@ def _listen(port: int, count: int, seconds: float) -> list[int]:
     with socket.create_server(
         ("", port), family=family, backlog=count, dualstack_ipv6=dual
     ) as server:
-        server.settimeout(_POLL)
-        while time.monotonic() < deadline:
+        while (left := deadline - time.monotonic()) > 0:
             if present.keys() == others:
                 _forget_ended(present)
                 if present.keys() == others:
                     break
+            server.settimeout(min(_POLL, left))
             try:
                 connection, _ = server.accept()
             except TimeoutError:

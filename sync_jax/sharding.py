@@ -126,6 +126,18 @@ def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     return lambda *arguments: jax.block_until_ready(function(*arguments))
 
 
+def connect(mesh: Mesh) -> None:
+    """Connects the devices of all processes; to be called where all arrive at once.
+
+    The first computation of all devices does so anyway, but Gloo then waits 30 seconds for the
+    last process, and one may have compiled that computation much faster than another.
+    """
+    if mesh.is_multi_process:
+        ones = from_shares(np.ones(len(mesh.local_devices), np.float32), mesh)
+        total = jax.jit(jax.numpy.sum, out_shardings=replicated(mesh))
+        one_at_a_time(total, mesh)(ones)
+
+
 def check_divisible(field: str, batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
     """Refuses a batch that cannot be split evenly.
 

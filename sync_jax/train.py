@@ -75,6 +75,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 processes=processes,
             ) as checkpoints,
         ):
+            processes.share("connecting the devices")
+            sharding.connect(mesh)
             bad_steps = NonFiniteSteps(
                 workdir,
                 action=config.train.on_nonfinite,

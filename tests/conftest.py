@@ -8,6 +8,14 @@ import tempfile
 import hypothesis
 import jax
 
+# What a user's own settings would change: how wide and colourful tables are, the precision of
+# numbers, and who trains with whom.
+SETTINGS = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "JAX_ENABLE_X64")
+for name in list(os.environ):
+    if name.startswith("SLURM_") or name in SETTINGS:
+        del os.environ[name]
+jax.config.update("jax_enable_x64", False)
+
 # One compilation cache for the session, its workers and the processes that tests start: half of the
 # suite's time would go to compiling the same small networks again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -26,7 +34,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# No deadline, for the first example of a test pays for its compilation. Derandomised, so that the
-# same code always gives the same result.
-hypothesis.settings.register_profile("sync_jax", deadline=None, derandomize=True)
+# No deadline: the first example of a test pays for its compilation, and the machine may be busy.
+# Derandomised, so that the same code always gives the same result.
+hypothesis.settings.register_profile(
+    "sync_jax",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("sync_jax")

@@ -1,11 +1,24 @@
 """Several processes that train one network, on this machine, with simulated devices."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    """Below those that the system hands out by itself, so that nothing else takes it meanwhile."""
+    chosen = random.Random(time.time_ns() ^ os.getpid()).sample(range(20000, 32000), 100)
+    for port in chosen:
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("", port))
+            return port
+    raise AssertionError(f"none of {chosen} is free")
 
 
 def start(
@@ -23,9 +36,7 @@ def start(
     variables |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
     options: list[list[str]] = [[]]
     if len(commands) > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         options = [
             [f"--coordinator=localhost:{port}", f"--processes={len(commands)}", f"--process={i}"]
             for i in range(len(commands))
@@ -44,7 +55,7 @@ def start(
     ]
 
 
-def finish(children: list[subprocess.Popen[str]], *, timeout: float = 240) -> list[str]:
+def finish(children: list[subprocess.Popen[str]], *, timeout: float = 900) -> list[str]:
     """Waits for all; what each printed. None is left behind."""
     try:
         return [child.communicate(timeout=timeout)[0] for child in children]

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 MAKE_MESH = sharding.make_mesh
 METHOD = "self_adaptive"  # its table of targets is part of the state, as ccl_sc's queues are
 TOTAL = 18  # steps; a checkpoint after every sixth, so that most kills cost some
-OPTIONS = {"process.wait_seconds": 120.0}
+OPTIONS = {"process.wait_seconds": 600.0}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def live(
     )
     if any("kill" in harm for harm in harms):  # what kills one host takes the job with it
         killed = next(i for i, harm in enumerate(harms) if "kill" in harm)
-        assert children[killed].wait(240) == -signal.SIGKILL
+        assert children[killed].wait(900) == -signal.SIGKILL
         for child in children:
             child.kill()
     printed = processes.finish(children)

@@ -72,10 +72,13 @@ def test_one_device_eight_and_two_processes_train_alike(data_dir, tmp_path, monk
     )
     children = processes.start([command] * 2, devices=2, XLA_FLAGS=os.environ["XLA_FLAGS"])
     train_all(8)
-    printed = processes.finish(children, timeout=400)
+    printed = processes.finish(children, timeout=1800)
     assert [child.returncode for child in children] == [0, 0], printed
     assert "resuming at step 6 of 18" in printed[0]
-    assert "4 CPU devices of 2 processes" in printed[0]
+    described = printed[0].index("4 CPU devices of 2 processes")
+    # Devices were connected before: in the first step, for which each compiles, Gloo waits 30 s.
+    assert "[Gloo]" in printed[0][:described]
+    assert "[Gloo]" not in printed[0][described:]
     for method in METHODS:
         name = f"quickstart-{method}-seed0"
         for other in ("8", "two"):
@@ -149,12 +152,6 @@ def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_d
     chex.assert_trees_all_equal(jax.device_get(restored), divided)
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
 AGREEING = """
 import sys, time
 from sync_jax import distributed, errors
@@ -175,7 +172,7 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
-distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(4))
+distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(8))
 if processes.first:
     try:
         distributed.Processes(seconds=1, name="again").share("the end")
@@ -187,8 +184,8 @@ if processes.first:
 @pytest.mark.slow
 def test_processes_agree_and_name_those_that_are_missing():
     script = [sys.executable, "-c", AGREEING]
-    port = free_port()
-    children = [processes.start([[*script, str(i), port]])[0] for i in range(2)]
+    port = processes.free_port()
+    children = [processes.start([[*script, str(i), str(port)]])[0] for i in range(2)]
     first, second = processes.finish(children)
     assert [child.returncode for child in children] == [0, 0], (first, second)
     shared = "[{'i': 0}, {'i': 1}]"
@@ -209,6 +206,8 @@ import sys
 from sync_jax import distributed, errors
 
 i, port, count = map(int, sys.argv[1:])
+print("ready", flush=True)
+sys.stdin.readline()  # all begin at once, however long each took to start
 try:
     distributed.initialize(f"localhost:{port}", count, i, seconds=4)
 except errors.FailedError as error:
@@ -220,13 +219,20 @@ except errors.FailedError as error:
 @pytest.mark.parametrize("missing", [[0], [1], [1, 3]])
 def test_processes_that_never_come_are_named_by_all_that_did(missing):
     """Also where it is the one that the others meet at."""
-    port, count = free_port(), 4 if len(missing) > 1 else 3
+    port, count = processes.free_port(), 4 if len(missing) > 1 else 3
     children = [
-        processes.start([[sys.executable, "-c", COMING, str(i), port, str(count)]])[0]
+        processes.start(
+            [[sys.executable, "-c", COMING, str(i), str(port), str(count)]], stdin=subprocess.PIPE
+        )[0]
         for i in range(count)
         if i not in missing
     ]
-    printed = processes.finish(children, timeout=60)
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    printed = processes.finish(children)
     expected = (
         f"FailedError process {', '.join(map(str, missing))} of {count} did not come to the "
         f"meeting at localhost:{port} within 4 s; its own log says why\n"
@@ -240,8 +246,8 @@ def test_a_port_in_use_is_an_error():
         taken.bind(("", 0))
         taken.listen()
         command = [sys.executable, "-c", COMING, "0", str(taken.getsockname()[1]), "2"]
-        (printed,) = processes.finish(processes.start([command]), timeout=60)
-    assert printed.startswith("FailedError the other processes cannot be met at localhost:")
+        (printed,) = processes.finish(processes.start([command], stdin=subprocess.DEVNULL))
+    assert printed.startswith("ready\nFailedError the other processes cannot be met at localhost:")
     assert "in use" in printed
 
 
@@ -253,9 +259,9 @@ i, port, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with process.ending_at_sigterm():
     if count == 1:
         print("waiting", flush=True)
-    distributed.initialize(f"localhost:{port}", 2, i, seconds=200)
+    distributed.initialize(f"localhost:{port}", 2, i, seconds=1000)
     with process.ending_at_sigterm(distributed.outlast_others):
-        processes = distributed.Processes(seconds=200)
+        processes = distributed.Processes(seconds=1000)
         print("waiting", flush=True)
         processes.from_first("it", lambda: sys.stdin.read())
 """
@@ -265,17 +271,17 @@ with process.ending_at_sigterm():
 @pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_ends_what_waits_for_other_processes(count):
     """For one that never comes to meet, or for what the first is busy with."""
-    port = free_port()
+    port = processes.free_port()
     script = [sys.executable, "-c", WAITING]
     children = [
-        processes.start([[*script, str(i), port, str(count)]], stdin=subprocess.PIPE)[0]
+        processes.start([[*script, str(i), str(port), str(count)]], stdin=subprocess.PIPE)[0]
         for i in range(count)
     ]
     for child in children:
         assert child.stdout.readline() == "waiting\n"
     for child in children:
         child.send_signal(signal.SIGTERM)
-    printed = processes.finish(children, timeout=100)  # and not 200
+    printed = processes.finish(children, timeout=400)  # and not 1000
     assert [child.returncode for child in children] == [75] * count, printed
     assert "stopped by SIGTERM" in printed[0]
 
@@ -306,8 +312,8 @@ except errors.InputError as error:
 def test_what_fails_on_one_process_alone_ends_the_others(failing):
     """Though they are in a collective that waits for it."""
     script = [sys.executable, "-c", FAILING]
-    port = free_port()
-    children = [processes.start([[*script, str(i), port, str(failing)]])[0] for i in range(2)]
+    port = processes.free_port()
+    children = [processes.start([[*script, str(i), str(port), str(failing)]])[0] for i in range(2)]
     printed = [text.splitlines()[1:] for text in processes.finish(children)]  # Gloo's line
     assert printed[failing] == ["2.0", "InputError no such picture"]
     assert printed[1 - failing] == ["2.0", f"sync_jax: process {failing} failed: no such picture"]
@@ -378,7 +384,7 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
         importlib.util, "find_spec", lambda name: name == "libtpu" or find_spec(name)
     )
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)
-    port = free_port()
+    port = processes.free_port()
     calls = []
 
     class Slice(jax_distributed.clusters.ClusterEnv):  # JAX asks all such classes
@@ -402,22 +408,22 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
 
 def test_whoever_reached_process_0_waits_for_its_word_though_it_began_later(monkeypatch):
     """And one that came and ended is as missing as one that never came."""
-    monkeypatch.setattr(roll_call_lib, "_GRACE", 1.0)
-    port = free_port()
+    monkeypatch.setattr(roll_call_lib, "_GRACE", 4.0)
+    port = processes.free_port()
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=5)
-        time.sleep(2.5)  # its own time would be over 1.5 s before the other's
-        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=5)
+        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=10)
+        time.sleep(7)  # its own time, and the grace, would be over 3 s before the other's
+        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=10)
         connect(port, b"3\n").close()
         assert [call.result() for call in (first, second)] == [[2, 3], [2, 3]]
 
 
-def connect(port: str, words: bytes) -> socket.socket:
+def connect(port: int, words: bytes) -> socket.socket:
     """A connection to process 0, as soon as it listens."""
     deadline = time.monotonic() + 30
     while True:
         try:
-            connection = socket.create_connection(("localhost", int(port)))
+            connection = socket.create_connection(("localhost", port))
             break
         except ConnectionRefusedError:
             assert time.monotonic() < deadline
@@ -425,13 +431,17 @@ def connect(port: str, words: bytes) -> socket.socket:
     return connection
 
 
-def test_a_host_without_address_is_said_to_be_one():
+def test_a_host_without_address_is_said_to_be_one(monkeypatch):
+    def unknown(*arguments, **options):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(socket.gaierror):
         roll_call("no.such.host.invalid:1234", 2, 1, seconds=0.5)
 
 
 def test_a_roll_call_survives_strangers_and_processes_that_begin_anew():
-    port = free_port()
+    port = processes.free_port()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(roll_call, f"localhost:{port}", 3, 0, seconds=60)
         for words in (b"GET / HTTP/1.1\r\n", b"", b"7\n", b"2\n", b"2\n"):

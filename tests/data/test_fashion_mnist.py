@@ -604,7 +604,7 @@ def test_two_processes_at_once(published, tmp_path):
         for child in children:
             child.stdin.write("go\n")
             child.stdin.flush()
-        outputs = [child.communicate(timeout=60)[0] for child in children]
+        outputs = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert sum("using the files in" in output for output in outputs) == 1
     assert_holds(tmp_path / "data", idx_files.arrays())

@@ -116,10 +116,10 @@ def test_processes_share_a_batch(arrays, processes):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(decoded):
     part, _ = load_train_and_calibration(decoded, decode=True)
-    source = host.Examples(part.images, part.labels, epoch_constants(0, 9), 0, 0.5, 12)
-    threads = collect(source, start=1, stop=8)
+    source = host.Examples(part.images, part.labels, epoch_constants(0, 30), 0, 0.5, 12)
+    threads = collect(source, start=1, stop=30)
     before = set(multiprocessing.active_children())
-    batches = host.batches(source, start=1, stop=8, batch_size=6, workers=2)
+    batches = host.batches(source, start=1, stop=30, batch_size=6, workers=2)
     first = [next(batches), next(batches)]  # of either worker
     # A whole process group is asked to stop; its run goes on until it has saved.
     workers = set(multiprocessing.active_children()) - before
@@ -152,7 +152,7 @@ def test_workers_end_with_their_run_however_it_ends(tmp_path):
     path.write_text(ORPHANS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     workers = [int(word) for word in done.stdout.split()]

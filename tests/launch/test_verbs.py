@@ -5,13 +5,12 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 from tests.launch.cloud import CONFIG, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
 
 STEPS = 18
@@ -113,9 +112,7 @@ def test_a_preempted_slice_of_two_with_the_real_trainer(tmp_path):
     cloud = Cloud(tmp_path / "cloud", workers=2)
     cloud.set(grace=300.0)  # it may have much to compile before its first step
     try:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            (cloud.root / "port").write_text(str(free.getsockname()[1]))
+        (cloud.root / "port").write_text(str(processes.free_port()))
         tiny.prepare(tmp_path).rename(cloud.bucket / "data")
         run = cloud.bucket / "run"
         spot = ["--type=v5litepod-8", "--spot", "--yes"]
