@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cloud import Cloud
+from tests.launch.host import Host
 
 
 @pytest.fixture
@@ -19,3 +20,8 @@ def slice_of_three(tmp_path: Path) -> Iterator[Cloud]:
     made = Cloud(tmp_path / "cloud", workers=3)
     yield made
     made.close()
+
+
+@pytest.fixture
+def host(cloud: Cloud) -> Host:
+    return Host(cloud)
