@@ -110,11 +110,11 @@ take_lock() { # VERB ARG...
       continue
     # Who looks has it for a moment. Who has just taken it is noted in one, and who has noted its end lets
     # go of it in one, or on a busy machine in some.
-    elif [ $((tries += 1)) -lt 10 ]; then
+    elif [ $((tries += 1)) -lt 6 ]; then
       continue
     fi
     exec 9<&-
-    if theirs; then die "$(whose) goes on here; only they or root can end it"; fi
+    [ -n "$busy$(ours)" ] || die "$(whose) goes on here; only they or root can end it"
     die "a run, or its setup, is going on here; stop ends it"
   done
   [ "$(stat -c %d:%i "$machine_lock")" = "$(stat -L -c %d:%i /proc/self/fd/9)" ] ||

@@ -172,7 +172,7 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
-distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(8))
+distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(6))
 if processes.first:
     try:
         distributed.Processes(seconds=1, name="again").share("the end")
@@ -408,12 +408,12 @@ def test_on_a_tpu_the_others_are_found_by_jax(monkeypatch):
 
 def test_whoever_reached_process_0_waits_for_its_word_though_it_began_later(monkeypatch):
     """And one that came and ended is as missing as one that never came."""
-    monkeypatch.setattr(roll_call_lib, "_GRACE", 4.0)
+    monkeypatch.setattr(roll_call_lib, "_GRACE", 2.0)
     port = processes.free_port()
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=10)
-        time.sleep(7)  # its own time, and the grace, would be over 3 s before the other's
-        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=10)
+        second = pool.submit(roll_call, f"localhost:{port}", 4, 1, seconds=6)
+        time.sleep(4.5)  # its own time, and the grace, would be over 2.5 s before the other's
+        first = pool.submit(roll_call, f"localhost:{port}", 4, 0, seconds=6)
         connect(port, b"3\n").close()
         assert [call.result() for call in (first, second)] == [[2, 3], [2, 3]]
 

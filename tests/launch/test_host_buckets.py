@@ -74,7 +74,7 @@ def test_a_dead_mount_is_called_that_and_mounted_anew(host: Host):
 
 def test_a_mount_that_hangs_holds_up_nothing(host: Host):
     """Neither a look, nor a start, nor the note of how a run ended."""
-    host.environment["SYNC_JAX_HOST_LIMIT"] = "5"
+    host.environment["SYNC_JAX_HOST_LIMIT"] = "3"
     host.ready().cloud.trainer(
         'echo begun; until [ -e "$HOME/hangs" ]; do sleep 0.02; done; exit 9'
     )
@@ -89,7 +89,7 @@ def test_a_mount_that_hangs_holds_up_nothing(host: Host):
     assert host.do("status", workdir)[1] == "worker=0 state=exited exit=9 step=0 mount=hangs\n"
     status, output = host.do(*words)
     assert status == 1
-    assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 5 s" in output
+    assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 3 s" in output
 
 
 def test_the_bucket_stays_until_the_run_has_saved(host: Host):
