@@ -66,7 +66,7 @@ held() { # whether anybody has the lock; two that ask do not see each other
 
 theirs() { # whether somebody else has it
   local try
-  for try in {1..15}; do # who has just taken it begins anew with its mark, which on a busy machine takes its time
+  for try in {1..15}; do # who has just taken it is noted in a moment, or on a busy machine in some
     held && [ -z "$(ours)$(at_work)" ] || return 1
     [ "$try" = 15 ] || sleep 0.2
   done
@@ -114,7 +114,7 @@ take_lock() { # VERB ARG...
       continue
     fi
     exec 9<&-
-    [ -n "$busy$(ours)" ] || die "$(whose) goes on here; only they or root can end it"
+    if [ -z "$busy$(ours)" ] && theirs; then die "$(whose) goes on here; only they or root can end it"; fi
     die "a run, or its setup, is going on here; stop ends it"
   done
   [ "$(stat -c %d:%i "$machine_lock")" = "$(stat -L -c %d:%i /proc/self/fd/9)" ] ||
@@ -149,7 +149,8 @@ whole() { # whether there is code, all of one version
 }
 
 unpack() {
-  local archive=$state/pushed.tar.gz # not the name under which another may copy here meanwhile
+  local archive=$state/pushed.tar.gz # not the name under which another may begin to copy meanwhile
+  case $script in */sync_jax.unpack.*) trap 'rm -f "$script"' EXIT ;; esac
   take_lock unpack
   if [ -e sync_jax.tar.gz ]; then mv sync_jax.tar.gz "$archive"; fi
   # To its end: one that was cut off on the way here would leave a mixture of two versions.
@@ -163,10 +164,11 @@ unpack() {
     sort $state/files.new | comm -13 - <(sort $state/files) |
       while IFS= read -r file; do rm -f -- "sync_jax/$file"; done
   fi
-  tar -xzf "$archive" -C sync_jax --exclude=launch/host.sh
+  tar -xzf "$archive" -C sync_jax --anchored --exclude=launch/host.sh
   # By renaming: who asks how a run stands calls it meanwhile, and tar would remove it first.
-  tar -xzf "$archive" -C $state launch/host.sh
-  mv $state/launch/host.sh sync_jax/launch/host.sh
+  tar -xzOf "$archive" launch/host.sh >sync_jax/launch/host.sh.new
+  chmod +x sync_jax/launch/host.sh.new
+  mv sync_jax/launch/host.sh.new sync_jax/launch/host.sh
   mv $state/files.new $state/files
   rm -f $state/listed $state/unpacking "$archive"
 }
@@ -332,7 +334,8 @@ run() { # [lasting] [BUCKET:FOLDER]... -- ARG...
   echo "=== $(date -u +%Y-%m-%dT%H:%M:%SZ) starts" >>$state/log
   JAX_PLATFORMS=${JAX_PLATFORMS:-$extra,cpu} SYNC_JAX_RUN=$id \
     setsid bash "$script" attempt "$@" </dev/null >>$state/log 2>&1 &
-  for _ in $(seq 200); do
+  # Until the trainer's number is noted: who looks meanwhile finds a start that is under way.
+  while kill -0 $! 2>/dev/null; do
     [ "$(wc -l <$state/run)" = 2 ] || [ -f $state/exit ] && break
     sleep 0.05
   done
@@ -425,7 +428,7 @@ stands() { # sets word, exit and user of status
   fi
 }
 
-# All that tells how a run stands, but for its processes. Whatever begins is noted first.
+# What tells how a run stands, but for its processes and `ready`. Whatever begins is noted first.
 noted() { (cd $state 2>/dev/null && cat task run workdir exit 2>/dev/null) || true; }
 
 status() { # [WORKDIR]
@@ -490,7 +493,7 @@ stop() { # SECONDS
     done
     if is_ours "$trainer"; then # first it alone, so that its end is noted
       kill -KILL "$trainer" 2>/dev/null || true
-      end=$((SECONDS + limit))
+      end=$((SECONDS + 2 * limit + 5)) # after its log is copied, for which keep_log has so long
       while [ -n "$(ours)" ] && [ ! -f $state/exit ] && [ $SECONDS -lt $end ]; do sleep "$poll"; done
     fi
     end_all KILL ours

@@ -307,12 +307,12 @@ push() {
     pack || return
     from=$scratch/push
   fi
-  # Through a file: a pipe's last command would run, and end well, with half of it or nothing. The file is
-  # its own: another may push too.
+  # Through a file: a pipe's last command would run, and end well, with half of it or nothing. It has a name
+  # of its own: another may push too.
   # shellcheck disable=SC2016 # for the hosts
   {
     within "$long" in_folder "$from" copy sync_jax.tar.gz &&
-      within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack.$$ && bash sync_jax.unpack.$$ unpack; status=$?; rm -f sync_jax.unpack.$$; exit $status'
+      within "$long" on_hosts 'tar -xzOf sync_jax.tar.gz launch/host.sh >sync_jax.unpack.$$ && bash sync_jax.unpack.$$ unpack || { rm -f sync_jax.unpack.$$; false; }'
   } || failed_there $?
 }
 

@@ -136,7 +136,8 @@ launch() {
     survey
     case $run in
       running) ;; # begun by another who watches, or before the connection broke
-      # Another sets it up, or is about to start it: nothing of ours is there to be stopped.
+      # The call did not come through, or another sets it up or is about to start it: nothing of ours is
+      # there to be stopped.
       unknown | busy | new | saved | 'done')
         miss "${why:-the run cannot be started on every worker}"
         return

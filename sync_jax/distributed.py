@@ -161,9 +161,9 @@ def outlast_others() -> None:
             return
         deadline = time.monotonic() + _OUTLAST
         for process in range(1, known.num_processes):
-            left = max(deadline - time.monotonic(), 0.1)
-            client.blocking_key_value_get(f"sync_jax/ended/{process}", int(1000 * left))
-        time.sleep(1.0)  # from what they say to their end
+            left = max(int(1000 * (deadline - time.monotonic())), 1)
+            client.blocking_key_value_get(f"sync_jax/ended/{process}", left)
+        time.sleep(1.0)  # from their word to their end, with nothing in between
 
 
 def _on_tpu() -> bool:

@@ -135,7 +135,7 @@ def connect(mesh: Mesh) -> None:
     if mesh.is_multi_process:
         ones = from_shares(np.ones(len(mesh.local_devices), np.float32), mesh)
         total = jax.jit(jax.numpy.sum, out_shardings=replicated(mesh))
-        one_at_a_time(total, mesh)(ones)
+        jax.block_until_ready(total(ones))
 
 
 def check_divisible(field: str, batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:

@@ -15,6 +15,7 @@ from sync_jax.process import exclusive, watchdog
 def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
     with watchdog(0.2) as happened:
         quiet, last = 0.0, time.monotonic()
+        enough = last + 60
         while quiet < 0.4:  # twice too long, but never 0.1 s without anything
             time.sleep(0.02)
             happened()
@@ -23,6 +24,8 @@ def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
             if gap > 0.1:  # on a busy machine: what was printed meanwhile shows nothing
                 capfd.readouterr()
                 quiet = 0.0
+            if now > enough:
+                pytest.skip("this machine leaves no process 0.4 s in peace")
         assert capfd.readouterr().err == ""
         deadline = time.monotonic() + 60
         shown = ""

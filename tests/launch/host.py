@@ -87,16 +87,3 @@ def begin(host: Host, text: str) -> None:
     status, output = host.do("run", "--", "--workdir=runs/a")
     assert (status, output) == (0, "worker 0: started\n")
     host.cloud.wait(lambda: "begun" in (host.state / "log").read_text())
-
-
-GCSFUSE = """
-while [ $# -gt 2 ]; do shift; done
-echo "$2" >>"$HOME/mounted"
-unmount() { # what is in use stays; what is not is no longer there
-  found=$(find /proc/[0-9]*/fd -lname "$2*" 2>/dev/null)
-  if [ -z "$found" ]; then mv "$2" "$2-gone"; exit; fi
-  touch "$HOME/in-use"
-}
-(trap 'unmount "$@"' TERM; while :; do sleep 0.02; done) >/dev/null 2>&1 &
-echo $! >"$HOME/gcsfuse"
-"""

@@ -1,4 +1,4 @@
-"""host.sh: code and packages arrive whole, or nothing runs."""
+"""host.sh: code and packages arrive whole, or nothing runs; secrets go; the help."""
 
 from tests.launch.cloud import REPOSITORY
 from tests.launch.host import Host

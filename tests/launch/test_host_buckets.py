@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from tests.launch.cloud import dead_mounts, hanging_mounts
-from tests.launch.host import GCSFUSE, Host, lives
+from tests.launch.host import Host, lives
 
 
 def test_a_bucket_that_cannot_be_mounted_or_written_is_one_line(host: Host):
@@ -90,6 +90,19 @@ def test_a_mount_that_hangs_holds_up_nothing(host: Host):
     status, output = host.do(*words)
     assert status == 1
     assert f"gs://bucket, mounted at {host.cloud.bucket}, does not answer within 3 s" in output
+
+
+GCSFUSE = """
+while [ $# -gt 2 ]; do shift; done
+echo "$2" >>"$HOME/mounted"
+unmount() { # what is in use stays; what is not is no longer there
+  found=$(find /proc/[0-9]*/fd -lname "$2*" 2>/dev/null)
+  if [ -z "$found" ]; then mv "$2" "$2-gone"; exit; fi
+  touch "$HOME/in-use"
+}
+(trap 'unmount "$@"' TERM; while :; do sleep 0.02; done) >/dev/null 2>&1 &
+echo $! >"$HOME/gcsfuse"
+"""
 
 
 def test_the_bucket_stays_until_the_run_has_saved(host: Host):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def test_of_two_that_start_at_once_one_does(words, host: Host):
     assert sorted(child.returncode for child in children) == [0, others, others, others]
     assert (host.state / "log").read_text().count("starts") == 1
     assert said.count("worker 0: already running\n") == (0 if others else 3)
+
+
+def test_an_equal_start_waits_for_a_trainer_that_is_slow_to_begin(host: Host):
+    host.ready().cloud.trainer(STUBBORN)
+    # What waits for so many looks does not wait long.
+    host.cloud.script("host-bin/sleep", '[ "$1" = 0.05 ] || exec /usr/bin/sleep "$@"')
+    slowly = 'until [ -e "$HOME/go" ]; do sleep 0.02; done\nexec /usr/bin/setsid "$@"'
+    host.cloud.script("host-bin/setsid", slowly)
+    first, second = (host.start("run", "--", "--workdir=runs/a") for _ in range(2))
+    time.sleep(6)  # longer than for anything but a start
+    assert (first.poll(), second.poll()) == (None, None)
+    (host.home / "go").touch()
+    said = [child.communicate(timeout=1000)[0] for child in (first, second)]
+    assert sorted(said) == ["worker 0: already running\n", "worker 0: started\n"]
 
 
 def test_a_start_that_was_refused_is_not_already_running(host: Host):

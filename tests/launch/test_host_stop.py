@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,28 @@ def test_stop_asks_a_run_whose_processes_are_slowly_found(host: Host):
     begin(host.ready(), f"sleep 300 & sleep 300 & sleep 300 &\n{some}")
     assert host.do("stop", "120") == (0, "worker 0: stopped\n")
     assert host.ended() == 75
+
+
+def test_stop_asks_a_run_whose_number_is_noted_late(host: Host):
+    begin(host.ready(), PATIENT)
+    noted = (host.state / "run").read_text()
+    (host.state / "run").write_text(noted.splitlines()[0] + "\n")
+    child = host.start("stop", "120")
+    time.sleep(1)
+    (host.state / "run").write_text(noted)
+    assert child.communicate(timeout=1000)[0] == "worker 0: stopped\n"
+    assert host.ended() == 75
+
+
+def test_the_end_of_a_killed_run_is_noted_though_its_log_is_copied_slowly(host: Host):
+    for name in ("mkdir", "cp"):
+        slowly = f'case $* in *logs*) sleep 1 ;; esac\nexec /usr/bin/{name} "$@"'
+        host.cloud.script(f"host-bin/{name}", slowly)
+    workdir = host.home / "sync_jax" / "runs" / "a"
+    begin(host.ready(), f'mkdir -p "{workdir}"\n{STUBBORN}')
+    assert host.do("stop", "1") == (0, "worker 0: stopped\n")
+    assert (host.state / "exit").read_text() == f"{128 + signal.SIGKILL}\n"
+    assert len(list((workdir / "logs").iterdir())) == 1
 
 
 def test_stop_ends_what_outlived_the_run(host: Host):

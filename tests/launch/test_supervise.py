@@ -145,8 +145,8 @@ def test_two_that_watch_have_one_run(cloud: Cloud):
     for file in said:
         file.touch()
     children = [
-        cloud.start("sh", "-c", f'exec "$@" 2>{said}', "-", *machine, SYNC_JAX_PATIENCE="1000")
-        for said in said
+        cloud.start("sh", "-c", f'exec "$@" 2>{file}', "-", *machine, SYNC_JAX_PATIENCE="1000")
+        for file in said
     ]
     cloud.wait(lambda: all(re.search("started at step|found running", s.read_text()) for s in said))
     (cloud.home() / "enough").touch()

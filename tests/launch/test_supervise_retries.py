@@ -55,6 +55,16 @@ def test_what_fails_for_a_while_is_tried_again_and_no_preemption(cloud: Cloud):
     assert "the machine cannot be set up (5 in a row)" in result.stderr
 
 
+def test_a_start_that_did_not_come_through_stops_nothing(cloud: Cloud):
+    """Another who watches may have begun it meanwhile."""
+    cloud.trainer("exit 0")
+    cloud.set(fail={"start": 1})
+    result = cloud.supervise("--preemptions=0", "--failures=0")
+    assert result.returncode == 0, result.stderr
+    assert "the run cannot be started on every worker (1 in a row)" in result.stderr
+    assert not [c for call in cloud.calls("ssh") for c in call if "host.sh stop" in c]
+
+
 @pytest.mark.parametrize("what", ["ssh", "scp", "list", "create"])
 def test_what_fails_for_good_is_given_up_and_nothing_is_deleted(what, cloud: Cloud):
     cloud.set(fail={what: 1000})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes, tiny
-from tests.launch.cloud import CONFIG, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
+from tests.launch.cloud import CONFIG, DELETE, MACHINE, REPOSITORY, WHERE, WORKDIR, Cloud
 
 STEPS = 18
 
@@ -222,14 +222,14 @@ def test_nothing_is_created_while_the_cloud_does_not_answer(cloud: Cloud):
     result = cloud.tpu("create", "--type=v4-8", "--yes")
     assert (result.returncode, cloud.calls("create")) == (1, [])
     assert "so nothing is created: ERROR: (gcloud) UNAVAILABLE" in result.stderr
-    assert result.stdout.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+    assert result.stdout.splitlines()[-1].strip() == DELETE
 
 
 def test_a_creation_that_breaks_off_ends_with_how_to_delete(cloud: Cloud):
     cloud.set(fail={"create": 1})
     result = cloud.tpu("create", "--type=v4-8", "--yes")
     assert result.returncode == 1
-    assert result.stdout.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+    assert result.stdout.splitlines()[-1].strip() == DELETE
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -241,11 +241,13 @@ def test_an_interrupted_creation_ends_with_how_to_delete(verb, number, cloud: Cl
     child = cloud.start("env", "--default-signal", "launch/tpu.sh", verb, *more)
     cloud.wait(lambda: bool(cloud.calls("create")))
     child.send_signal(number)
-    output, errors = child.communicate(timeout=250)  # and not 301, or 1,800
+    output, errors = child.communicate(timeout=250)  # and not 300, or 1,800
     assert child.returncode == 1, errors
-    assert output.splitlines()[-1].strip() == f"launch/tpu.sh delete {' '.join(WHERE)}"
+    assert output.splitlines()[-1].strip() == DELETE
     left = ("sleep", "gcloud")
-    cloud.wait(lambda: not [x for x in cloud.left().values() if any(word in x for word in left)])
+    cloud.wait(
+        lambda: not [x for x in cloud.left().values() if any(word in x for word in left)], 250
+    )
 
 
 def test_a_workdir_on_a_spot_machines_own_disk_is_refused(cloud: Cloud):
