@@ -13,19 +13,18 @@ from sync_jax.process import exclusive, watchdog
 
 
 def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
-    with watchdog(0.2) as happened:
+    with watchdog(1.0) as happened:
         quiet, last = 0.0, time.monotonic()
         enough = last + 60
-        while quiet < 0.4:  # twice too long, but never 0.1 s without anything
+        while quiet < 2.0:  # twice too long, but never 0.5 s without anything
             time.sleep(0.02)
             happened()
             now = time.monotonic()
             quiet, gap, last = quiet + now - last, now - last, now
-            if gap > 0.1:  # on a busy machine: what was printed meanwhile shows nothing
+            if gap > 0.5:  # on a busy machine: what was printed meanwhile shows nothing
                 capfd.readouterr()
                 quiet = 0.0
-            if now > enough:
-                pytest.skip("this machine leaves no process 0.4 s in peace")
+            assert now < enough, "no two seconds in which this process was left alone"
         assert capfd.readouterr().err == ""
         deadline = time.monotonic() + 60
         shown = ""
