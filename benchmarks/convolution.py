@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.step import describe_machine
-from sync_jax.memory import keep_freed_memory
 from sync_jax.models import convolution
+from sync_jax.runtime.memory import keep_freed_memory
 
 # Batch, pixels, channels, outputs, kernel size, stride: the cnn's, VGG16's and some of ResNets.
 LAYERS = (

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.step import CLOCKS, Step, describe_machine, row, take_turns
 from benchmarks.trainer import Trainer
-from sync_jax.memory import keep_freed_memory
+from sync_jax.runtime.memory import keep_freed_memory
 
 CONFIGS = {"cnn": "configs/fashion_mnist.py", "vgg16_bn": "configs/cifar10.py"}
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from benchmarks import made_up
 from benchmarks.step import describe_machine
-from sync_jax import compilation_cache, train
+from sync_jax import train
 from sync_jax.config import validate
 from sync_jax.data import catalogue
-from sync_jax.memory import keep_freed_memory
-from sync_jax.report import read_report
+from sync_jax.evaluation.report import read_report
+from sync_jax.runtime import compilation_cache
+from sync_jax.runtime.memory import keep_freed_memory
 
 RUNS = {"fast": "configs/cifar10_fast.py", "full": "configs/cifar10.py"}
 _AFTERWARDS = 45.0  # seconds that a run may take beside its epochs: compilation, evaluation

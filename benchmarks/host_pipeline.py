@@ -30,7 +30,7 @@ from sync_jax.data.parts import load_train_and_calibration
 from sync_jax.data.random_crop import random_crop
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import epoch_constants
-from sync_jax.memory import keep_freed_memory
+from sync_jax.runtime.memory import keep_freed_memory
 
 BATCH, SIZE = 64, 224
 

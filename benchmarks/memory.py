@@ -28,10 +28,10 @@ from benchmarks.step import (
     take_turns,
 )
 from sync_jax.data.resident import ResidentSplit
-from sync_jax.memory import aligned_empty, keep_freed_memory
 from sync_jax.methods import METHODS
 from sync_jax.models import make_network
-from sync_jax.timing import peak_device_bytes, peak_host_bytes, training_flops
+from sync_jax.runtime.memory import aligned_empty, keep_freed_memory
+from sync_jax.runtime.timing import peak_device_bytes, peak_host_bytes, training_flops
 
 _MARK = "memory: "
 
@@ -41,11 +41,11 @@ def child(network: str, batch: int, width: int, examples: int) -> None:
     keep_freed_memory()
     import itertools
 
-    from sync_jax import sharding
     from sync_jax.config import default_config
     from sync_jax.data.parts import Part
     from sync_jax.data.placement import Placement
-    from sync_jax.run import Run
+    from sync_jax.runtime import sharding
+    from sync_jax.trainer import Run
 
     config = default_config()
     config.model.name, config.model.width = network, width

@@ -61,10 +61,11 @@ def child(arguments: list[str]) -> None:
     import jax
     from absl import app
 
-    from sync_jax import main, sharding, train
-    from sync_jax.checkpoint import Checkpoints
-    from sync_jax.memory import keep_freed_memory
-    from sync_jax.run import Run
+    from sync_jax import main, train
+    from sync_jax.runtime import sharding
+    from sync_jax.runtime.checkpoint import Checkpoints
+    from sync_jax.runtime.memory import keep_freed_memory
+    from sync_jax.trainer import Run
 
     keep_freed_memory()
     sharding.check_devices = timed("finding devices", sharding.check_devices)

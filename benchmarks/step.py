@@ -33,13 +33,13 @@ from sync_jax.config import default_config
 from sync_jax.data.augmentation import normalise
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import ResidentSplit, training_batch
-from sync_jax.memory import keep_freed_memory
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models import make_network
 from sync_jax.models.vgg import LAYERS
 from sync_jax.optimizer import make_optimizer
+from sync_jax.runtime.memory import keep_freed_memory
+from sync_jax.runtime.timing import layer_flops, training_flops
 from sync_jax.steps import create_train_state, train_step
-from sync_jax.timing import layer_flops, training_flops
 
 EXAMPLES = 10_000
 # Name: pixels, channels, stem.

@@ -25,16 +25,17 @@ import numpy as np
 
 from benchmarks import made_up
 from benchmarks.step import CLOCKS, describe_machine, row
-from sync_jax import sharding, train
-from sync_jax.checkpoint import Checkpoints
+from sync_jax import train
 from sync_jax.config import validate
 from sync_jax.data import catalogue
 from sync_jax.data.parts import Part, calibration_size
 from sync_jax.data.placement import Placement
-from sync_jax.distributed import Processes
-from sync_jax.memory import keep_freed_memory
-from sync_jax.nonfinite import NonFiniteSteps
-from sync_jax.run import Run
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.memory import keep_freed_memory
+from sync_jax.runtime.nonfinite import NonFiniteSteps
+from sync_jax.runtime.processes import Processes
+from sync_jax.trainer import Run
 
 
 def parts_of(run: Run) -> tuple[Part, Part]:

@@ -19,8 +19,8 @@ from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
 from sync_jax.models.resnet import RESNETS
-from sync_jax.nonfinite import ACTIONS
-from sync_jax.tracing import parse_steps
+from sync_jax.runtime.nonfinite import ACTIONS
+from sync_jax.runtime.tracing import parse_steps
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)

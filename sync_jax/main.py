@@ -17,8 +17,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sync_jax.memory import keep_freed_memory
-from sync_jax.printable import printable
+from sync_jax.runtime.console import printable
+from sync_jax.runtime.memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(). --config.x.y=z changes one of its fields."
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         _stop(f"unexpected argument {arguments[1]!r}; every option begins with --", 2)
     # Imported here, for --helpshort need not wait for it.
     from sync_jax import errors
-    from sync_jax.process import ending_at_sigterm
+    from sync_jax.runtime.signals import ending_at_sigterm
 
     try:
         with ending_at_sigterm():
@@ -102,14 +102,17 @@ def main(arguments: list[str]) -> None:
 
 def _do() -> None:
     from sync_jax import config as config_lib
-    from sync_jax import distributed, sharding
-    from sync_jax.process import ending_at_sigterm
+    from sync_jax.runtime import processes as distributed
+    from sync_jax.runtime import sharding
+    from sync_jax.runtime.signals import ending_at_sigterm
 
     config_lib.check_path("--workdir", _WORKDIR.value or "")
     for runs in _RUNS.value:
         config_lib.check_path("--runs", runs)
     if _MODE.value in ("compare", "ensemble"):
-        from sync_jax import compare, ensemble, errors
+        from sync_jax import errors
+        from sync_jax.evaluation import comparison as compare
+        from sync_jax.evaluation import ensemble
 
         do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
         if _MODE.value == "ensemble":
@@ -142,7 +145,9 @@ def _do() -> None:
 
 def _do_together(config: ConfigDict, name: str) -> None:
     """What all processes do, once they have met."""
-    from sync_jax import compilation_cache, loading, sharding, train
+    from sync_jax import train
+    from sync_jax.data import loading
+    from sync_jax.runtime import compilation_cache, sharding
 
     sharding.check_devices()
     if _MODE.value in ("train", "sweep") and (

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.compare import FREE, compare
 from sync_jax.config import default_config, flatten, suggestion, validate
 from sync_jax.errors import InputError, NonFiniteError
-from sync_jax.printable import say
-from sync_jax.report import read_report
+from sync_jax.evaluation.comparison import FREE, compare
+from sync_jax.evaluation.report import read_report
+from sync_jax.runtime.console import say
+from sync_jax.runtime.workdir import check_run
 from sync_jax.train import train_and_evaluate
-from sync_jax.workdir import check_run
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:

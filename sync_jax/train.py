@@ -15,25 +15,31 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax import sharding
-from sync_jax.checkpoint import Checkpoints
 from sync_jax.config import to_json
+from sync_jax.data.loading import load_data
 from sync_jax.data.parts import Part, load_test
-from sync_jax.distributed import Processes
 from sync_jax.errors import NonFiniteError, TerminatedError
-from sync_jax.evaluate import Predictions, evaluation_record
-from sync_jax.loading import load_data
+from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
 from sync_jax.methods import METHODS
-from sync_jax.nonfinite import NonFiniteSteps, RollbackError
-from sync_jax.printable import say
-from sync_jax.process import terminated, watchdog
-from sync_jax.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
-from sync_jax.report import read_report, show_report, speed_before, write_report
-from sync_jax.run import Metrics, Run
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.console import say
+from sync_jax.runtime.nonfinite import NonFiniteSteps, RollbackError
+from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
+from sync_jax.runtime.signals import terminated, watchdog
+from sync_jax.runtime.timing import Stopwatch
+from sync_jax.runtime.tracing import Trace, parse_steps
+from sync_jax.runtime.workdir import (
+    check_run,
+    check_workdir,
+    owned,
+    prepare_workdir,
+    refuse_differences,
+)
 from sync_jax.steps import TrainState
-from sync_jax.timing import Stopwatch
-from sync_jax.tracing import Trace, parse_steps
-from sync_jax.workdir import check_run, check_workdir, owned, prepare_workdir, refuse_differences
+from sync_jax.trainer import Metrics, Run
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:

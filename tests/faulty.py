@@ -22,10 +22,11 @@ from absl import app
 from jax._src import compiler
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from sync_jax import main, run, train
-from sync_jax.evaluate import Predictions
-from sync_jax.progress import Progress
-from sync_jax.run import Run
+from sync_jax import main, train
+from sync_jax import trainer as run
+from sync_jax.evaluation.record import Predictions
+from sync_jax.runtime.progress import Progress
+from sync_jax.trainer import Run
 
 
 def harm(how: str) -> None:

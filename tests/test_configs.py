@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from sync_jax import sharding
 from sync_jax.config import validate
 from sync_jax.data import catalogue, pictures
 from sync_jax.data.images import Layout
 from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement
+from sync_jax.runtime import sharding
 from sync_jax.train import Run
 from tests.data.pictures import write_pictures
 

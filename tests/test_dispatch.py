@@ -7,12 +7,13 @@ import chex
 import jax
 import pytest
 
-from sync_jax import run as run_lib
-from sync_jax import sharding, train
-from sync_jax.checkpoint import Checkpoints
+from sync_jax import train
+from sync_jax import trainer as run_lib
 from sync_jax.errors import InputError, TerminatedError
-from sync_jax.progress import Progress, read_metrics
-from sync_jax.run import Run
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.progress import Progress, read_metrics
+from sync_jax.trainer import Run
 from tests import faulty, tiny
 
 MAKE_MESH = sharding.make_mesh

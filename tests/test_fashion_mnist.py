@@ -10,8 +10,8 @@ import pytest
 from configs.quickstart import get_config
 from sync_jax.data import catalogue
 from sync_jax.errors import InputError
+from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
-from sync_jax.report import read_report
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sync_jax import run, sharding, train
-from sync_jax.checkpoint import Checkpoints
+from sync_jax import train
+from sync_jax import trainer as run
+from sync_jax.data.loading import load_data
 from sync_jax.data.placement import Placement
-from sync_jax.distributed import Processes
 from sync_jax.errors import NonFiniteError
-from sync_jax.evaluate import Predictions
-from sync_jax.loading import load_data
-from sync_jax.nonfinite import FILE
-from sync_jax.progress import Progress
-from sync_jax.run import Run
+from sync_jax.evaluation.record import Predictions
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.nonfinite import FILE
+from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.progress import Progress
 from sync_jax.steps import TrainState
+from sync_jax.trainer import Run
 from tests import faulty, processes, tiny
 from tests.curves import check_close, curve
 

@@ -27,21 +27,22 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sync_jax import compare
-from sync_jax.checkpoint import Checkpoints
 from sync_jax.data import catalogue
 from sync_jax.data.images import decode
 from sync_jax.errors import InputError
+from sync_jax.evaluation import comparison as compare
+from sync_jax.evaluation.report import read_report, show_report
 from sync_jax.models.pretrained import load_pretrained, read_weights
-from sync_jax.printable import printable
-from sync_jax.report import read_report, show_report
-from tests import test_checkpoint, tiny
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.console import printable
+from tests import tiny
 from tests.bad_input.case import COMPARE, NEW_ALBUM, PREPARED, prepare
 from tests.bad_input.spoil import cifar100
 from tests.command_line import ROOT, run
 from tests.data import test_archives
 from tests.data.pictures import pixels, write_pictures
 from tests.data.test_published_pictures import food_members, write_food
+from tests.runtime import test_checkpoint
 from tests.test_bad_input import finished_run
 
 MARKER = "marker"

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from sync_jax import sharding
 from sync_jax.config import default_config
 from sync_jax.losses import cross_entropy_loss
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectiveClassifier
 from sync_jax.optimizer import make_optimizer
+from sync_jax.runtime import sharding
 from sync_jax.steps import create_train_state, eval_step, train_step
 
 SHAPE = (8, 8, 1)

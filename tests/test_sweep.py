@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sync_jax import sweep
-from sync_jax.report import read_report
+from sync_jax.evaluation.report import read_report
 from sync_jax.train import NonFiniteError
 from tests import tiny
 

@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import process, sharding, train
-from sync_jax import run as run_lib
-from sync_jax.checkpoint import Checkpoints
+from sync_jax import train
+from sync_jax import trainer as run_lib
 from sync_jax.data import catalogue
-from sync_jax.distributed import Processes
+from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError, TerminatedError, WriteError
-from sync_jax.evaluate import Predictions
-from sync_jax.loading import load_data
+from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
-from sync_jax.progress import Progress
-from sync_jax.report import read_report
-from sync_jax.run import Metrics, Run
+from sync_jax.runtime import sharding
+from sync_jax.runtime import signals as process
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.progress import Progress
 from sync_jax.steps import TrainState
+from sync_jax.trainer import Metrics, Run
 from tests import tiny
 from tests.curves import check_close, curve
 

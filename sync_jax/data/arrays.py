@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.sources import DataError
-from sync_jax.memory import aligned_empty
+from sync_jax.runtime.memory import aligned_empty
 
 _READ_BATCH = 4096  # records read at once
 

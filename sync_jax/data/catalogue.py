@@ -24,7 +24,7 @@ from sync_jax.data.preparing import build, exclusive, expand, remove_leftovers
 from sync_jax.data.records import DecodedPictures, check_disk
 from sync_jax.data.sources import DataError, Upstream
 from sync_jax.data.squares import Squares
-from sync_jax.printable import say
+from sync_jax.runtime.console import say
 
 DATASETS = {
     "fashion_mnist": DatasetInfo(

@@ -32,7 +32,7 @@ from sync_jax.data.records import (
 )
 from sync_jax.data.sources import DataError, incomplete_prefix
 from sync_jax.data.squares import Squares, make_squares, open_squares
-from sync_jax.printable import say
+from sync_jax.runtime.console import say
 
 FOLDER = image_folder.NAME
 # ImageNet's mean and deviation, which the field's codes use for all of these.

@@ -32,7 +32,7 @@ from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.listing import Listing, Picture
 from sync_jax.data.sources import DataError
-from sync_jax.printable import printable
+from sync_jax.runtime.console import printable
 
 INFO = "sync_jax.json"
 BAD_FILES = "bad_files.txt"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sync_jax.data.augmentation import augment
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.shuffle import ROUNDS, shuffled
-from sync_jax.sharding import BATCH_AXIS, batch_sharding, replicated
+from sync_jax.runtime.sharding import BATCH_AXIS, batch_sharding, replicated
 
 _CHUNK = 1 << 28  # bytes copied to a device at once
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sync_jax.hashing import mix
+from sync_jax.runtime.hashing import mix
 
 ROUNDS = 32  # of the shuffle: twice as many as pass every statistical test that we tried
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from sync_jax.errors import InputError
 from sync_jax.models.resnet import RESNETS
 from sync_jax.models.vgg import LAYERS
-from sync_jax.printable import printable
+from sync_jax.runtime.console import printable
 
 _STORAGES = {
     "DoubleStorage": "<f8",

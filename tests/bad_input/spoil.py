@@ -16,7 +16,7 @@ import scipy.io
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sync_jax import run as run_lib
+from sync_jax import trainer as run_lib
 from sync_jax.data import catalogue, cifar, fashion_mnist, svhn
 from tests.bad_input.case import PREPARED
 from tests.command_line import run

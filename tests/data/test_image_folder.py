@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sync_jax import loading, train
+from sync_jax import train
 from sync_jax.config import check_sizes, default_config, validate
-from sync_jax.data import catalogue, pictures, records
+from sync_jax.data import catalogue, loading, pictures, records
 from sync_jax.data.parts import load_test, load_train_and_calibration
 from sync_jax.data.records import INFO
 from sync_jax.data.sources import DataError

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import loading, sharding
 from sync_jax.config import default_config
-from sync_jax.data import catalogue, parts, placement
+from sync_jax.data import catalogue, loading, parts, placement
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import put_on_devices, take, training_batch
 from sync_jax.errors import InputError
-from sync_jax.memory import aligned_empty
+from sync_jax.runtime import sharding
+from sync_jax.runtime.memory import aligned_empty
 from tests import tiny
 from tests.data.pictures import pixels
 

@@ -10,7 +10,6 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sync_jax import sharding
 from sync_jax.data import resident
 from sync_jax.data.augmentation import Augmentation
 from sync_jax.data.resident import (
@@ -20,6 +19,7 @@ from sync_jax.data.resident import (
     shuffled,
     training_batch,
 )
+from sync_jax.runtime import sharding
 
 PLAIN = Augmentation(crop_padding=0, flip=False)
 FULL = Augmentation(crop_padding=1, flip=True)

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from sync_jax.models import convolution
 from sync_jax.models.convolution import Conv, convolve
-from sync_jax.sharding import batch_sharding, make_mesh, replicated
+from sync_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 
 ONE, NONE = ((1, 1), (1, 1)), ((0, 0), (0, 0))
 # Height, width, channels, outputs, kernel size, stride, padding.

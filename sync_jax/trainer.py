@@ -15,7 +15,6 @@ from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax import sharding, timing
 from sync_jax.data import catalogue, host, pictures
 from sync_jax.data.augmentation import augment, normalise
 from sync_jax.data.parts import Part
@@ -31,15 +30,16 @@ from sync_jax.data.resident import (
 )
 from sync_jax.data.squares import Squares
 from sync_jax.errors import InputError, NonFiniteError
-from sync_jax.evaluate import Predictions, predict, summary
+from sync_jax.evaluation.record import Predictions, predict, summary
 from sync_jax.losses import Terms
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.metrics import aurc
 from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.runtime import sharding, timing
+from sync_jax.runtime.tracing import parse_steps
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
-from sync_jax.tracing import parse_steps
 
 _STEPS_PER_DISPATCH = 8  # of an accelerator
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax import sharding
-from sync_jax.checkpoint import latest_notes
 from sync_jax.config import check_sizes
 from sync_jax.data import catalogue, pictures
 from sync_jax.data.parts import Part, load_train_and_calibration
 from sync_jax.data.placement import Placement, choose
-from sync_jax.distributed import Processes
 from sync_jax.errors import InputError
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import latest_notes
+from sync_jax.runtime.processes import Processes
 
 
 def prepare(config: ConfigDict) -> None:

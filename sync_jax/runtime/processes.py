@@ -26,8 +26,8 @@ from sync_jax.errors import (
     TerminatedError,
     WriteError,
 )
-from sync_jax.printable import printable, say
-from sync_jax.roll_call import roll_call
+from sync_jax.runtime.console import printable, say
+from sync_jax.runtime.roll_call import roll_call
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sync_jax.process import exclusive, watchdog
+from sync_jax.runtime.signals import exclusive, watchdog
 
 
 def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said(tmp_path, monke
 
 COLLECTING = """
 import gc, os, signal
-from sync_jax.process import ending_at_sigterm, terminated
+from sync_jax.runtime.signals import ending_at_sigterm, terminated
 
 def asked(phase, info):  # as JAX has one
     os.kill(os.getpid(), signal.SIGTERM)

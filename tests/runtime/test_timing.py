@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from sync_jax import timing
+from sync_jax.runtime import timing
 
 
 class Clock:

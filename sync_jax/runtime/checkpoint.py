@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
 
-from sync_jax.distributed import Processes
 from sync_jax.errors import FailedError, InputError, WriteError
-from sync_jax.hashing import mix
+from sync_jax.runtime.hashing import mix
+from sync_jax.runtime.processes import Processes
 from sync_jax.steps import TrainState
 
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score

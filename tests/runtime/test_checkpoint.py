@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from sync_jax import checkpoint, sharding
-from sync_jax.checkpoint import Checkpoints
 from sync_jax.errors import InputError, WriteError
+from sync_jax.runtime import checkpoint, sharding
+from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.steps import TrainState
 
 fingerprints = checkpoint.fingerprints

@@ -14,7 +14,7 @@ from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.evaluate import (
+from sync_jax.evaluation.record import (
     Predictions,
     evaluation_record,
     fit_parameters,

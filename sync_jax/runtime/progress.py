@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from sync_jax.errors import InputError, WriteError
-from sync_jax.files import sync_folder
+from sync_jax.runtime.files import sync_folder
 
 _BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 

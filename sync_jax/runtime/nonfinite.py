@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, NonFiniteError
-from sync_jax.files import write_atomically
+from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.processes import Processes
 
 FILE = "nonfinite.jsonl"
 ACTIONS = ("stop", "skip", "rollback")

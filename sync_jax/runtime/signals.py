@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sync_jax.errors import InputError
-from sync_jax.printable import say
+from sync_jax.runtime.console import say
 
 
 @contextlib.contextmanager

@@ -18,16 +18,17 @@ import jax.numpy as jnp
 import pytest
 from jax._src import distributed as jax_distributed
 
-from sync_jax import roll_call as roll_call_lib
-from sync_jax import sharding, train
-from sync_jax.checkpoint import Checkpoints
-from sync_jax.distributed import Processes, initialize
+from sync_jax import train
+from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError
-from sync_jax.loading import load_data
-from sync_jax.progress import Progress
-from sync_jax.roll_call import roll_call
-from sync_jax.run import Run
+from sync_jax.runtime import roll_call as roll_call_lib
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.processes import Processes, initialize
+from sync_jax.runtime.progress import Progress
+from sync_jax.runtime.roll_call import roll_call
 from sync_jax.sweep import sweep
+from sync_jax.trainer import Run
 from tests import processes, tiny
 from tests.curves import check_close
 
@@ -154,7 +155,8 @@ def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_d
 
 AGREEING = """
 import sys, time
-from sync_jax import distributed, errors
+from sync_jax import errors
+from sync_jax.runtime import processes as distributed
 
 i, port = int(sys.argv[1]), sys.argv[2]
 distributed.initialize(f"localhost:{port}", 2, i, seconds=60)
@@ -203,7 +205,8 @@ def test_processes_agree_and_name_those_that_are_missing():
 
 COMING = """
 import sys
-from sync_jax import distributed, errors
+from sync_jax import errors
+from sync_jax.runtime import processes as distributed
 
 i, port, count = map(int, sys.argv[1:])
 print("ready", flush=True)
@@ -255,7 +258,8 @@ def test_a_port_in_use_is_an_error():
 
 WAITING = """
 import sys
-from sync_jax import distributed, process
+from sync_jax.runtime import processes as distributed
+from sync_jax.runtime import signals as process
 
 i, port, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with process.ending_at_sigterm():
@@ -293,7 +297,9 @@ def test_sigterm_ends_what_waits_for_other_processes(count):
 FAILING = """
 import sys
 import jax, numpy as np
-from sync_jax import distributed, errors, sharding
+from sync_jax import errors
+from sync_jax.runtime import processes as distributed
+from sync_jax.runtime import sharding
 
 i, port, failing = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 distributed.initialize(f"localhost:{port}", 2, i, seconds=60)
@@ -325,7 +331,7 @@ def test_what_fails_on_one_process_alone_ends_the_others(failing):
 
 
 UNDER_SLURM = """
-from sync_jax import distributed
+from sync_jax.runtime import processes as distributed
 
 distributed.initialize(None, None, None, seconds=60)
 processes = distributed.Processes(seconds=60)

@@ -9,9 +9,9 @@ import pytest
 from jax._src.compilation_cache import compress_executable
 from jax.experimental.compilation_cache import compilation_cache as cc
 
-from sync_jax import compilation_cache, sharding
 from sync_jax.data.parts import load_train_and_calibration
-from sync_jax.run import Run
+from sync_jax.runtime import compilation_cache, sharding
+from sync_jax.trainer import Run
 from tests import tiny
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax import sharding
-from sync_jax.checkpoint import latest_notes
 from sync_jax.config import describe_differences, read_config, to_json
-from sync_jax.distributed import Processes
 from sync_jax.errors import InputError, WriteError
-from sync_jax.files import write_atomically
-from sync_jax.process import exclusive
-from sync_jax.progress import read_metrics
+from sync_jax.runtime import sharding
+from sync_jax.runtime.checkpoint import latest_notes
+from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.progress import read_metrics
+from sync_jax.runtime.signals import exclusive
 
 
 def check_run(config: ConfigDict, workdir: Path) -> None:

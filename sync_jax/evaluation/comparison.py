@@ -42,9 +42,9 @@ import rich.text
 from sync_jax import metrics
 from sync_jax.config import default_config, flatten
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions
-from sync_jax.printable import printable
-from sync_jax.report import LABELS, read_report, strict
+from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.report import LABELS, read_report, strict
+from sync_jax.runtime.console import printable
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
 # what moves no weight. The test ranking's coverages are this module's own.

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from sync_jax.errors import WriteError
-from sync_jax.progress import MetricWriter, Progress, read_metrics
+from sync_jax.runtime.progress import MetricWriter, Progress, read_metrics
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import sharding
 from sync_jax.errors import InputError
+from sync_jax.runtime import sharding
 
 
 @pytest.fixture

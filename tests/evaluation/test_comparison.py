@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from sync_jax import compare, metrics
+from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions, evaluation_record
+from sync_jax.evaluation import comparison as compare
+from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.report import write_report
 from sync_jax.methods import METHODS
-from sync_jax.report import write_report
 
 N = 150
 

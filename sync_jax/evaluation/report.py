@@ -67,10 +67,10 @@ import sync_jax
 from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions
-from sync_jax.files import write_atomically
-from sync_jax.printable import printable
-from sync_jax.timing import describe
+from sync_jax.evaluation.record import Predictions
+from sync_jax.runtime.console import printable
+from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.timing import describe
 
 SCHEMA = 2
 LABELS = {

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from sync_jax import report
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions, evaluation_record
+from sync_jax.evaluation import report
+from sync_jax.evaluation.record import Predictions, evaluation_record
 from sync_jax.guarantees import Certificate
 from sync_jax.metrics import Interval
 from sync_jax.scores import SCORES

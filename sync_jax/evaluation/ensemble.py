@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.compare import differing_fields, load_runs
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions, evaluation_record
-from sync_jax.report import show_report, write_report
+from sync_jax.evaluation.comparison import differing_fields, load_runs
+from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.report import show_report, write_report
 
 
 def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[str, Any]:

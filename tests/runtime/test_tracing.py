@@ -4,10 +4,11 @@ import json
 import jax
 import pytest
 
-from sync_jax import sharding, train
+from sync_jax import train
 from sync_jax.errors import InputError
-from sync_jax.progress import read_metrics
-from sync_jax.tracing import Trace, parse_steps
+from sync_jax.runtime import sharding
+from sync_jax.runtime.progress import read_metrics
+from sync_jax.runtime.tracing import Trace, parse_steps
 from tests import tiny
 
 

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 
-from sync_jax import compare, ensemble
 from sync_jax.errors import InputError
-from sync_jax.evaluate import Predictions
-from sync_jax.report import read_report
-from tests.test_compare import make_run, predictions
+from sync_jax.evaluation import comparison as compare
+from sync_jax.evaluation import ensemble
+from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.report import read_report
+from tests.evaluation.test_comparison import make_run, predictions
 
 
 def of(p, labels=(0,)):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sync_jax import guarantees, metrics
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.files import write_atomically
+from sync_jax.runtime.files import write_atomically
 from sync_jax.scores import SCORES, available
 
 # A class has few calibration examples and a share of delta: fifty candidates would divide it so far

@@ -12,7 +12,7 @@ PAGES = 10_000  # 40 MB: smaller blocks glibc learns to keep by itself
 
 PROGRAM = """
 import resource, sys, threading
-from sync_jax.memory import keep_freed_memory
+from sync_jax.runtime.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

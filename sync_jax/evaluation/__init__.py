@@ -1,0 +1,1 @@
+"""Predictions, the evaluation record, reports, comparisons and ensembles."""

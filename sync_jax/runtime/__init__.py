@@ -1,0 +1,1 @@
+"""Checkpoints, devices, processes, signals, files, console and profiling."""
