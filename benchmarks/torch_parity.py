@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from safetensors.numpy import save_file
 
-from sync_jax.models.heads import SelectiveClassifier
+from sync_jax.models.heads import SelectiveNetwork
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.models.resnet import RESNETS, ResNet
 from sync_jax.models.vgg import LAYERS, VGG16
@@ -77,14 +77,14 @@ def examples(pixels: int) -> tuple[np.ndarray, np.ndarray]:
     return images, np.arange(BATCH, dtype=np.int32) * 3 % CLASSES
 
 
-def our_network(name: str, **changes: Any) -> SelectiveClassifier:
+def our_network(name: str, **changes: Any) -> SelectiveNetwork:
     """Without dropout, which no two libraries draw alike."""
     backbone, fields, _ = NETWORKS[name]
     fields = fields | changes
     if backbone in RESNETS:
         stages, bottleneck = RESNETS[backbone]
-        return SelectiveClassifier(ResNet(stages, bottleneck, **fields), CLASSES)
-    return SelectiveClassifier(VGG16(conv_dropout=False, last_dropout=0.0, **fields), CLASSES)
+        return SelectiveNetwork(ResNet(stages, bottleneck, **fields), CLASSES)
+    return SelectiveNetwork(VGG16(conv_dropout=False, last_dropout=0.0, **fields), CLASSES)
 
 
 def ours(

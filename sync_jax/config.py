@@ -1,357 +1,216 @@
-"""The default config, the one place where every field is named and explained, and its checks."""
+"""The default config: every field with its default, its bounds and a line of help.
 
-import difflib
+Files in `configs/` change what they must. A method's hyperparameters are declared in its entry of
+`methods.METHODS` and stand in the section `loss`; a backbone declares its own options, which join
+the section `model`. Nothing here reads a file but `read_config`.
+"""
+
 import json
-import math
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue, pictures
-from sync_jax.data.images import Layout
-from sync_jax.data.parts import calibration_size
-from sync_jax.errors import InputError
-from sync_jax.methods import METHODS
-from sync_jax.models import BACKBONES
-from sync_jax.models.pretrained import check_weights_file
-from sync_jax.models.resnet import RESNETS
-from sync_jax.runtime.nonfinite import ACTIONS
-from sync_jax.runtime.tracing import parse_steps
+from sync_jax.errors import InputError, suggestion
+from sync_jax.methods import METHODS, Method
+from sync_jax.options import Option, find, flatten
 
-# The coverages of every published table, in percent.
+# The coverages of published tables, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
-
-PATHS = (
-    *("data.data_dir", "data.source", "data.folder", "model.pretrained"),
-    "process.compilation_cache",
-)
-
-_MOST_VALUES = 1000  # of a list: a report has a row for each
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 OPERATIONAL = (
     *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
-    *("train.on_nonfinite", "train.nonfinite_budget", "train.steps_per_dispatch"),
+    *("train.on_nonfinite", "train.nonfinite_budget"),
     *("log.", "checkpoint.", "evaluation.", "process.", "profile."),
 )
+PATHS = (
+    *("data.data_dir", "data.source", "data.folder", "model.pretrained"),
+    "process.compilation_cache",
+)
+_SEED = "[0, 2147483647]"
+_COUNT, _SIZE = "[1, inf)", "[0, inf)"
+
+FIELDS: dict[str, Option] = {
+    "method": Option("sync", "", "a name in methods.METHODS, or yours as package.module:NAME"),
+    "seed": Option(0, _SEED, "of the initialisation, the order of examples, the augmentation"),
+    "target_coverage": Option(
+        0.8, "(0, 1]", "that SelectiveNet and SYNC train for; the report's operating point"
+    ),
+    "data.name": Option("fashion_mnist", "", "a name in data.registry, or tfds:NAME"),
+    "data.data_dir": Option(os.path.join("~", ".cache", "sync_jax"), "", "prepared datasets"),
+    "data.source": Option("", "", "folder with the published files; empty: look for them"),
+    "data.folder": Option("", "", "image_folder: the pictures, as folder/class/picture"),
+    # Of pictures (imagenet100, stanford_cars, food101, image_folder, tfds:NAME), in pixels.
+    "data.image_size": Option(64, "[8, 1024]", "side of the network's input, for pictures"),
+    "data.short_side": Option(
+        0, "[0, 1024]", "short side that pictures are resized to; 0: stored_size"
+    ),
+    "data.stored_size": Option(
+        0,
+        "[0, 1024]",
+        "square from the middle of that, kept in device memory; 0: short_side or image_size",
+    ),
+    "data.placement": Option(
+        "auto",
+        ("auto", "device", "disk", "host"),
+        "training images in device memory, as squares on the disk, or decoded for each batch on "
+        "the host; auto: the first of these that has room",
+    ),
+    "data.workers": Option(0, "[0, 256]", "host: processes that decode; 0: threads of this one"),
+    "data.calibration_size": Option(
+        6000, _SIZE, "examples held out of the training split; 0: a tenth"
+    ),
+    "data.split_seed": Option(0, _SEED, "of that hold-out, so that runs of all seeds share it"),
+    "data.crop_padding": Option(2, "[0, 64]", "pixels of padding before a random crop; 0: none"),
+    "data.flip": Option(True, "", "mirror left to right at random"),
+    "data.rotation": Option(0.0, "[0, 180]", "degrees, at random either way"),
+    "data.min_crop_area": Option(
+        1.0, "(0, 1]", "random crop of this share of the area or more, resized; 1: none"
+    ),
+    "data.jitter": Option(0.0, "[0, 1]", "brightness, contrast, saturation times 1 - x to 1 + x"),
+    "data.sharpen": Option(0.0, "[0, 1]", "probability of doubled sharpness"),
+    "data.grey": Option(0.0, "[0, 1]", "probability of losing the colours"),
+    "data.perspective": Option(0.0, "[0, 1]", "probability of a change of perspective"),
+    "data.posterise": Option(0.0, "[0, 1]", "probability of keeping 2 bits a channel"),
+    "model.name": Option("cnn", "", "a name in models.BACKBONES, or package.module:NAME"),
+    "model.dtype": Option("float32", ("float32", "bfloat16"), "of the network's arithmetic"),
+    "model.pretrained": Option(
+        "", "", "a .safetensors or .pth file with torchvision's names; empty: random weights"
+    ),
+    "loss.entropy_weight": Option(
+        0.0, "[0, inf)", "any method: weight of the probabilities' entropy (+EM; often 0.01)"
+    ),
+    "loss.warmup_epochs": Option(
+        -1.0, "", "first epochs that minimise cross-entropy alone; negative: the method's own"
+    ),
+    "optimizer.learning_rate": Option(0.1, "(0, inf)", "peak"),
+    "optimizer.momentum": Option(0.9, "[0, 1]"),
+    "optimizer.nesterov": Option(True),
+    "optimizer.weight_decay": Option(5e-4, "[0, inf)", "added to the gradient, as in PyTorch"),
+    "optimizer.schedule": Option("cosine", ("cosine", "linear", "step")),
+    "optimizer.warmup_epochs": Option(1.0, "[0, inf)", "linear rise of the learning rate"),
+    "optimizer.decay_epochs": Option(25.0, "(0, inf)", "step: multiply this often"),
+    "optimizer.decay_factor": Option(0.5, "(0, inf)", "step: multiply by this"),
+    "optimizer.sharded": Option(False, "", "divide the optimizer's state between the devices"),
+    "train.epochs": Option(30.0, "(0, 1e6]", "may be fractional"),
+    "train.batch_size": Option(128, _COUNT, "over all devices together"),
+    "train.microbatches": Option(1, _COUNT, "gradient accumulation: parts of each device's share"),
+    "train.on_nonfinite": Option(
+        "stop", ("stop", "skip"), "a step that is not finite: stop the run, or leave it out"
+    ),
+    "train.nonfinite_budget": Option(10, _SIZE, "steps that may be left out"),
+    "log.every_steps": Option(50, _COUNT),
+    "log.calibration_every_epochs": Option(
+        1.0, "(0, 1e6]", "accuracy and mean g on the calibration split"
+    ),
+    "checkpoint.every_epochs": Option(1.0, "(0, 1e6]"),
+    "checkpoint.keep": Option(3, _COUNT, "the latest so many"),
+    "checkpoint.keep_best": Option(1, _SIZE, "and so many with the best value of best_metric"),
+    "checkpoint.best_metric": Option(
+        "aurc",
+        ("aurc", "accuracy", "negative_log_likelihood"),
+        "on the calibration split, of checkpoints that are saved where it is logged",
+    ),
+    "process.wait_seconds": Option(600.0, "(0, inf)", "for the other processes, at each meeting"),
+    "process.watchdog_seconds": Option(
+        600.0, "[0, inf)", "print all stacks when no step has finished for so long; 0: never"
+    ),
+    "process.compilation_cache": Option(
+        os.path.join("~", ".cache", "sync_jax_compiled"),
+        "",
+        "folder for compiled programs, the user's alone; empty: none are kept; "
+        "JAX_COMPILATION_CACHE_DIR takes precedence",
+    ),
+    "profile.steps": Option("", "", "steps to write a trace of, such as 100-110; empty: none"),
+    "evaluation.batch_size": Option(1000, "[1, 100000]"),
+    "evaluation.coverages": Option(COVERAGES, "(0, 100]", "percent", each="percentages"),
+    # Each certificate holds with confidence 1 - delta over the draw of the calibration split. The
+    # defaults are what some thousands of calibration examples can prove, at the confidence that
+    # people are used to from intervals: one calibration split in twenty may mislead.
+    "evaluation.target_risks": Option(
+        (0.01, 0.02, 0.05), "[1e-6, 1)", "error rates to certify", each="error rates"
+    ),
+    "evaluation.delta": Option(0.05, "(0, 1)", "chance that a certificate is broken"),
+    "evaluation.scores": Option(
+        (), "", "scores of yours beside the built-in ones", each="names package.module:SCORE"
+    ),
+}
+for _method in METHODS.values():
+    FIELDS |= {f"loss.{name}": option for name, option in _method.hyperparameters.items()}
 
 
 def default_config() -> ConfigDict:
-    """Every field with its default; the files in `configs/` change what they must."""
+    """Every field with its default, but for the options of backbones, which add their own."""
     config = ConfigDict()
-    config.method = "sync"  # a name in methods.METHODS
-    config.seed = 0  # initialisation, order of the examples, augmentation
-    # Coverage that SelectiveNet and SYNC train for, and the operating point in the report.
-    config.target_coverage = 0.8
-
-    config.data = ConfigDict()
-    config.data.name = "fashion_mnist"  # a name in data.catalogue.NAMES
-    config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
-    config.data.source = ""  # a folder with the upstream files; empty: look for them
-    config.data.folder = ""  # image_folder: the pictures, as folder/class/picture
-    # Of pictures (imagenet100, stanford_cars, food101, image_folder), in pixels: the network's
-    # input; the short side that they are resized to (0: stored_size); the square from the middle of
-    # that, which device memory holds and evaluation takes the middle of (0: short_side or
-    # image_size).
-    config.data.image_size = 64
-    config.data.short_side = 0
-    config.data.stored_size = 0
-    # Training images in the "device"'s memory, as squares on the "disk" and read for each batch, or
-    # decoded for each batch on the "host"; "auto": device where they fit, else host.
-    config.data.placement = "auto"
-    config.data.workers = 0  # host: processes that decode; 0: threads of this one
-    config.data.calibration_size = 6000  # held out of the official training split; 0: a tenth
-    config.data.split_seed = 0  # of that hold-out; apart from `seed`, so that seeds share it
-    config.data.crop_padding = 2  # pixels; 0: no random crop
-    config.data.flip = True  # left to right
-    config.data.rotation = 0.0  # degrees; 0: none
-    # Random crop of this share of the area or more, resized to the whole; 1: none.
-    config.data.min_crop_area = 1.0
-    config.data.jitter = 0.0  # brightness, contrast, saturation: factors 1 - this to 1 + this
-    # Probabilities of doubled sharpness, of grey, of a change of perspective, of 2 bits a channel.
-    config.data.sharpen = 0.0
-    config.data.grey = 0.0
-    config.data.perspective = 0.0
-    config.data.posterise = 0.0
-
-    config.model = ConfigDict()
-    config.model.name = "cnn"  # a name in models.BACKBONES
-    config.model.width = 0  # channels of the first convolution; 0: 32 of the cnn, 64 of others
-    config.model.features = 0  # size of the feature vector; 0: 256 of the cnn, 512 of vgg16_bn
-    config.model.dtype = "float32"  # of the arithmetic; or "bfloat16", for GPUs and TPUs
-    config.model.stem = "cifar"  # resnets: 3 x 3 at full resolution; or "imagenet", at a quarter
-    config.model.channel_dropout = True  # vgg16_bn: drops whole channels rather than elements
-    config.model.norm_first = False  # vgg16_bn: BatchNorm before ReLU, as torchvision's weights
-    # A .safetensors or .pth file with torchvision's names, to begin with; empty: random weights.
-    config.model.pretrained = ""
-    config.model.dropout = 0.5  # mc_dropout: rate, on the feature vector
-    config.model.dropout_samples = 100  # mc_dropout: that evaluation averages over
-
-    # losses.selectivenet_loss and losses.sync_loss read the first six. The SYNC values are
-    # provisional: the paper's are not public, and which are best is an open question.
-    config.loss = ConfigDict()
-    config.loss.coverage_weight = 32.0
-    config.loss.alpha = 0.5
-    config.loss.prior_power = 3.0
-    config.loss.prior_weight = 0.0
-    config.loss.sync_weight = 0.5
-    config.loss.divergence = "bce"  # or "mse"
-    config.loss.payoff = 2.2  # deep_gamblers: of a right answer; above 1, at most the classes
-    config.loss.target_momentum = 0.9  # self_adaptive: of the targets; the field's 0.99 on ImageNet
-    # ccl_sc: weight and temperature of the contrastive term, keys kept of right and of wrong
-    # predictions each, momentum of the encoder that makes them.
-    config.loss.contrast_weight = 1.0
-    config.loss.contrast_temperature = 0.1
-    config.loss.queue_size = 3000
-    config.loss.encoder_momentum = 0.999
-    # Of any method: weight of the entropy of the class probabilities ("+EM"; the field's is 0.01).
-    config.loss.entropy_weight = 0.0
-    # How many first epochs minimise the plain cross-entropy instead; negative: the method's own
-    # choice: a third of the run for deep_gamblers, half for ccl_sc, none for the others.
-    config.loss.warmup_epochs = -1.0
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 0.1  # peak
-    config.optimizer.momentum = 0.9
-    config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 5e-4
-    config.optimizer.schedule = "cosine"  # or "linear", "step"
-    config.optimizer.warmup_epochs = 1.0
-    config.optimizer.decay_epochs = 25.0  # "step" only: multiply by decay_factor this often
-    config.optimizer.decay_factor = 0.5
-
-    # The optimiser's state divided between the devices instead of copied to each.
-    config.optimizer.sharded = False
-
-    config.train = ConfigDict()
-    config.train.epochs = 30.0  # may be fractional
-    config.train.batch_size = 128  # over all devices together
-    # Gradient accumulation: the network sees each device's share of a batch in so many parts.
-    config.train.microbatches = 1
-    # Steps that the device does for one command of the host, where it holds the images; 0: 8 on
-    # accelerators, 1 on CPUs, where it would gain nothing.
-    config.train.steps_per_dispatch = 0
-    # What a step does whose loss, gradient or parameters are not finite: "stop" the run; "skip":
-    # leave everything as it was and go on; "rollback": go back to the latest checkpoint, and leave
-    # that step out when it comes again. No more often than the budget allows.
-    config.train.on_nonfinite = "stop"
-    config.train.nonfinite_budget = 10
-
-    config.log = ConfigDict()
-    config.log.every_steps = 50
-    config.log.calibration_every_epochs = 1.0  # accuracy and mean g on the calibration split
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every_epochs = 1.0
-    config.checkpoint.keep = 3  # the latest so many
-    # And so many with the best value on the calibration split of "aurc" (by the softmax response),
-    # "accuracy" or "negative_log_likelihood", of those that are saved where it is logged.
-    config.checkpoint.keep_best = 1
-    config.checkpoint.best_metric = "aurc"
-
-    config.process = ConfigDict()
-    config.process.wait_seconds = 600.0  # for the other processes, wherever all must come together
-    # Prints what each thread is doing when no step has finished for so long; 0: never.
-    config.process.watchdog_seconds = 600.0
-    # A folder for what XLA compiled, which later runs take from there; it must be the user's alone.
-    # Empty: nothing is kept. JAX's own JAX_COMPILATION_CACHE_DIR goes before it.
-    config.process.compilation_cache = os.path.join("~", ".cache", "sync_jax_compiled")
-
-    config.profile = ConfigDict()
-    # Steps to write a trace of, for TensorBoard and Perfetto, such as "100-110"; empty: none.
-    config.profile.steps = ""
-
-    config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 1000
-    config.evaluation.coverages = COVERAGES  # percent
-    # Certificates: error rates that a user may ask of the answers, each held with confidence
-    # 1 - delta over the draw of the calibration split. The defaults are what some thousands of
-    # calibration examples can prove (guarantees.calibration_size), at the confidence that people
-    # are used to from intervals: one calibration split in twenty may mislead.
-    config.evaluation.target_risks = (0.01, 0.02, 0.05)
-    config.evaluation.delta = 0.05
+    for field, option in FIELDS.items():
+        section, _, name = field.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[name] = option.default
     return config
 
 
+def find_method(name: str) -> Method:
+    """The method of a config's `method`.
+
+    Raises:
+        InputError: there is none.
+    """
+    return find(name, METHODS, Method, "config.method")
+
+
 def validate(config: ConfigDict) -> None:
-    """Checks every value that a command line or a config file can get wrong.
+    """Adds the hyperparameters that an own method declares, and checks every field.
+
+    Fields of `model` that are not in FIELDS are left to `models.complete`, and what depends on the
+    data to `data.loading`.
 
     Raises:
         InputError: naming the field, the value and the choices.
     """
-    ours, theirs = (dict(flatten(x.to_dict())) for x in (default_config(), config))
-    for field in theirs.keys() - ours.keys():
-        raise InputError(str(unknown_field(f"config.{field}")))
-    for field in ours.keys() - theirs.keys():
+    values = dict(flatten(config.to_dict()))
+    for field in FIELDS.keys() - values.keys():
         raise InputError(f"config.{field} is missing; begin with sync_jax.config.default_config()")
-    for field, value in theirs.items():
-        kind = type(ours[field])
-        accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
-        if type(value) not in accepted:
-            raise InputError(f"config.{field}={value!r} must be of type {kind.__name__}")
+    FIELDS["method"].check("config.method", config.method)
+    own = {f"loss.{k}": o for k, o in find_method(config.method).hyperparameters.items()}
+    for field, option in own.items():
+        values.setdefault(field, option.default)
+        config.loss[field.removeprefix("loss.")] = values[field]
+    options = FIELDS | own
+    for field, value in values.items():
+        if field in options:
+            options[field].check(f"config.{field}", value)
+        elif not field.startswith("model."):
+            raise InputError(unknown_field(field, options))
     for field in PATHS:
-        check_path(f"config.{field}", _get(config, field))
-    _choice(config, "method", METHODS)
-    _choice(config, "data.name", catalogue.NAMES)
-    _choice(config, "data.placement", ("auto", "device", "disk", "host"))
-    _choice(config, "model.name", BACKBONES)
-    _choice(config, "model.dtype", ("float32", "bfloat16"))
-    _choice(config, "model.stem", ("cifar", "imagenet"))
-    _choice(config, "loss.divergence", ("bce", "mse"))
-    _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
-    _choice(config, "train.on_nonfinite", ACTIONS)
-    _choice(config, "checkpoint.best_metric", ("aurc", "accuracy", "negative_log_likelihood"))
-
-    _integer(config, "seed", low=0, high=2**31 - 1)
-    _integer(config, "data.split_seed", low=0, high=2**31 - 1)
-    _integer(config, "data.crop_padding", low=0, high=64)
-    _integer(config, "data.calibration_size", low=0)
-    _integer(config, "data.image_size", low=8, high=1024)
-    _integer(config, "data.short_side", low=0, high=1024)
-    _integer(config, "data.stored_size", low=0, high=1024)
-    _integer(config, "data.workers", low=0, high=256)
-    for field in PATHS:
-        if "\0" in _get(config, field):
-            raise InputError(f"config.{field}={_get(config, field)!r} can be no path")
+        check_path(f"config.{field}", values[field])
     if not config.data.data_dir:
         raise InputError(
             "config.data.data_dir is empty; it must name the folder of prepared datasets"
         )
-    layout = Layout.of(config.data)
-    if not layout.size <= layout.stored <= layout.short_side:
-        raise InputError(
-            f"config.data.image_size={layout.size}, stored_size={layout.stored} and "
-            f"short_side={layout.short_side} must not decrease in this order"
-        )
-    # The field's networks have 64 and 4,096; sixteen times as many would not fit into any device.
-    _integer(config, "model.width", low=0, high=1024)
-    _integer(config, "model.features", low=0, high=65_536)
-    if config.model.name in RESNETS and config.model.features:
-        raise InputError(
-            f"config.model.features={config.model.features}: the size of {config.model.name}'s "
-            "feature vector follows from config.model.width; leave it at 0"
-        )
-    check_weights_file(config.model.pretrained, config.model.name)
-    parse_steps(config.profile.steps)
-    _integer(config, "model.dropout_samples", low=1, high=10_000)
-    _integer(config, "loss.queue_size", low=1, high=1_000_000)
-    _integer(config, "train.batch_size", low=1)
-    _integer(config, "log.every_steps", low=1)
-    _integer(config, "train.microbatches", low=1)
-    _integer(config, "train.steps_per_dispatch", low=0, high=1000)
-    _integer(config, "train.nonfinite_budget", low=0)
-    _integer(config, "checkpoint.keep", low=1)
-    _integer(config, "checkpoint.keep_best", low=0)
-    _integer(config, "evaluation.batch_size", low=1, high=100_000)
-
-    unit = _range("in (0, 1]", lambda x: 0 < x <= 1)
-    fraction = _range("in [0, 1]", lambda x: 0 <= x <= 1)
-    open_unit = _range("in (0, 1)", lambda x: 0 < x < 1)
-    positive = _range("above 0", lambda x: x > 0)
-    non_negative = _range("at least 0", lambda x: x >= 0)
-    unit(config, "target_coverage")
-    _range("in (0, 1]", lambda x: 0 < x <= 1)(config, "data.min_crop_area")
-    for field in ("jitter", "sharpen", "grey", "perspective", "posterise"):
-        fraction(config, f"data.{field}")
-    if config.data.name == pictures.FOLDER and not config.data.folder:
-        raise InputError(
-            "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one folder "
-            "of pictures per class"
-        )
-    _range("in [0, 180]", lambda x: 0 <= x <= 180)(config, "data.rotation")
-    fraction(config, "loss.alpha")
-    fraction(config, "optimizer.momentum")
-    open_unit(config, "evaluation.delta")
-    for field in ("optimizer.learning_rate", "optimizer.decay_epochs", "optimizer.decay_factor"):
-        positive(config, field)
-    positive(config, "loss.contrast_temperature")
-    for field in ("train.epochs", "checkpoint.every_epochs", "log.calibration_every_epochs"):
-        _range("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)(config, field)
-    for field in ("optimizer.weight_decay", "optimizer.warmup_epochs"):
-        non_negative(config, field)
-    for field in ("coverage_weight", "prior_power", "prior_weight", "sync_weight"):
-        non_negative(config, f"loss.{field}")
-    positive(config, "process.wait_seconds")
-    non_negative(config, "process.watchdog_seconds")
-    non_negative(config, "loss.contrast_weight")
-    non_negative(config, "loss.entropy_weight")
-    _range("below the run's epochs, or negative", lambda x: True)(config, "loss.warmup_epochs")
-    for field in ("loss.target_momentum", "loss.encoder_momentum", "model.dropout"):
-        _range("in [0, 1)", lambda x: 0 <= x < 1)(config, field)
-    _each(config, "evaluation.coverages", "percentages in (0, 100]", lambda x: 0 < x <= 100)
-    _each(
-        config,
-        "evaluation.target_risks",
-        "error rates in (0, 1), from 1e-6",
-        lambda x: 1e-6 <= x < 1,
-    )
-
-    _range("above 1", lambda x: x > 1)(config, "loss.payoff")
-    for field, value in ours.items():  # the devices compute in float32
-        if isinstance(value, float):
-            _range("of 1e30 at most", lambda x: abs(x) <= 1e30)(config, field)
     for field in ("optimizer.warmup_epochs", "loss.warmup_epochs"):
-        if (epochs := _get(config, field)) >= config.train.epochs:
+        if values[field] >= config.train.epochs:
             raise InputError(
-                f"config.{field}={epochs:g} must be less than "
+                f"config.{field}={values[field]:g} must be less than "
                 f"config.train.epochs={config.train.epochs:g}"
             )
-    check_sizes(config)
 
 
 def check_path(name: str, value: str) -> None:
-    """Refuses the address of a bucket: everything is read and written through a file system.
+    """Refuses what can be no path on a file system.
 
     Raises:
-        InputError: saying what to do instead.
+        InputError: the address of a bucket, or a null character.
     """
+    if "\0" in value:
+        raise InputError(f"{name}={value!r} can be no path")
     if "://" in value:
         raise InputError(
             f"{name}={value} must be a path: locks, renames and appended lines need a file system; "
             "mount the bucket, as launch/tpu.sh does by itself (see launch/README.md), and name "
             "the path below the mount"
-        )
-
-
-def check_sizes(config: ConfigDict) -> None:
-    """Checks what depends on how large the dataset is.
-
-    Of a folder of pictures that is not prepared, what the files' names tell.
-
-    Raises:
-        InputError: naming the field, the value and what would do.
-    """
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        info = pictures.listed_info(config.data)
-    if info is None:
-        return
-    if config.method == "deep_gamblers" and config.loss.payoff > info.num_classes:
-        raise InputError(
-            f"config.loss.payoff={config.loss.payoff:g} must be at most the {info.num_classes} "
-            "classes"
-        )
-    held_out = calibration_size(config.data, info.num_train)
-    train_size = info.num_train - held_out
-    if train_size < info.num_classes or held_out < info.num_classes:
-        raise InputError(
-            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
-            f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
-            f"one of each, so use {info.num_classes} to {info.num_train - info.num_classes}"
-        )
-    if config.train.batch_size > train_size:
-        raise InputError(
-            f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
-            f"training examples"
-        )
-    if config.train.epochs * train_size >= 2**31:  # data.resident counts positions in 32 bits
-        raise InputError(
-            f"config.train.epochs={config.train.epochs:g} must be less than "
-            f"{2**31 / train_size:.0f} with {train_size} training examples"
         )
 
 
@@ -375,6 +234,41 @@ def read_config(saved: Path) -> dict[str, Any]:
     return config
 
 
+# Fields of version 0.1, and 0 as a size there, in terms of today's.
+_REMOVED = ("train.steps_per_dispatch",)
+_RENAMED = {f"model.{x}": f"loss.{x}" for x in ("dropout", "dropout_samples")}
+_SIZES: dict[str, dict[str, Any]] = {
+    "cnn": {"width": 32, "features": 256},
+    "vgg16_bn": {"width": 64, "features": 512, "channel_dropout": None, "norm_first": None},
+    **{name: {"width": 64, "stem": None} for name in ("resnet18", "resnet34", "resnet50")},
+}
+
+
+def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
+    """Fields by path of a saved config, in today's terms.
+
+    Args:
+        saved: as nested dicts; of this version or 0.1.
+    """
+    fields = dict(flatten(saved))
+    if "train.steps_per_dispatch" not in fields:
+        return fields
+    sizes = _SIZES.get(str(fields.get("model.name")), {})
+    result = {}
+    for field, value in fields.items():
+        section, _, name = field.partition(".")
+        if field in _REMOVED:
+            continue
+        if section == "model" and f"model.{name}" not in {*FIELDS, *_RENAMED}:
+            if name not in sizes:
+                continue  # another backbone's
+            value = value or sizes[name] or value
+        result[_RENAMED.get(field, field)] = value
+    if result.get("train.on_nonfinite") == "rollback":
+        result["train.on_nonfinite"] = "stop"
+    return result
+
+
 def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """Fields in which a config and a saved one are different experiments, one phrase each.
 
@@ -382,8 +276,7 @@ def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]
         config: this one.
         saved: the other, as nested dicts.
     """
-    theirs = dict(flatten(saved))
-    ours = dict(flatten(json.loads(to_json(config))))
+    theirs, ours = upgraded(saved), dict(flatten(json.loads(to_json(config))))
     return [
         f"config.{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
         for field in sorted(ours.keys() | theirs.keys())
@@ -391,85 +284,28 @@ def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]
     ]
 
 
-def unknown_field(path: str) -> str | None:
-    """What is wrong with a path such as 'config.train.epochs'; None where it names a field."""
-    node: Any = default_config()
-    *parents, last = path.split(".")
-    where = parents[0] if parents else last
-    for name in (*parents[1:], last):
-        if not isinstance(node, ConfigDict):
-            return f"{path}: {where} is a value and has no fields"
-        if name not in node:
-            return (
-                f"{path}: {where} has no field {name!r}{suggestion(name, node)}; "
-                f"choose from {', '.join(node)}"
-            )
-        node, where = node[name], f"{where}.{name}"
-    if isinstance(node, ConfigDict):
-        return f"{path} is no value; choose from its fields {', '.join(node)}"
-    return None
+def unknown_field(field: str, known: dict[str, Option] | None = None) -> str:
+    """One line on a path that names no field, such as 'train.epoch'.
 
-
-def suggestion(word: str, choices: Collection[str]) -> str:
-    """' (did you mean x?)' when one of the choices is close, else ''."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by their path, such as 'train.epochs'."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    value: Any = config
-    for name in field.split("."):
-        value = value[name]
-    return value
-
-
-def _short(value: int) -> str:
-    """In digits; of very many only how many bits they are."""
-    return f"{value}" if value.bit_length() < 128 else f"(a number of {value.bit_length()} bits)"
-
-
-def _choice(config: ConfigDict, field: str, choices: Collection[str]) -> None:
-    value = _get(config, field)
-    if value not in choices:
-        raise InputError(
-            f"config.{field}={value!r} is unknown{suggestion(str(value), choices)}; "
-            f"choose from {', '.join(sorted(choices))}"
-        )
-
-
-def _integer(config: ConfigDict, field: str, *, low: int, high: int | None = None) -> None:
-    value = _get(config, field)
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InputError(f"config.{field}={_short(value)} must be {bounds}")
-
-
-def _range(bounds: str, accepts: Callable[[float], bool]) -> Callable[[ConfigDict, str], None]:
-    def check(config: ConfigDict, field: str) -> None:
-        value = _get(config, field)
-        # An integer in a float's place can be too large for one.
-        if abs(value) > sys.float_info.max or not (math.isfinite(value) and accepts(value)):
-            shown = f"{value}" if isinstance(value, float) else _short(value)
-            raise InputError(f"config.{field}={shown} must be a finite number {bounds}")
-
-    return check
-
-
-def _each(config: ConfigDict, field: str, bounds: str, accepts: Callable[[float], bool]) -> None:
-    values = _get(config, field)
-    if len(values) > _MOST_VALUES:
-        raise InputError(f"config.{field} has {len(values)} values; at most {_MOST_VALUES} will do")
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
-    if not values or not numbers or not all(accepts(x) for x in values):
-        raise InputError(f"config.{field}={tuple(values)} must be a list of {bounds}")
-    if len(set(values)) < len(values):
-        raise InputError(f"config.{field}={tuple(values)} names a value twice")
+    Args:
+        field: the path.
+        known: the fields that there are; None: the default config's.
+    """
+    known = FIELDS if known is None else known
+    section, _, _ = field.rpartition(".")
+    while section and not any(name.startswith(f"{section}.") for name in known):
+        if section in known:
+            return f"config.{field}: config.{section} is a value and has no fields"
+        field = section
+        section, _, _ = section.rpartition(".")
+    prefix = f"{section}." if section else ""
+    name = field.removeprefix(prefix)
+    names = [x.removeprefix(prefix).partition(".")[0] for x in known if x.startswith(prefix)]
+    if name in names:
+        inner = [x.removeprefix(f"{field}.") for x in known if x.startswith(f"{field}.")]
+        return f"config.{field} is no value; choose from its fields {', '.join(sorted(inner))}"
+    where = f"config.{section}" if section else "config"
+    return (
+        f"config.{field}: {where} has no field {name!r}{suggestion(name, names)}; choose from "
+        f"{', '.join(sorted(set(names)))}"
+    )

@@ -21,7 +21,12 @@ from sync_jax.runtime.console import printable
 from sync_jax.runtime.memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Python file with get_config(). --config.x.y=z changes one of its fields."
+    "config",
+    None,
+    "Python file with get_config(). --config.x.y=z changes one of its fields.",
+    # Methods and backbones declare fields of their own, which config.validate checks.
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -32,13 +37,14 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble"],
+    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods"],
     "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
     "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
     "saved predictions, with other --config.evaluation.* values. sweep: train every combination of "
     "the values that --vary names, and compare them. compare: one table of the "
     "finished runs that --runs names, written to --workdir. ensemble: evaluate the mean of their "
-    "probabilities, as a run in --workdir. These two need no --config.",
+    "probabilities, as a run in --workdir. methods: list methods, scores and backbones with their "
+    "options. These three need no --config.",
 )
 _RUNS = flags.DEFINE_list(
     "runs",
@@ -54,6 +60,11 @@ _MIXED = flags.DEFINE_bool(
     "mixed",
     False,
     "compare, ensemble: also runs that differ in data, network or schedule; it says in what.",
+)
+_SCORES = flags.DEFINE_list(
+    "scores",
+    [],
+    "compare, ensemble: scores of yours that the runs use, as package.module:NAME.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -101,9 +112,16 @@ def main(arguments: list[str]) -> None:
 
 
 def _do() -> None:
+    if _MODE.value == "methods":
+        from sync_jax import listing
+
+        print(listing.describe())
+        return
     from sync_jax import config as config_lib
+    from sync_jax import trainer
     from sync_jax.runtime import processes as distributed
     from sync_jax.runtime import sharding
+    from sync_jax.runtime.console import say
     from sync_jax.runtime.signals import ending_at_sigterm
 
     config_lib.check_path("--workdir", _WORKDIR.value or "")
@@ -118,27 +136,34 @@ def _do() -> None:
         if _MODE.value == "ensemble":
             sharding.check_devices()
         try:
-            do(_RUNS.value, Path(_WORKDIR.value or f"runs/{_MODE.value}"), mixed=_MIXED.value)
+            do(
+                _RUNS.value,
+                Path(_WORKDIR.value or f"runs/{_MODE.value}"),
+                mixed=_MIXED.value,
+                scores=_SCORES.value,
+            )
         except OSError as error:
             where = error.filename or "a file"
             message = f"{where} cannot be used: {error.strerror or error}"
             raise errors.InputError(message) from error
         return
-    if _RUNS.value or _MIXED.value:
-        _stop("--runs and --mixed belong to --mode=compare and --mode=ensemble", 2)
+    if _RUNS.value or _MIXED.value or _SCORES.value:
+        _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)
     if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
         _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    config_lib.validate(config)
+    left_out = trainer.resolve(config)
     distributed.initialize(
         _COORDINATOR.value,
         _PROCESSES.value,
         _PROCESS.value,
         seconds=config.process.wait_seconds,
     )
+    for line in left_out:
+        say(line)
     with ending_at_sigterm(distributed.outlast_others):
         _do_together(config, name)
 
@@ -192,7 +217,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 def _explain(arguments: list[str], error: BaseException) -> str:
     """What is wrong with --config or one of its overrides."""
-    from sync_jax.config import unknown_field
+    from sync_jax.config import FIELDS, unknown_field
 
     file = _config_file(arguments)
     if not Path(file.partition(":")[0]).is_file():
@@ -200,8 +225,9 @@ def _explain(arguments: list[str], error: BaseException) -> str:
         return f"--config={file} is no file; choose from {known}, or name one of yours"
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("-")
-        if path.startswith("config.") and (message := unknown_field(path)):
-            return message
+        field = path.removeprefix("config.")
+        if field != path and field not in FIELDS and not field.startswith(("model.", "loss.")):
+            return unknown_field(field)
     return f"--config={file} cannot be used: {type(error).__name__}: {error}"
 
 

@@ -1,11 +1,12 @@
-"""A method is a set of heads, an objective and the score it is meant to be used with.
+"""Methods: each has heads, an objective, hyperparameters and the score it is meant to be used with.
 
-A new loss goes into `losses.py`; a new entry of METHODS makes it `--config.method=NAME`.
+A new loss goes into `losses.py`, and a new entry of METHODS makes it `--config.method=NAME`. A
+method in a package of your own is `--config.method=package.module:NAME`.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,34 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax import losses
-from sync_jax.steps import Trained
+from sync_jax.errors import InputError
+from sync_jax.options import Option
 
 Outputs = Mapping[str, Array]
 Batch = Mapping[str, Array]
 
 
+class Trained(NamedTuple):
+    """The network in training, for a method that runs it with other parameters too.
+
+    Attributes:
+        params: as they were before the step, as constants.
+        forward: maps parameters to the outputs for the step's batch, with the batch's statistics.
+    """
+
+    params: Any
+    forward: Callable[[Any], dict[str, Array]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a method remembers between steps; it lives in the train state and its checkpoints.
+    """The state that a method keeps between steps, in the train state and its checkpoints.
 
     Attributes:
         create: (parameters, number of training examples, config) to the memory before the first
             step, a tree of arrays.
-        update: (memory, outputs, batch, config, trained) to the memory after a step and what the
-            objective reads of it, arrays that join the outputs. Nothing of either has a gradient.
+        update: (memory, outputs, batch, config, trained) to the memory after a step and arrays for
+            the objective, which join the outputs. Nothing of either has a gradient.
     """
 
     create: Callable[[Any, int, ConfigDict], Any]
@@ -42,17 +56,22 @@ class Method:
         heads: what the network has beside its class head: 'selection', 'auxiliary', 'abstention',
             'dropout' (before the class head), 'features' (as an output of training).
         objective: (outputs, labels, mask, config) to (loss, terms), all scalars.
-        score: the name in `scores.SCORES` that the method is meant to be used with.
+        score: the name in `scores.SCORES` that the method is meant to be used with, or
+            'package.module:NAME'.
+        hyperparameters: by name; the fields `config.loss.NAME`.
         memory: None for a method that keeps nothing between steps.
         warmup: share of the run that minimises the plain cross-entropy first, unless
             config.loss.warmup_epochs says otherwise.
+        check: (config, number of classes) raises InputError where they do not go together.
     """
 
     heads: tuple[str, ...]
     objective: Callable[[Outputs, Array, Array, ConfigDict], tuple[Array, losses.Terms]]
     score: str
+    hyperparameters: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     memory: Memory | None = None
     warmup: float = 0.0
+    check: Callable[[ConfigDict, int], None] | None = None
 
 
 def training_objective(
@@ -110,7 +129,7 @@ def _mc_dropout(
     """MC-dropout (Gal & Ghahramani, 2016): cross-entropy with dropout on the class head's features.
 
     That is where SelectiveNet's authors, who compare with it, have it. Evaluation averages the
-    probabilities of `model.dropout_samples` samples. Their score is minus the samples' mean
+    probabilities of `loss.dropout_samples` samples. Their score is minus the samples' mean
     variance; ours is the softmax response of the mean, beside its entropy and the mutual
     information, as the literature since then has it. A sample drops the same features of every
     example, so that results do not depend on the batch size.
@@ -318,21 +337,65 @@ def enqueue(queue: Any, keys: Array, classes: Array, chosen: Array) -> Any:
     }
 
 
+def _check_payoff(config: ConfigDict, num_classes: int) -> None:
+    if config.loss.payoff > num_classes:
+        raise InputError(
+            f"config.loss.payoff={config.loss.payoff:g} must be at most the {num_classes} classes"
+        )
+
+
+_SELECTIVE = {
+    "coverage_weight": Option(32.0, "[0, inf)", "weight of the coverage penalty (lambda)"),
+    "alpha": Option(0.5, "[0, 1]", "share of the selective part; the rest is the auxiliary head's"),
+}
 # Each objective's docstring gives its equation, its source and where ours differs, and why.
 METHODS: dict[str, Method] = {
     "ce": Method(heads=(), objective=_ce, score="softmax_response"),
-    "mc_dropout": Method(heads=("dropout",), objective=_mc_dropout, score="softmax_response"),
-    "selectivenet": Method(
-        heads=("selection", "auxiliary"), objective=_selectivenet, score="selection"
+    "mc_dropout": Method(
+        heads=("dropout",),
+        objective=_mc_dropout,
+        score="softmax_response",
+        hyperparameters={
+            "dropout": Option(0.5, "[0, 1)", "rate, on the feature vector"),
+            "dropout_samples": Option(100, "[1, 10000]", "that evaluation averages over"),
+        },
     ),
-    "sync": Method(heads=("selection", "auxiliary"), objective=_sync, score="selection"),
+    "selectivenet": Method(
+        heads=("selection", "auxiliary"),
+        objective=_selectivenet,
+        score="selection",
+        hyperparameters=_SELECTIVE,
+    ),
+    # The values are provisional: the paper's are not public, and the best are an open question.
+    "sync": Method(
+        heads=("selection", "auxiliary"),
+        objective=_sync,
+        score="selection",
+        hyperparameters={
+            **_SELECTIVE,
+            "prior_power": Option(3.0, "[0, inf)", "exponent of SR in the prior"),
+            "prior_weight": Option(0.0, "[0, inf)", "exponent of the prior in the weight"),
+            "sync_weight": Option(0.5, "[0, inf)", "weight of the synchronisation term"),
+            "divergence": Option("bce", ("bce", "mse"), "between g and the prior"),
+        },
+    ),
     "deep_gamblers": Method(
-        heads=("abstention",), objective=_deep_gamblers, score="abstention", warmup=1 / 3
+        heads=("abstention",),
+        objective=_deep_gamblers,
+        score="abstention",
+        hyperparameters={
+            "payoff": Option(2.2, "(1, inf)", "of a right answer; at most the number of classes")
+        },
+        warmup=1 / 3,
+        check=_check_payoff,
     ),
     "self_adaptive": Method(
         heads=("abstention",),
         objective=_self_adaptive,
         score="abstention",
+        hyperparameters={
+            "target_momentum": Option(0.9, "[0, 1)", "of the targets; often 0.99 on ImageNet")
+        },
         memory=Memory(
             create=lambda params, train_size, config: jnp.ones(train_size, jnp.float32),
             update=_update_target_table,
@@ -342,6 +405,12 @@ METHODS: dict[str, Method] = {
         heads=("features",),
         objective=_ccl_sc,
         score="softmax_response",
+        hyperparameters={
+            "contrast_weight": Option(1.0, "[0, inf)", "weight of the contrastive term"),
+            "contrast_temperature": Option(0.1, "(0, inf)"),
+            "queue_size": Option(3000, "[1, 1000000]", "keys of right and of wrong predictions"),
+            "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
+        },
         memory=Memory(create=_create_queues, update=_update_queues),
         warmup=1 / 2,
     ),

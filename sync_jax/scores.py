@@ -4,10 +4,24 @@ They work alike on NumPy and JAX arrays and keep the precision of what they are 
 float64 where ties matter: in float32 thousands of softmax responses are exactly 1.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Outputs = Mapping[str, Any]  # name -> array, as the network returns them
+
+
+def _shifted(logits: Any) -> tuple[Any, Any]:
+    """Logits less the largest of each row, and their exponentials: at most 1, none overflows."""
+    xp = logits.__array_namespace__()
+    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
+    return shifted, xp.exp(shifted)
+
+
+def softmax(logits: Any) -> Any:
+    """Probabilities `[n, classes]` of `logits` `[n, classes]`."""
+    _, exponentials = _shifted(logits)
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def softmax_response(outputs: Outputs) -> Any:
@@ -15,11 +29,9 @@ def softmax_response(outputs: Outputs) -> Any:
 
     Hendrycks & Gimpel (2017); Geifman & El-Yaniv (2017).
     """
-    logits = outputs["logits"]
-    xp = logits.__array_namespace__()
     # With the largest logit subtracted, the largest probability is 1 / sum(exp(.)).
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
-    return 1.0 / xp.sum(xp.exp(shifted), axis=-1)
+    _, exponentials = _shifted(outputs["logits"])
+    return 1.0 / exponentials.sum(axis=-1)
 
 
 def selection(outputs: Outputs) -> Any:
@@ -50,12 +62,10 @@ def margin(outputs: Outputs) -> Any:
 
 def negative_entropy(outputs: Outputs) -> Any:
     """sum(p log p) of the softmax p of `logits` `[n, classes]`: in `[-log(classes), 0]`, nats."""
-    logits = outputs["logits"]
-    xp = logits.__array_namespace__()
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
-    exponentials = xp.exp(shifted)
-    total = xp.sum(exponentials, axis=-1)
-    return xp.sum(exponentials * shifted, axis=-1) / total - xp.log(total)
+    shifted, exponentials = _shifted(outputs["logits"])
+    total = exponentials.sum(axis=-1)
+    xp = total.__array_namespace__()
+    return (exponentials * shifted).sum(axis=-1) / total - xp.log(total)
 
 
 def max_logit(outputs: Outputs) -> Any:
@@ -70,7 +80,7 @@ def max_logit_pnorm(outputs: Outputs, *, p: float | None) -> Any:
     Args:
         outputs: with `logits` `[n, classes]`.
         p: order of the norm, at least 1; None is the softmax response, the paper's fallback. Choose
-            it on calibration data: `evaluate.fit_parameters`.
+            it on calibration data; `Score.choices` does.
 
     Returns:
         `[n]`, in `[0, 1]`; 0 where all logits are equal.
@@ -116,34 +126,47 @@ def mutual_information(outputs: Outputs) -> Any:
     return outputs["expected_entropy"] + negative_entropy(outputs)
 
 
-SCORES: dict[str, Callable[..., Any]] = {
-    "softmax_response": softmax_response,
-    "margin": margin,
-    "negative_entropy": negative_entropy,
-    "max_logit": max_logit,
-    "max_logit_pnorm": max_logit_pnorm,
-    "energy": energy,
-    "selection": selection,
-    "abstention": abstention,
-    "mutual_information": mutual_information,
-}
-# The outputs that a score needs; of all but `selection` the class logits.
-REQUIRED_OUTPUTS = {
-    **dict.fromkeys(SCORES, ("logits",)),
-    "selection": ("selection_logits",),
-    "abstention": ("logits", "abstention_logits"),
-    "mutual_information": ("logits", "expected_entropy"),
-}
-# These read the scale or the shift of raw logits, which the logarithms of averaged probabilities,
-# where there is an expected_entropy, don't have: their energy is 0 for every example.
-OF_RAW_LOGITS = ("max_logit", "max_logit_pnorm", "energy")
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A confidence score.
+
+    Attributes:
+        function: maps outputs, and the score's own arguments by keyword, to `[n]`.
+        label: its name in tables and pictures.
+        needs: the outputs that it reads.
+        of_raw_logits: True if it reads the scale or the shift of raw logits. The logarithms of
+            averaged probabilities have neither: their energy is 0 for every example.
+        choices: the arguments to choose from. The one with the least AURC on the calibration split
+            is taken, the first of several.
+    """
+
+    function: Callable[..., Any]
+    label: str
+    needs: tuple[str, ...] = ("logits",)
+    of_raw_logits: bool = False
+    choices: tuple[Mapping[str, Any], ...] = ({},)
+
+    def applies(self, outputs: Outputs) -> bool:
+        """True if the score means something for these outputs."""
+        averaged = "expected_entropy" in outputs
+        return outputs.keys() >= {*self.needs} and not (averaged and self.of_raw_logits)
 
 
-def available(outputs: Outputs) -> list[str]:
-    """The names of the scores that mean something for these outputs."""
-    averaged = "expected_entropy" in outputs
-    return [
-        name
-        for name, needed in REQUIRED_OUTPUTS.items()
-        if outputs.keys() >= {*needed} and not (averaged and name in OF_RAW_LOGITS)
-    ]
+SCORES: dict[str, Score] = {
+    "softmax_response": Score(softmax_response, "SR"),
+    "margin": Score(margin, "margin"),
+    "negative_entropy": Score(negative_entropy, "-entropy"),
+    "max_logit": Score(max_logit, "max logit", of_raw_logits=True),
+    "max_logit_pnorm": Score(
+        max_logit_pnorm,
+        "p-norm",
+        of_raw_logits=True,
+        choices=({"p": None}, *({"p": p} for p in range(1, 11))),
+    ),
+    "energy": Score(energy, "energy", of_raw_logits=True),
+    "selection": Score(selection, "g", needs=("selection_logits",)),
+    "abstention": Score(abstention, "-abstention", needs=("logits", "abstention_logits")),
+    "mutual_information": Score(
+        mutual_information, "-mutual information", needs=("logits", "expected_entropy")
+    ),
+}

@@ -1,7 +1,8 @@
-"""The training state and the pure functions that the loop compiles: a step, an evaluation."""
+"""The training state, and the pure functions that are compiled: a training step, an evaluation."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,23 +11,17 @@ import optax
 from flax import struct
 from jax import Array
 
+from sync_jax.data.augmentation import augment, normalise
+from sync_jax.data.info import DatasetInfo
+from sync_jax.data.recipe import Augmentation
+from sync_jax.data.resident import ResidentSplit, augmentation_key, training_batch
 from sync_jax.losses import Terms, masked_mean
+from sync_jax.methods import Trained
+from sync_jax.runtime import sharding
 
 Batch = dict[str, Array]
 # (outputs, batch, memory, step, trained) to (loss, terms, memory); `methods.training_objective`.
-Objective = Callable[[dict[str, Array], Batch, Any, Array, "Trained"], tuple[Array, Terms, Any]]
-
-
-class Trained(NamedTuple):
-    """The network in training, for a method that runs it with other parameters too.
-
-    Attributes:
-        params: as they were before the step, as constants.
-        forward: parameters to the outputs for the step's batch, with the batch's statistics.
-    """
-
-    params: optax.Params
-    forward: Callable[[optax.Params], dict[str, Array]]
+Objective = Callable[[dict[str, Array], Batch, Any, Array, Trained], tuple[Array, Terms, Any]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -87,7 +82,6 @@ def train_step(
     optimizer: optax.GradientTransformation,
     dropout_key: Array | None = None,
     microbatches: int = 1,
-    skip: Array | bool = False,
 ) -> tuple[TrainState, Terms]:
     """One step of gradient descent; one that is not finite changes nothing but the step count.
 
@@ -103,7 +97,6 @@ def train_step(
             the other, and keeps the activations of one. The objective is that of the whole batch,
             however it weighs its examples; BatchNorm's statistics are a part's. Must divide the
             batch. Above 1 it costs a second forward pass.
-        skip: `[]` bool, whether the step is to change nothing, as if it were not finite.
 
     Returns:
         The state after the step, and scalars of the batch before it: loss, its terms,
@@ -145,7 +138,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics["parameter_norm"] = optax.tree.norm(params)
     metrics["state_norm"] = _norm((batch_stats, opt_state, memory))
-    good = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values())))) & jnp.logical_not(skip)
+    good = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     after = TrainState(state.step, params, batch_stats, opt_state, memory)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
     return kept.replace(step=state.step + 1), metrics
@@ -199,6 +192,130 @@ def _forward(
     )
     whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(images.shape[0], *x.shape[2:]), outputs)
     return whole, batch_stats
+
+
+class Metrics(struct.PyTreeNode):
+    """The metrics of a step in one array, for each array that is fetched takes its time.
+
+    Attributes:
+        names: of the metrics, see `train_step`.
+        values: `[metrics]`.
+        stop_vote: `[]`, of several processes: above 0 where any was asked to stop, so that all of
+            them learn it at the same step without waiting for each other.
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    values: Array
+    stop_vote: Array | None
+
+    def fetch(self) -> dict[str, float]:
+        """The metrics by name; waits for the device."""
+        return dict(zip(self.names, jax.device_get(self.values).tolist(), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The constants of a compiled step.
+
+    Attributes:
+        network: maps normalised images to a dict of outputs.
+        objective: the function that is minimised.
+        optimizer: the optax transformation.
+        info: of the dataset.
+        augmentation: of training images.
+        mesh: the devices over which a batch is split.
+        batch_size: over all devices together.
+        microbatches: see `train_step`.
+        sharded: True if the resident images are divided between the devices.
+        cropped: True if the host has made the resized crops.
+    """
+
+    network: nn.Module
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    info: DatasetInfo
+    augmentation: Augmentation
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    microbatches: int = 1
+    sharded: bool = False
+    cropped: bool = False
+
+    @property
+    def size(self) -> int | None:
+        """Pixels of a side of the network's input; None for feature vectors."""
+        return self.info.image_shape[0] if len(self.info.image_shape) == 3 else None
+
+
+def input_batch(
+    state: TrainState, data: ResidentSplit | Batch, seed: Array, *, settings: StepSettings
+) -> Batch:
+    """The batch of a step: augmented, normalised and split over the mesh.
+
+    Args:
+        state: before the step, which is counted there.
+        data: the resident split, or the host's batch.
+        seed: `[]` of the run.
+        settings: of the step.
+    """
+    if isinstance(data, ResidentSplit):
+        batch = training_batch(
+            data,
+            seed,
+            state.step,
+            batch_size=settings.batch_size,
+            augmentation=settings.augmentation,
+            size=settings.size,
+            mesh=settings.mesh if settings.sharded else None,
+        )
+    else:
+        image = augment(
+            augmentation_key(seed, state.step),
+            data["image"],
+            settings.augmentation,
+            size=settings.size,
+            cropped=settings.cropped,
+        )
+        batch = data | {"image": image}
+    image = normalise(batch["image"], settings.info.mean, settings.info.std)
+    return sharding.shard_batch(batch | {"image": image}, settings.mesh)
+
+
+def run_step(
+    state: TrainState,
+    data: ResidentSplit | Batch,
+    seed: Array,
+    vote: Array | None,
+    *,
+    settings: StepSettings,
+) -> tuple[TrainState, Metrics]:
+    """A training step, from the data to the next state.
+
+    Args:
+        state: before the step.
+        data: the resident split, or the host's batch.
+        seed: `[]` of the run.
+        vote: `[devices]`, of several processes: 1 where one was asked to stop.
+        settings: of the step.
+    """
+    state, metrics = train_step(
+        state,
+        input_batch(state, data, seed, settings=settings),
+        network=settings.network,
+        objective=settings.objective,
+        optimizer=settings.optimizer,
+        # Of a seed's three streams of randomness this is the third; see training_batch.
+        dropout_key=jax.random.fold_in(jax.random.split(jax.random.key(seed), 3)[2], state.step),
+        microbatches=settings.microbatches,
+    )
+    values = jnp.stack(list(metrics.values()))
+    return state, Metrics(tuple(metrics), values, None if vote is None else jnp.max(vote))
+
+
+def run_evaluation(state: TrainState, images: Array, *, settings: StepSettings) -> dict[str, Array]:
+    """The network's outputs for images as they are stored; see `eval_step`."""
+    normal = normalise(images, settings.info.mean, settings.info.std)
+    return eval_step(state, normal, network=settings.network)
 
 
 def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[str, Array]:

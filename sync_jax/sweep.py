@@ -11,13 +11,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.config import default_config, flatten, suggestion, validate
-from sync_jax.errors import InputError, NonFiniteError
+from sync_jax.config import default_config, find_method
+from sync_jax.errors import InputError, NonFiniteError, suggestion
 from sync_jax.evaluation.comparison import FREE, compare
 from sync_jax.evaluation.report import read_report
+from sync_jax.options import flatten
 from sync_jax.runtime.console import say
 from sync_jax.runtime.workdir import check_run
+from sync_jax.scores import SCORES
 from sync_jax.train import train_and_evaluate
+from sync_jax.trainer import resolve
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
@@ -40,7 +43,8 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     """
     runs = combinations(config, vary, name=name)
     for folder, run in runs:
-        validate(run)
+        for line in resolve(run):
+            say(line)
         check_run(run, out / folder)
     done = [folder for folder, _ in runs if read_report(out / folder) is not None]
     say(
@@ -63,10 +67,18 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     finished = [out / folder for folder, _ in runs if folder not in failed]
     if finished and jax.process_index() == 0:
         # A field that was varied on purpose may differ.
-        compare([str(folder) for folder in finished], out / "compare", mixed=True)
+        folders = [str(folder) for folder in finished]
+        scores = dict.fromkeys(x for _, run in runs for x in own_scores(run))
+        compare(folders, out / "compare", mixed=True, scores=tuple(scores))
     for folder in failed:
         say(f"{folder} diverged and is not in the table")
     return not failed
+
+
+def own_scores(config: ConfigDict) -> list[str]:
+    """The scores of other packages that a run uses."""
+    names = (find_method(config.method).score, *config.evaluation.scores)
+    return [name for name in names if name not in SCORES]
 
 
 def combinations(
@@ -82,7 +94,7 @@ def combinations(
     if not vary:
         raise InputError("--vary is missing; for example --vary=method=ce,sync --vary=seed=0,1,2")
     fields: dict[str, list[Any]] = {}
-    known = dict(flatten(default_config().to_dict()))
+    known = dict(flatten(default_config().to_dict())) | dict(flatten(config.to_dict()))
     for entry in vary:
         field, equals, values = entry.partition("=")
         field = field.removeprefix("config.")

@@ -1,36 +1,35 @@
 """Training a selective classifier, from a config to a report."""
 
+import contextlib
 import dataclasses
 import json
-import math
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax.config import to_json
+from sync_jax.config import find_method, to_json
+from sync_jax.data import catalogue
 from sync_jax.data.loading import load_data
 from sync_jax.data.parts import Part, load_test
-from sync_jax.errors import NonFiniteError, TerminatedError
-from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.errors import InputError, NonFiniteError, TerminatedError
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
-from sync_jax.methods import METHODS
-from sync_jax.runtime import sharding
+from sync_jax.runtime import sharding, timing
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.console import say
-from sync_jax.runtime.nonfinite import NonFiniteSteps, RollbackError
+from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
-from sync_jax.runtime.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
+from sync_jax.runtime.progress import read_metrics
 from sync_jax.runtime.signals import terminated, watchdog
 from sync_jax.runtime.timing import Stopwatch
 from sync_jax.runtime.tracing import Trace, parse_steps
+from sync_jax.runtime.training_log import TrainingLog
 from sync_jax.runtime.workdir import (
     check_run,
     check_workdir,
@@ -38,17 +37,17 @@ from sync_jax.runtime.workdir import (
     prepare_workdir,
     refuse_differences,
 )
-from sync_jax.steps import TrainState
-from sync_jax.trainer import Metrics, Run
+from sync_jax.steps import Metrics, TrainState
+from sync_jax.trainer import Trainer
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
-    Of several processes, all call it alike.
+    Every process of a run calls it alike.
 
     Args:
-        config: validated.
+        config: validated and completed.
         workdir: made when needed; holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
             predictions_*.npz, and, when the run is finished, risk_coverage.png and report.json;
             nonfinite.jsonl where a step was not finite. All processes must see the same folder.
@@ -64,11 +63,53 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
+    with prepared(config, workdir, processes) as job:
+        finish(job, fit(job, begin(job)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training and all that it works with.
+
+    Attributes:
+        trainer: network, optimizer and jitted functions.
+        train_part: the training examples.
+        calibration_part: the examples that are held out.
+        workdir: the run's folder.
+        processes: that train together.
+        checkpoints: in that folder.
+        bad_steps: the steps that were not finite.
+        stopping: returns True once this process was asked to stop.
+    """
+
+    trainer: Trainer
+    train_part: Part
+    calibration_part: Part
+    workdir: Path
+    processes: Processes
+    checkpoints: Checkpoints
+    bad_steps: NonFiniteSteps
+    stopping: Callable[[], bool]
+
+
+@contextlib.contextmanager
+def prepared(config: ConfigDict, workdir: Path, processes: Processes) -> Iterator[Job]:
+    """Loads the data, builds the trainer, and holds the run's folder meanwhile.
+
+    Raises:
+        InputError, FailedError: see `train_and_evaluate`.
+    """
     mesh = sharding.make_mesh()
     placement, train_part, calibration_part = load_data(config, mesh, workdir, processes)
+    info = catalogue.dataset_info(config.data)
+    if info is None:
+        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+    train_size = len(train_part.labels)
     with watchdog(config.process.watchdog_seconds) as alive:
-        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
-        processes.together("the check of the memory", run.check)
+        trainer = Trainer(
+            config, mesh, info, train_size=train_size, placement=placement, alive=alive
+        )
+        processes.together("the check of the run", trainer.check)
         with (
             terminated() as stopping,
             processes.ending_together(),
@@ -87,53 +128,32 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 workdir,
                 action=config.train.on_nonfinite,
                 budget=config.train.nonfinite_budget,
-                indices=lambda step: train_part.index[run.positions(step)],
+                indices=lambda step: train_part.index[trainer.positions(step)],
                 processes=processes,
             )
-            job = Job(
-                run, train_part, calibration_part, workdir, processes, checkpoints, bad_steps,
+            processes.print(describe(trainer, len(calibration_part.labels)))
+            processes.print(placement.reason)
+            yield Job(
+                trainer, train_part, calibration_part, workdir, processes, checkpoints, bad_steps,
                 stopping,
             )  # fmt: skip
-            processes.print(run.describe(len(calibration_part.labels)))
-            processes.print(placement.reason)
-            fitted = None
-            while fitted is None:
-                start = begin(job)
-                try:
-                    fitted = fit(job, start)
-                except RollbackError as error:
-                    processes.print(str(error))
-                    checkpoints.wait()
-            finish(job, fitted)
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a training works with.
-
-    Attributes:
-        run: what the config builds.
-        train_part: what is trained on.
-        calibration_part: what is held out.
-        workdir: the run's folder.
-        processes: that train together.
-        checkpoints: in that folder.
-        bad_steps: the steps that were not finite.
-        stopping: whether this process was asked to stop.
-    """
-
-    run: Run
-    train_part: Part
-    calibration_part: Part
-    workdir: Path
-    processes: Processes
-    checkpoints: Checkpoints
-    bad_steps: NonFiniteSteps
-    stopping: Callable[[], bool]
+def describe(trainer: Trainer, calibration_size: int) -> str:
+    """One line on the training that is about to begin."""
+    config, devices, count = trainer.config, trainer.mesh.size, jax.process_count()
+    processes = f" of {count} processes" if count > 1 else ""
+    return (
+        f"{config.method} on {config.data.name}: {trainer.train_size:,} training and "
+        f"{calibration_size:,} calibration images; {config.model.name} with "
+        f"{trainer.num_parameters:,} parameters; {trainer.total_steps:,} steps of "
+        f"{config.train.batch_size} on {devices} {jax.devices()[0].platform.upper()} device"
+        f"{'s' if devices > 1 else ''}{processes}"
+    )
 
 
 class Start(NamedTuple):
-    """Where training begins.
+    """The place where training begins.
 
     Attributes:
         state: the training state.
@@ -147,11 +167,11 @@ class Start(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What the training loop leaves.
+    """The result of the training loop.
 
     Attributes:
         state: after the last step.
-        steps: done by this process, or since the last checkpoint that was gone back to.
+        steps: done by this process.
         seconds: that they took, by phase; see `timing.Stopwatch`.
     """
 
@@ -161,24 +181,23 @@ class Fitted(NamedTuple):
 
 
 def begin(job: Job) -> Start:
-    """The latest checkpoint, or the state before the first step.
+    """Restores the latest checkpoint, or creates the state before the first step.
 
     Raises:
         InputError: no checkpoint can be used, they are another experiment's, or the weights to
             begin with cannot be read.
     """
-    run, processes = job.run, job.processes
-    restored = job.checkpoints.restore(run.state_like, processes.print)
+    trainer, processes = job.trainer, job.processes
+    restored = job.checkpoints.restore(trainer.state_like, processes.print)
     if restored is not None:
-        refuse_differences(run.config, restored.notes["config"], job.workdir)
-    processes.from_first("writing the config", lambda: prepare_workdir(run.config, job.workdir))
+        refuse_differences(trainer.config, restored.notes["config"], job.workdir)
+    processes.from_first("writing the config", lambda: prepare_workdir(trainer.config, job.workdir))
     if restored is not None:
-        processes.print(f"resuming at step {restored.step} of {run.total_steps}")
+        processes.print(f"resuming at step {restored.step} of {trainer.total_steps}")
         unlogged = [(done, values) for done, values in restored.notes["unlogged"]]
         return Start(restored.state, restored.step, unlogged)
-    state = run.create_state()
-    if run.config.model.pretrained:
-        state, message = run.load_pretrained(state)
+    state, message = trainer.create_state()
+    if message:
         processes.print(message)
     return Start(state, 0, [])
 
@@ -189,100 +208,86 @@ def fit(job: Job, start: Start) -> Fitted:
     Raises:
         TerminatedError: `stopping` said so, on any process; the state is saved.
         NonFiniteError: training diverged.
-        RollbackError: it did, and is to be begun again from the latest checkpoint.
         WriteError: a checkpoint cannot be written.
     """
-    run, config, processes, bad_steps = job.run, job.run.config, job.processes, job.bad_steps
-    state, feed = start.state, job.run.feed(job.train_part, start.step)
-    save_every = run.steps_of(config.checkpoint.every_epochs)
-    calibrate_every = run.steps_of(config.log.calibration_every_epochs)
-    bad_steps.begin(start.step)
-    # Metrics by their steps: on the device still, and fetched but in no log line yet.
-    unchecked: list[tuple[range, Metrics]] = []
-    unlogged = list(start.unlogged)
-    every = config.log.every_steps
-    next_line = (start.step // every + 1) * every
-    newest: deque[Metrics] = deque()
-    writes = MetricWriter if processes.first else NoMetricWriter
+    trainer, config, processes = job.trainer, job.trainer.config, job.processes
+    state, total = start.state, trainer.total_steps
+    periods = config.log.calibration_every_epochs, config.checkpoint.every_epochs
+    calibrate_every, save_every = map(trainer.steps_of, periods)
     traced = parse_steps(config.profile.steps) if processes.first else range(0)
-
-    def busy() -> bool:
-        """Whether the device has something to do."""
-        values: Any = newest[-1].values if newest else None
-        return values is not None and not values.is_ready()
-
+    job.bad_steps.begin(start.step)
     with (
         Stopwatch() as watch,
-        writes(job.workdir, start_step=start.step) as writer,
-        Progress(
-            total_steps=run.total_steps,
+        TrainingLog(
+            job.workdir,
+            every=config.log.every_steps,
             start_step=start.step,
+            total_steps=total,
             batch_size=config.train.batch_size,
-            shown=processes.first,
-        ) as progress,
+            unlogged=start.unlogged,
+            bad_steps=job.bad_steps,
+            writes=processes.first,
+        ) as log,
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
-        for steps in run.dispatches(start.step):
-            done = steps[-1]
-            with watch.spent("data", busy=busy):
+        feed = trainer.feed(job.train_part, start.step)
+        for done in range(start.step + 1, total + 1):
+            with watch.spent("data", busy=log.is_device_busy):
                 data = next(feed)
-            skips = [step in bad_steps.skipped for step in steps]
-            with trace.step(steps[0], done):
-                state, metrics = run.step(state, data, skips=skips, stopping=job.stopping())
+            with trace.step(done, done):
+                state, metrics = trainer.step(state, data, stopping=job.stopping())
             trace.done(done, metrics)
-            unchecked.append((steps, metrics))
-            progress.step(done)
-            last = done == run.total_steps
-            calibrates, saves = (done % x == 0 or last for x in (calibrate_every, save_every))
-            # Two dispatches late, so that the device never waits; and the host is no further ahead,
-            # so that SIGTERM needs not wait for more than these.
-            newest.append(metrics)
-            oldest = newest.popleft() if len(newest) > 2 else None
-            jax.block_until_ready(oldest)
-            stops = job.stopping()
-            if metrics.stop_vote is not None:
-                stops = oldest is not None and bool(oldest.stop_vote)
-            stops = stops and not last
+            oldest, last = log.add(done, metrics), done == total
+            calibrates, saves = (last or done % x == 0 for x in (calibrate_every, save_every))
+            stops = not last and asked_to_stop(job, metrics, oldest)
+            log.update(done, wait=calibrates or saves or stops, last=last)
+            if not (calibrates or saves or stops):
+                continue
+            check_state(state, done)
             score = None
-            waits = calibrates or saves or stops
-            if waits or next_line <= done:
-                # All but the newest, which is being computed; but nothing non-finite is evaluated
-                # or saved, which waits for the device.
-                ready = len(unchecked) if waits else -1
-                unlogged += check(unchecked[:ready], bad_steps)
-                unchecked = unchecked[ready:] if ready < 0 else []
-                fetched = unchecked[0][0][0] - 1 if unchecked else done
-                # A line has the steps before its own, and the last line has its own too.
-                while next_line <= min(done, fetched + 1) and not (next_line == done and last):
-                    unlogged = log_line(next_line, unlogged, writer, progress)
-                    next_line += every
-                if last:
-                    unlogged = log_line(done + 1, unlogged, writer, progress, at=done)
-            if waits:
-                check_state(state, done)
             if calibrates:
                 with watch.spent("evaluating"):
-                    values = run.calibration_metrics(state, job.calibration_part)
-                writer.write(done, "calibration", values)
-                progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
-                best = values[config.checkpoint.best_metric]
-                score = best if config.checkpoint.best_metric == "accuracy" else -best
+                    score = calibrate(job, log, state, done)
             if saves or stops:
-                writer.flush()
-                notes = {
-                    "config": config.to_dict(),
-                    "unlogged": unlogged,
-                    "placement": run.placement.where,
-                }
                 with watch.spent("saving"):
-                    job.checkpoints.save(state, done, notes=notes, score=score)
-                run.alive()
+                    save(job, log, state, done, score)
             if stops:
                 job.checkpoints.wait()
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
         with watch.spent("saving"):
             job.checkpoints.wait()
-    return Fitted(state, run.total_steps - start.step, watch.seconds())
+    return Fitted(state, total - start.step, watch.seconds())
+
+
+def asked_to_stop(job: Job, newest: Metrics, oldest: Metrics | None) -> bool:
+    """Returns True at the step at which the run has to stop, the same on all processes.
+
+    Each process adds its vote to every step, and all read the sum two steps later, when it has
+    been computed: nobody waits, and all stop at the same step.
+    """
+    if newest.stop_vote is None:  # one process
+        return job.stopping()
+    return oldest is not None and bool(oldest.stop_vote)
+
+
+def calibrate(job: Job, log: TrainingLog, state: TrainState, done: int) -> float:
+    """Evaluates on the calibration split; returns the checkpoint's score, higher is better."""
+    trainer, best = job.trainer, job.trainer.config.checkpoint.best_metric
+    values = calibration_metrics(trainer.predict(state, job.calibration_part))
+    log.calibration(done, done / trainer.steps_per_epoch, values)
+    return values[best] if best == "accuracy" else -values[best]
+
+
+def save(job: Job, log: TrainingLog, state: TrainState, done: int, score: float | None) -> None:
+    """Saves a checkpoint in the background."""
+    log.flush()
+    notes = {
+        "config": job.trainer.config.to_dict(),
+        "unlogged": log.unlogged,
+        "placement": job.trainer.placement.where,
+    }
+    job.checkpoints.save(state, done, notes=notes, score=score)
+    job.trainer.alive()
 
 
 def finish(job: Job, fitted: Fitted) -> None:
@@ -291,8 +296,8 @@ def finish(job: Job, fitted: Fitted) -> None:
     Raises:
         TerminatedError: `stopping` said so; the trained state is saved.
     """
-    run, workdir, processes, state = job.run, job.workdir, job.processes, fitted.state
-    calibration = run.predict(state, job.calibration_part)
+    trainer, workdir, processes, state = job.trainer, job.workdir, job.processes, fitted.state
+    calibration = trainer.predict(state, job.calibration_part)
     processes.from_first(
         "writing the predictions",
         lambda: calibration.save(workdir / "predictions_calibration.npz"),
@@ -301,16 +306,35 @@ def finish(job: Job, fitted: Fitted) -> None:
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
         "reading the test split",
-        lambda: load_test(run.config.data, decode=run.placement.decoded),
+        lambda: load_test(trainer.config.data, decode=trainer.placement.decoded),
     )
-    run.alive()
-    test = run.predict(state, test_part)
+    trainer.alive()
+    test = trainer.predict(state, test_part)
 
     def report() -> None:
         test.save(workdir / "predictions_test.npz")
-        evaluate_finished(run.config, workdir, speed=run.speed(fitted.steps, fitted.seconds))
+        evaluate_finished(trainer.config, workdir, speed=measure_speed(trainer, fitted))
 
     processes.from_first("the report", report)
+
+
+def measure_speed(trainer: Trainer, fitted: Fitted) -> dict[str, Any] | None:
+    """The speed of a training, see `timing.speed`; None of no steps.
+
+    Measures the device, which must have nothing else to do.
+    """
+    if not fitted.steps:
+        return None
+    # Simulated devices share a processor; other hosts and devices are taken to be as this one.
+    devices = jax.process_count() if jax.default_backend() == "cpu" else trainer.mesh.size
+    return timing.speed(
+        fitted.seconds,
+        steps=fitted.steps,
+        batch_size=trainer.config.train.batch_size,
+        train_size=trainer.train_size,
+        flops=timing.training_flops(trainer.settings.network, trainer.info.image_shape),
+        peak=devices * timing.matmul_flops(trainer.config.model.dtype),
+    )
 
 
 def evaluate_finished(
@@ -333,7 +357,7 @@ def evaluate_finished(
     check_workdir(config, workdir)
     calibration = Predictions.load(workdir / "predictions_calibration.npz")
     test = Predictions.load(workdir / "predictions_test.npz")
-    score = METHODS[config.method].score
+    score = find_method(config.method).score
     record = evaluation_record(calibration, test, config, score=score)
     entries = read_metrics(workdir)
     record["training"] = {
@@ -346,7 +370,7 @@ def evaluate_finished(
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
-    """Whether the folder holds the run's report, which is shown then.
+    """Returns True if the folder holds the run's report, and shows it.
 
     Raises:
         InputError: the folder cannot be the run's.
@@ -362,63 +386,8 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def check(
-    unchecked: list[tuple[range, Metrics]], bad_steps: NonFiniteSteps
-) -> list[tuple[int, dict[str, float]]]:
-    """Fetches metrics; those of steps that were not finite are dealt with, and left out.
-
-    Raises:
-        NonFiniteError, RollbackError: as `bad_steps` decides.
-    """
-    good = []
-    # All copies are under way before the first is waited for.
-    fetched = jax.device_get([metrics for _, metrics in unchecked])
-    for (steps, _), metrics in zip(unchecked, fetched, strict=True):
-        for step, values in zip(steps, metrics.fetch(), strict=True):
-            if step in bad_steps.skipped:
-                continue
-            if all(map(math.isfinite, values.values())):
-                good.append((step, values))
-            else:
-                bad_steps.meet(step, values)
-    return good
-
-
-def log_line(
-    step: int,
-    unlogged: list[tuple[int, dict[str, float]]],
-    writer: MetricWriter,
-    progress: Progress,
-    *,
-    at: int | None = None,
-) -> list[tuple[int, dict[str, float]]]:
-    """Writes and shows the averages of the steps before one, if there are any.
-
-    Args:
-        step: the one.
-        unlogged: metrics by step.
-        writer: of metrics.jsonl.
-        progress: on the console.
-        at: the step that the line names; None: the same.
-
-    Returns:
-        The metrics that are left.
-    """
-    at = step if at is None else at
-    if averaged := [entry for entry in unlogged if entry[0] < step]:
-        averages = average(averaged)
-        writer.write(at, "train", averages)
-        progress.metrics(at, averages)
-    return [entry for entry in unlogged if entry[0] >= step]
-
-
-def average(entries: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """The mean of each metric over some steps."""
-    return {name: float(np.mean([values[name] for _, values in entries])) for name in entries[0][1]}
-
-
 def check_state(state: TrainState, done: int) -> None:
-    """Makes sure that a state may be saved.
+    """Makes sure that a state is finite and may be saved.
 
     Raises:
         NonFiniteError: naming the step and the part of the state.
@@ -429,16 +398,6 @@ def check_state(state: TrainState, done: int) -> None:
 
 
 @jax.jit
-def _all_finite(tree: optax.Params) -> Array:
+def _all_finite(tree: Any) -> Array:
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
-
-
-def describe_calibration(done: int, epoch: float, values: dict[str, float]) -> str:
-    """One line on the calibration split."""
-    selection = ""
-    if "mean_selection" in values:
-        selection = f"  mean g {values['mean_selection']:.3f}"
-    return (
-        f"epoch {epoch:.1f} (step {done}): calibration accuracy {values['accuracy']:.4f}{selection}"
-    )

@@ -24,9 +24,8 @@ from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sync_jax import main, train
 from sync_jax import trainer as run
-from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime.progress import Progress
-from sync_jax.trainer import Run
 
 
 def harm(how: str) -> None:

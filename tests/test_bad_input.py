@@ -15,7 +15,8 @@ from PIL import Image
 
 from sync_jax.config import to_json
 from sync_jax.data import pictures
-from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import write_report
 from tests import tiny
 from tests.bad_input import command_line, data, runs

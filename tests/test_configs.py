@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from sync_jax.config import validate
 from sync_jax.data import catalogue, pictures
 from sync_jax.data.images import Layout
 from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement
 from sync_jax.runtime import sharding
-from sync_jax.train import Run
+from sync_jax.trainer import Trainer, resolve
 from tests.data.pictures import write_pictures
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -28,9 +27,10 @@ def begun(config, placement):
     config.train.batch_size = 8
     config.optimizer.warmup_epochs = 0.0
     config.model.width = 8
-    validate(config)
-    run = Run(config, sharding.make_mesh(jax.devices()[:1]), train_size=24, placement=placement)
-    height, width, channels = run.info.image_shape
+    resolve(config)
+    mesh, info = sharding.make_mesh(jax.devices()[:1]), catalogue.dataset_info(config.data)
+    run = Trainer(config, mesh, info, train_size=24, placement=placement)
+    height, width, channels = info.image_shape
     if config.data.name in pictures.NAMES and placement.on_device:
         height = width = Layout.of(config.data).stored
     rng = np.random.default_rng(0)
@@ -41,11 +41,11 @@ def begun(config, placement):
 
 def two_steps(config, placement):
     run, feed = begun(config, placement)
-    state = run.create_state()
+    state, _ = run.create_state()
     before = jax.device_get(state.params)
     for _ in range(2):
         state, metrics = run.step(state, next(feed))
-    assert all(np.isfinite(x) for x in metrics.fetch()[0].values())
+    assert all(np.isfinite(x) for x in metrics.fetch().values())
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
         assert np.all(np.isfinite(new))
         assert not np.array_equal(old, new)
@@ -69,7 +69,7 @@ def test_a_step_fits(path, tmp_path):
     data = next(feed)
     state, metrics = jax.eval_shape(lambda state: run.step(state, data), run.state_like)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, run.state_like)
-    assert metrics.values.shape == (1, len(metrics.names))
+    assert metrics.values.shape == (len(metrics.names),)
 
 
 @pytest.mark.slow

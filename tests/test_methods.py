@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 
 from sync_jax import losses
 from sync_jax.config import default_config
-from sync_jax.methods import METHODS, enqueue, training_objective
-from sync_jax.scores import REQUIRED_OUTPUTS
-from sync_jax.steps import Trained
+from sync_jax.methods import METHODS, Trained, enqueue, training_objective
+from sync_jax.scores import SCORES
 
 # What a head adds to the network's outputs.
 OUTPUT_OF_HEAD = {
@@ -102,7 +101,7 @@ def test_its_heads_suffice(name):
     loss, terms = method.objective(outputs, labels, mask, default_config())
     chex.assert_shape([loss, *terms.values()], ())
     chex.assert_tree_all_finite((loss, terms))
-    assert outputs.keys() >= {*REQUIRED_OUTPUTS[method.score]}
+    assert outputs.keys() >= {*SCORES[method.score].needs}
 
 
 def test_objectives_are_the_losses_with_the_configs_values():

@@ -19,7 +19,7 @@ from sync_jax import trainer as run
 from sync_jax.data.loading import load_data
 from sync_jax.data.placement import Placement
 from sync_jax.errors import NonFiniteError
-from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.nonfinite import FILE

@@ -12,11 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 from sync_jax.methods import METHODS
 from sync_jax.scores import (
-    REQUIRED_OUTPUTS,
     SCORES,
-    available,
     max_logit_pnorm,
     selection,
+    softmax,
     softmax_response,
 )
 
@@ -31,7 +30,12 @@ OUTPUTS = {
 
 
 def call(score, outputs):
-    return score(outputs, p=1) if score is max_logit_pnorm else score(outputs)
+    """Of several arguments to choose from, the second: p = 1."""
+    return score.function(outputs, **score.choices[:2][-1])
+
+
+def available(outputs):
+    return [name for name, score in SCORES.items() if score.applies(outputs)]
 
 
 def test_softmax_response_by_hand():
@@ -95,9 +99,8 @@ def test_float64_keeps_confident_examples_apart():
 
 
 def test_every_score_says_what_it_needs():
-    assert REQUIRED_OUTPUTS.keys() == SCORES.keys()
-    for name, score in SCORES.items():
-        needed = {key: OUTPUTS[key] for key in REQUIRED_OUTPUTS[name]}
+    for score in SCORES.values():
+        needed = {key: OUTPUTS[key] for key in score.needs}
         np.testing.assert_array_equal(call(score, needed), call(score, OUTPUTS))
         for key in needed:  # and nothing less
             with pytest.raises(KeyError):
@@ -119,6 +122,11 @@ BY_HAND = {
     # The abstention weighs 1, 10 and 9 against 4, 10 and 3.
     "abstention": [-1 / 5, -1 / 2, -3 / 4],
 }
+
+
+def test_softmax_of_large_logits():
+    np.testing.assert_array_equal(softmax(np.array([[1e4, 0.0], [-1e4, 1e4]])), [[1, 0], [0, 1]])
+    np.testing.assert_allclose(softmax(LOGITS["logits"])[1], [0.8, 0.1, 0.1], rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -183,7 +191,7 @@ def test_with_two_classes_margin_and_entropy_rank_as_the_softmax_response():
     logits = np.random.default_rng(0).normal(size=(50, 2))
     order = np.argsort(softmax_response({"logits": logits}))
     for name in ("margin", "negative_entropy"):
-        np.testing.assert_array_equal(np.argsort(SCORES[name]({"logits": logits})), order)
+        np.testing.assert_array_equal(np.argsort(SCORES[name].function({"logits": logits})), order)
 
 
 def test_which_scores_mean_something():

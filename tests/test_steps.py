@@ -14,7 +14,7 @@ from sync_jax.config import default_config
 from sync_jax.losses import cross_entropy_loss
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models.cnn import CNN
-from sync_jax.models.heads import SelectiveClassifier
+from sync_jax.models.heads import SelectiveNetwork
 from sync_jax.optimizer import make_optimizer
 from sync_jax.runtime import sharding
 from sync_jax.steps import create_train_state, eval_step, train_step
@@ -35,7 +35,7 @@ def setting(method):
     """Network, objective and optimiser; cached so that compilations are shared."""
     config = memory_config()
     config.optimizer.weight_decay = 1e-3
-    network = SelectiveClassifier(
+    network = SelectiveNetwork(
         CNN(width=2, features=8),
         num_classes=CLASSES,
         heads=METHODS[method].heads,
@@ -263,19 +263,6 @@ def test_parameters_that_overflow_are_not_kept():
     assert np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all()
     assert not np.isfinite(metrics["parameter_norm"])
     chex.assert_trees_all_equal(after.params, state.params)
-
-
-def test_a_step_may_be_left_out():
-    step = jax.jit(functools.partial(train_step, **setting("sync")))
-    state = initial_state("sync")
-    after, metrics = step(state, make_batch(), skip=True)
-    assert np.isfinite(metrics["loss"])
-    assert after.step == 1
-    chex.assert_trees_all_equal(after.replace(step=state.step), state)
-    chex.assert_trees_all_equal(step(state, make_batch(), skip=False), step(state, make_batch()))
-
-
-# --- Gradient accumulation ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sync_jax import train
-from sync_jax import trainer as run_lib
+from sync_jax import steps, train
 from sync_jax.data import catalogue
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError, TerminatedError, WriteError
-from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding
@@ -24,8 +23,8 @@ from sync_jax.runtime import signals as process
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.progress import Progress
-from sync_jax.steps import TrainState
-from sync_jax.trainer import Metrics, Run
+from sync_jax.steps import Metrics, TrainState
+from sync_jax.trainer import Trainer
 from tests import tiny
 from tests.curves import check_close, curve
 
@@ -48,7 +47,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def final_state(config, workdir: Path) -> TrainState:
-    run = Run(config, sharding.make_mesh(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
+    run = tiny.trainer(config, sharding.make_mesh())
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         assert checkpoints.latest_step() == run.total_steps
         return checkpoints.restore(run.state_like).state
@@ -84,7 +83,7 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
 
 def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):
     """Or SIGTERM would wait for all that the device has been told to do."""
-    step, wait = Run.step, jax.block_until_ready
+    step, wait = Trainer.step, jax.block_until_ready
     begun, ahead = [], []
 
     def begins(self, *arguments, **options):
@@ -97,7 +96,7 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
             ahead.append(len(begun) - 1 - next(i for i, y in enumerate(begun) if y is x))
         return wait(x)
 
-    monkeypatch.setattr(Run, "step", begins)
+    monkeypatch.setattr(Trainer, "step", begins)
     monkeypatch.setattr(jax, "block_until_ready", waits)
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert len(begun) == 18
@@ -240,7 +239,7 @@ def test_divergence_stops_with_the_step_and_the_term_and_saves_nothing(
         log__every_steps=log_every,
         checkpoint__every_epochs=3.0,
     )
-    with pytest.raises(train.NonFiniteError, match=r"^step 1: parameter_norm=inf \(finite: acc"):
+    with pytest.raises(train.NonFiniteError, match=r"^step 1: parameter_norm=inf \(finite: loss="):
         train.train_and_evaluate(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
     assert not (tmp_path / "report.json").exists()
@@ -367,8 +366,8 @@ def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
 def test_the_best_on_the_calibration_split_is_kept(metric, data_dir, tmp_path, monkeypatch):
     """The highest accuracy or the lowest AURC: here of step 6, neither the latest nor the worst."""
     given = iter([0.9, 0.2, 0.5] if metric == "accuracy" else [0.1, 0.8, 0.5])
-    evaluate = Run.calibration_metrics
-    monkeypatch.setattr(Run, "calibration_metrics", lambda *a: evaluate(*a) | {metric: next(given)})
+    evaluate = train.calibration_metrics
+    monkeypatch.setattr(train, "calibration_metrics", lambda x: evaluate(x) | {metric: next(given)})
     config = tiny.config(
         data_dir,
         checkpoint__keep=1,
@@ -390,13 +389,13 @@ def test_what_the_host_has_cropped_is_not_cropped_again(
         asked.append((augmentation.min_crop_area, images.dtype, options))
         return images.astype(jnp.float32)
 
-    monkeypatch.setattr(run_lib, "augment", augment)
+    monkeypatch.setattr(steps, "augment", augment)
     config = tiny.config(data_dir, data__placement=placement, data__min_crop_area=0.5)
     mesh = sharding.make_mesh()
     placed, part, _ = load_data(config, mesh, tmp_path, Processes())
-    run = Run(config, mesh, train_size=len(part.labels), placement=placed)
-    run.step(run.create_state(), next(run.feed(part, 0)))
-    assert asked == [(0.5, np.uint8, {"size": None, "cropped": cropped})]
+    run = tiny.trainer(config, mesh, placed)
+    run.step(run.create_state()[0], next(run.feed(part, 0)))
+    assert asked == [(0.5, np.uint8, {"size": 28, "cropped": cropped})]
 
 
 def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):

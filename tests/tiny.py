@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import quickstart
 from sync_jax.data import catalogue
+from sync_jax.data.placement import Placement
+from sync_jax.trainer import Trainer, resolve
 from tests.data import idx_files
 
 NUM_TRAIN, NUM_TEST, NUM_CALIBRATION = 230, 70, 40
@@ -57,7 +60,16 @@ def config(data_dir: Path, **changes: object) -> ConfigDict:
     result.data.data_dir = str(data_dir)
     for path, value in (OVERRIDES | {k.replace("__", "."): v for k, v in changes.items()}).items():
         result.update_from_flattened_dict({path: value})
+    resolve(result)
     return result
+
+
+def trainer(
+    config: ConfigDict, mesh: jax.sharding.Mesh, placement: Placement | None = None
+) -> Trainer:
+    """The trainer of a config, for the dataset here."""
+    info = catalogue.dataset_info(config.data)
+    return Trainer(config, mesh, info, train_size=NUM_TRAIN - NUM_CALIBRATION, placement=placement)
 
 
 def command(data_dir: Path, workdir: Path, *arguments: str) -> list[str]:

@@ -6,9 +6,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.config import check_sizes
 from sync_jax.data import catalogue, pictures
-from sync_jax.data.parts import Part, load_train_and_calibration
+from sync_jax.data.parts import Part, calibration_size, load_train_and_calibration
 from sync_jax.data.placement import Placement, choose
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
@@ -82,3 +81,36 @@ def make_squares(config: ConfigDict, placement: Placement) -> None:
     """Makes the squares that are to be used, of pictures that are kept encoded."""
     if not placement.decoded and config.data.name in pictures.NAMES:
         pictures.prepare_squares(config.data)
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Checks what depends on how large the dataset is.
+
+    Of a folder of pictures that is not prepared, what the files' names tell.
+
+    Raises:
+        InputError: naming the field, the value and what would do.
+    """
+    info = catalogue.dataset_info(config.data)
+    if info is None:
+        info = pictures.listed_info(config.data)
+    if info is None:
+        return
+    held_out = calibration_size(config.data, info.num_train)
+    train_size = info.num_train - held_out
+    if train_size < info.num_classes or held_out < info.num_classes:
+        raise InputError(
+            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
+            f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
+            f"one of each, so use {info.num_classes} to {info.num_train - info.num_classes}"
+        )
+    if config.train.batch_size > train_size:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
+            f"training examples"
+        )
+    if config.train.epochs * train_size >= 2**31:  # data.resident counts positions in 32 bits
+        raise InputError(
+            f"config.train.epochs={config.train.epochs:g} must be less than "
+            f"{2**31 / train_size:.0f} with {train_size} training examples"
+        )

@@ -24,11 +24,12 @@ own, labelled with them.
 import csv
 import dataclasses
 import glob
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ import rich.table
 import rich.text
 
 from sync_jax import metrics
-from sync_jax.config import default_config, flatten
+from sync_jax.config import default_config, upgraded
 from sync_jax.errors import InputError
-from sync_jax.evaluation.record import Predictions
-from sync_jax.evaluation.report import LABELS, read_report, strict
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.report import label_of, read_report, strict
+from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable
+from sync_jax.runtime.files import write_atomically, write_text
+from sync_jax.scores import SCORES, Score
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
 # what moves no weight. The test ranking's coverages are this module's own.
@@ -68,17 +72,24 @@ class FinishedRun:
         config: its fields by path.
         report: of `report.write_report`.
         test: its predictions.
+        own: scores of other packages that may be used, by name.
     """
 
     workdir: Path
     config: dict[str, Any]
     report: dict[str, Any]
     test: Predictions
+    own: Mapping[str, Score] = dataclasses.field(default_factory=dict)
 
     def of(self, score: str) -> tuple[np.ndarray, np.ndarray]:
         """Confidence and error of the test examples, `[n]` each."""
+        known = {**SCORES, **self.own}
+        if score not in known:
+            raise InputError(
+                f"{self.workdir} uses the score {score}, which is not built in; name it in --scores"
+            )
         parameters = self.report["scores"][score]["parameters"]
-        return self.test.confidence(score, **parameters), self.test.wrong
+        return self.test.confidence(known[score], **parameters), self.test.wrong
 
     def numbers(self, score: str) -> dict[str, float]:
         """`COLUMNS` of a score, NaN where they are undefined."""
@@ -99,13 +110,17 @@ class FinishedRun:
         return {k: float("nan") if value is None else float(value) for k, value in found.items()}
 
 
-def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[str, Any]:
+def compare(
+    patterns: Sequence[str], out: Path, *, mixed: bool = False, scores: Sequence[str] = ()
+) -> dict[str, Any]:
     """Compares finished runs; writes compare.json, .md, .csv and .png to `out`, and prints.
 
     Args:
         patterns: folders of runs, or patterns such as 'runs/quickstart-*'.
         out: made when needed.
         mixed: compare although data, backbone, schedule or the like differ.
+        scores: of other packages, as package.module:NAME. What a report names is not imported
+            otherwise: a run's folder is data, and no code.
 
     Returns:
         The record.
@@ -114,7 +129,7 @@ def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[
         InputError: a pattern matches no finished run; the runs cannot be compared; `out` cannot be
             written.
     """
-    runs = load_runs(patterns)
+    runs = load_runs(patterns, scores)
     ignored = differing_fields(runs)
     if ignored and not mixed:
         raise InputError(
@@ -127,10 +142,14 @@ def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[
     record = strict(record)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-        _write(out / "compare.md", markdown(record))
-        with (out / "compare.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(csv_rows(record))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(csv_rows(record))
+        for name, content in {
+            "compare.json": json.dumps(record, indent=1, allow_nan=False) + "\n",
+            "compare.md": markdown(record),
+            "compare.csv": text.getvalue(),
+        }.items():
+            write_text(out / name, content)
         plot(groups, record, out / "compare.png")
     except OSError as error:
         raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
@@ -138,12 +157,17 @@ def compare(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[
     return record
 
 
-def load_runs(patterns: Sequence[str]) -> list[FinishedRun]:
+def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[FinishedRun]:
     """The finished runs that the patterns name, each once, in the order of their names.
+
+    Args:
+        patterns: folders, or patterns of them.
+        scores: of other packages that the runs may use, as package.module:NAME.
 
     Raises:
         InputError: a pattern matches nothing, or a folder that holds no finished run.
     """
+    own = {name: find(name, SCORES, Score, "--scores") for name in scores}
     folders: dict[Path, None] = {}
     for pattern in patterns:
         matches = sorted(glob.glob(os.path.expanduser(pattern)))
@@ -161,12 +185,14 @@ def load_runs(patterns: Sequence[str]) -> list[FinishedRun]:
             raise InputError(f"{folder} holds no finished run: it has no report.json")
         test = Predictions.load(folder / "predictions_test.npz")
         # A field younger than the run counts with its default.
-        config = defaults | dict(flatten(report["config"]))
-        run = FinishedRun(folder, config, report, test)
+        config = defaults | upgraded(report["config"])
+        run = FinishedRun(folder, config, report, test, own)
         try:
             for score in ("softmax_response", report["method_score"]):
                 run.numbers(score)
             metrics.selective_risk(*run.of("softmax_response"), coverage=_coverages(run))
+        except InputError:
+            raise
         except Exception as error:  # whatever the report lacks, or has of another type
             raise InputError(
                 f"{folder / 'report.json'} is damaged, or not of the predictions beside it "
@@ -284,7 +310,7 @@ def _row(
         return np.std(numbers, axis=0, ddof=1).tolist()
 
     return {
-        "label": f"{label}, {LABELS[score]}",
+        "label": f"{label}, {label_of(members[0].report, score)}",
         "method": members[0].config["method"],
         "score": score,
         "seeds": [run.config["seed"] for run in members],
@@ -437,9 +463,9 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     members = {
-        f"{label}, {LABELS[score]}": (runs, score)
+        f"{label}, {label_of(runs[0].report, score)}": (runs, score)
         for label, runs in groups.items()
-        for score in LABELS
+        for score in runs[0].report["scores"]
     }
     for i, row in enumerate(record["rows"]):
         runs, score = members[row["label"]]
@@ -460,12 +486,4 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
     for text in axes.legend(loc="upper left", fontsize=8).get_texts():
         text.set_parse_math(False)  # a label is no formula
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f"{path.name}.incomplete")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.incomplete")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -9,11 +9,14 @@ from ml_collections import ConfigDict
 
 from sync_jax.errors import InputError
 from sync_jax.evaluation.comparison import differing_fields, load_runs
-from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import show_report, write_report
 
 
-def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict[str, Any]:
+def ensemble(
+    patterns: Sequence[str], out: Path, *, mixed: bool = False, scores: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluates the mean of finished runs' class probabilities; nothing is trained.
 
     `out` becomes a finished run of the method "ensemble", with predictions and a report, which
@@ -24,6 +27,7 @@ def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict
         patterns: folders of runs, or patterns such as 'runs/quickstart-ce-*'; two at least.
         out: made when needed.
         mixed: also runs that differ in data, network or schedule.
+        scores: of other packages, as package.module:NAME.
 
     Returns:
         The report.
@@ -31,7 +35,7 @@ def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict
     Raises:
         InputError: as `compare.compare`; fewer than two runs; `out` holds another run.
     """
-    runs = load_runs(patterns)
+    runs = load_runs(patterns, scores)
     if len(runs) < 2:
         raise InputError(f"an ensemble takes two runs or more, and --runs names {len(runs)}")
     try:
@@ -49,6 +53,7 @@ def ensemble(patterns: Sequence[str], out: Path, *, mixed: bool = False) -> dict
     )
     config = ConfigDict(runs[0].report["config"])
     config.method = "ensemble"
+    config.evaluation.scores = tuple(scores)
     record = evaluation_record(calibration, test, config, score="softmax_response")
     training = [run.report["training"] for run in runs]
     record["training"] = {

@@ -15,6 +15,7 @@ and risks are fractions. Fields:
                                ece_15_bins_of_equal_width, ece_15_bins_of_equal_mass,
                                mean_selection (mean of g, with a selection head)
     scores.NAME                for every score that the outputs allow, see sync_jax.scores:
+      label                    its name in tables (not in older reports)
       parameters               the score's arguments, chosen on the calibration split: p of
                                max_logit_pnorm (null: the softmax response is better), {} else
       aurc.CONVENTION          on test: mean (expected value under random order of ties),
@@ -51,7 +52,6 @@ and risks are fractions. Fields:
 import datetime
 import json
 import math
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -67,23 +67,14 @@ import sync_jax
 from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
-from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.predictions import Predictions, Ranked
+from sync_jax.evaluation.record import known_scores
 from sync_jax.runtime.console import printable
-from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.files import write_atomically, write_text
 from sync_jax.runtime.timing import describe
+from sync_jax.scores import SCORES
 
 SCHEMA = 2
-LABELS = {
-    "softmax_response": "SR",
-    "margin": "margin",
-    "negative_entropy": "-entropy",
-    "max_logit": "max logit",
-    "max_logit_pnorm": "p-norm",
-    "energy": "energy",
-    "selection": "g",
-    "abstention": "-abstention",
-    "mutual_information": "-mutual information",
-}
 CERTIFICATE_LABELS = {
     "sgr": "SGR",
     "learn_then_test/bonferroni": "LTT Bonferroni",
@@ -119,9 +110,14 @@ def write_report(
         },
         **record,
     }
-    plot(record, test, workdir / "risk_coverage.png")
+    known = known_scores(config, record["method_score"])
+    curves = {
+        name: test.ranked(known[name], **score["parameters"])
+        for name, score in _main_scores(record).items()
+    }
+    plot(record, curves, workdir / "risk_coverage.png")
     text = json.dumps(strict(report), indent=1, allow_nan=False) + "\n"
-    write_atomically(workdir / "report.json", lambda file: file.write(text.encode()))
+    write_text(workdir / "report.json", text)
     return strict(report)
 
 
@@ -212,7 +208,7 @@ def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
         difference = report["aurc_minus_softmax_response"]
         low, high = (_number(difference[end], 1000, 2) for end in ("lower", "upper"))
         parts.append(
-            f"AURC x1000 of {LABELS[report['method_score']]} minus that of SR: "
+            f"AURC x1000 of {label_of(report, report['method_score'])} minus that of SR: "
             f"{_number(difference['estimate'], 1000, 2)} (95 % paired bootstrap: {low} to {high})."
         )
     if "mean_selection" in calibration:
@@ -222,6 +218,12 @@ def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
             f"{test['mean_selection']:.3f} on test, for a target of {target:g}."
         )
     return parts
+
+
+def label_of(record: dict[str, Any], name: str) -> str:
+    """A score's label; reports of version 0.1 have none, and built-in scores alone."""
+    known = SCORES[name].label if name in SCORES else name
+    return record["scores"][name].get("label", known)
 
 
 def _main_scores(record: dict[str, Any]) -> dict[str, Any]:
@@ -238,9 +240,9 @@ def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     table.add_column("coverage %", justify="right")
     scores = _main_scores(report)
     for name in scores:
-        table.add_column(f"rank-based {LABELS[name]}", justify="right")
+        table.add_column(f"rank-based {label_of(report, name)}", justify="right")
     for name in scores:
-        table.add_column(f"deployed {LABELS[name]}", justify="right")
+        table.add_column(f"deployed {label_of(report, name)}", justify="right")
         table.add_column("at coverage %", justify="right")
     first = next(iter(scores.values()))
     for row, entry in enumerate(first["rank_based"]):
@@ -271,7 +273,7 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
         table.add_column(column, justify="right")
     for name, score in report["scores"].items():
         table.add_row(
-            _label(name, score["parameters"]),
+            _with_parameters(label_of(report, name), score["parameters"]),
             _number(score["aurc"]["mean"], 1000, 2),
             " to ".join(_number(x, 1000, 2) for x in score["bootstrap_95"]["aurc"])
             if "bootstrap_95" in score
@@ -301,7 +303,9 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
             rows.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
         for target, cells in rows.items():
             table.add_row(
-                LABELS[name], f"{100 * target:g}", *(cells[key] for key in CERTIFICATE_LABELS)
+                label_of(report, name),
+                f"{100 * target:g}",
+                *(cells[key] for key in CERTIFICATE_LABELS),
             )
     return table
 
@@ -313,7 +317,7 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
         for certificate in score["certificates"]:
             if not certificate["feasible"]:
                 notes.append(
-                    f"{LABELS[name]}, {CERTIFICATE_LABELS[certificate['method']]} at "
+                    f"{label_of(report, name)}, {CERTIFICATE_LABELS[certificate['method']]} at "
                     f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
                 )
     score = report["scores"][report["method_score"]]
@@ -323,9 +327,10 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
         + ("none is enough" if plan["n_calibration"] is None else f"{plan['n_calibration']:,}")
         for plan in score["calibration_plans"]
     )
+    own = label_of(report, report["method_score"])
     notes.append(
         f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
-        f"{LABELS[report['method_score']]}, where {_percent(plan['expected_risk'])} % of them are "
+        f"{own}, where {_percent(plan['expected_risk'])} % of them are "
         f"wrong: {needs}."
     )
     certified: dict[float, list[bool]] = {}
@@ -336,13 +341,12 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
         for target, feasible in certified.items()
     )
     notes.append(
-        f"Predicted classes with a certificate of their own, all together, by "
-        f"{LABELS[report['method_score']]}: {counts}."
+        f"Predicted classes with a certificate of their own, all together, by {own}: {counts}."
     )
     return notes
 
 
-def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
+def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
     # Here and not above: it takes two seconds, which a training need not wait for to begin.
     import matplotlib.figure
@@ -350,9 +354,10 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     # A Figure of its own, not pyplot's: no global state, no display needed.
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
-    for color, (name, score) in zip(("C0", "C1"), _main_scores(record).items(), strict=False):
-        curve = metrics.risk_coverage_curve(test.confidence(name), test.wrong)
-        label = f"{LABELS[name]}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
+    for color, (name, ranked) in zip(("C0", "C1"), curves.items(), strict=False):
+        score, wrong = record["scores"][name], ranked.wrong
+        curve = metrics.risk_coverage_curve(ranked.confidence, wrong)
+        label = f"{label_of(record, name)}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=color, label=label)
         point = score["operating_point"]
         if point["n_accepted"]:
@@ -360,7 +365,7 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
             axes.plot(coverage, risk, "o", color=color)
             axes.axvline(coverage, color=color, linestyle=":", linewidth=1)
             axes.annotate(
-                f"{LABELS[name]} deployed at {point['threshold']:.3f}:\n"
+                f"{label_of(record, name)} deployed at {point['threshold']:.3f}:\n"
                 f"{risk:.2f} % wrong of {coverage:.1f} % answered",
                 (coverage, risk),
                 xytext=(-8, 30 if color == "C1" else 10),
@@ -370,8 +375,8 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
                 color=color,
             )
     # The oracle ranks every correct prediction above every error.
-    oracle = metrics.risk_coverage_curve(1 - test.wrong, test.wrong)
-    accuracy = 100 * (1 - test.wrong.mean())
+    oracle = metrics.risk_coverage_curve(1 - wrong, wrong)
+    accuracy = 100 * (1 - wrong.mean())
     oracle_coverage = np.linspace(accuracy, 100, 100)
     axes.plot(
         np.concatenate([[0, accuracy], oracle_coverage]),
@@ -389,16 +394,16 @@ def plot(record: dict[str, Any], test: Predictions, path: Path) -> None:
     )
     axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f"{path.name}.incomplete")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _label(name: str, parameters: dict[str, Any]) -> str:
-    """A score's label with what was chosen for it."""
-    if "p" not in parameters:
-        return LABELS[name]
-    return f"{LABELS[name]} ({'SR' if parameters['p'] is None else 'p ' + str(parameters['p'])})"
+def _with_parameters(label: str, parameters: dict[str, Any]) -> str:
+    """A score's label with the arguments that were chosen for it."""
+    if not parameters:
+        return label
+    if "p" in parameters and parameters["p"] is None:
+        return f"{label} (SR)"
+    return f"{label} ({', '.join(f'{name} {value}' for name, value in parameters.items())})"
 
 
 def _percent(value: float | None) -> str:

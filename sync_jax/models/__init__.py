@@ -1,63 +1,96 @@
 """Backbones and heads in flax.linen."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from sync_jax.models.cnn import CNN
-from sync_jax.models.heads import SelectiveClassifier
-from sync_jax.models.resnet import RESNETS, ResNet
-from sync_jax.models.vgg import VGG16
+from sync_jax.config import FIELDS
+from sync_jax.errors import InputError, suggestion
+from sync_jax.models import cnn, mlp, resnet, vgg
+from sync_jax.models.backbone import Backbone
+from sync_jax.models.heads import SelectiveNetwork
+from sync_jax.options import find
 
-
-def _cnn(config: ConfigDict) -> CNN:
-    return CNN(width=config.width or 32, features=config.features or 256, dtype=config.dtype)
-
-
-def _vgg16_bn(config: ConfigDict) -> VGG16:
-    return VGG16(
-        width=config.width or 64,
-        features=config.features or 512,
-        channel_dropout=config.channel_dropout,
-        norm_first=config.norm_first,
-        dtype=config.dtype,
-    )
-
-
-def _resnet(config: ConfigDict) -> ResNet:
-    stages, bottleneck = RESNETS[config.name]
-    return ResNet(stages, bottleneck, config.width or 64, stem=config.stem, dtype=config.dtype)
-
-
-# A backbone from the `model` section of a config.
-BACKBONES: dict[str, Callable[[ConfigDict], nn.Module]] = {
-    "cnn": _cnn,
-    "vgg16_bn": _vgg16_bn,
-    **dict.fromkeys(RESNETS, _resnet),
+BACKBONES: dict[str, Backbone] = {
+    "cnn": cnn.BACKBONE,
+    "mlp": mlp.BACKBONE,
+    "vgg16_bn": vgg.BACKBONE,
+    **resnet.BACKBONES,
 }
 
 
+def find_backbone(name: str) -> Backbone:
+    """The backbone of a config's `model.name`.
+
+    Raises:
+        InputError: there is none.
+    """
+    return find(name, BACKBONES, Backbone, "config.model.name")
+
+
+def complete(section: ConfigDict) -> list[str]:
+    """Adds the backbone's options to the `model` section of a config, and checks them.
+
+    An option of another backbone, which a config file may have set, is removed.
+
+    Returns:
+        A line for each option that was removed.
+
+    Raises:
+        InputError: there is no such backbone or option, or a value is out of bounds.
+    """
+    options = find_backbone(section.name).options
+    others = {option for backbone in BACKBONES.values() for option in backbone.options}
+    left_out = []
+    for name in [x for x in section if f"model.{x}" not in FIELDS and x not in options]:
+        if name not in others:
+            raise InputError(
+                f"config.model.{name}: {section.name} has no option {name!r}"
+                f"{suggestion(name, options)}; choose from {', '.join(sorted(options))}"
+            )
+        left_out.append(f"config.model.{name} is no option of {section.name}, and is left out")
+        del section[name]
+    for name, option in options.items():
+        if name not in section:
+            section[name] = option.default
+        option.check(f"config.model.{name}", section[name])
+    return left_out
+
+
+def make_backbone(section: ConfigDict) -> nn.Module:
+    """The backbone of a config's `model` section; options that are missing have their defaults."""
+    section = section.copy_and_resolve_references()
+    complete(section)
+    return find_backbone(section.name).build(section)
+
+
 def make_network(
-    config: ConfigDict, *, heads: tuple[str, ...], num_classes: int, target_coverage: float
-) -> SelectiveClassifier:
+    section: ConfigDict,
+    *,
+    heads: tuple[str, ...],
+    num_classes: int,
+    target_coverage: float,
+    dropout: float = 0.5,
+    dropout_samples: int = 100,
+) -> SelectiveNetwork:
     """The network of a config: its backbone and a method's heads.
 
     Args:
-        config: `model` section: name, the backbone's fields, dropout and dropout_samples.
-        heads: see `SelectiveClassifier`; with 'dropout' among them, the class head has it.
+        section: `model`.
+        heads: see `SelectiveNetwork`; with 'dropout' among them, the class head has it.
         num_classes: likewise.
         target_coverage: likewise.
+        dropout: rate, with 'dropout' among the heads.
+        dropout_samples: that evaluation averages over, likewise.
     """
-    backbone = BACKBONES[config.name](config)
+    backbone = make_backbone(section)
     drops = "dropout" in heads
-    if drops and isinstance(backbone, VGG16):
+    if drops and hasattr(backbone, "last_dropout"):
         backbone = backbone.clone(last_dropout=0.0)  # the class head's own takes its place
-    return SelectiveClassifier(
+    return SelectiveNetwork(
         backbone=backbone,
         num_classes=num_classes,
         heads=heads,
         target_coverage=target_coverage,
-        dropout=config.dropout if drops else 0.0,
-        dropout_samples=config.dropout_samples if drops else 0,
+        dropout=dropout if drops else 0.0,
+        dropout_samples=dropout_samples if drops else 0,
     )

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sync_jax.models.backbone import FEATURES, WIDTH, Backbone
 from sync_jax.models.convolution import Conv
+from sync_jax.options import Option
 
 
 class CNN(nn.Module):
@@ -68,3 +70,12 @@ def max_pool_2x2(x: Array) -> Array:
     x = x[:, :height, :width]
     rows = jnp.maximum(x[:, 0::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, 0::2], rows[:, :, 1::2])
+
+
+BACKBONE = Backbone(
+    build=lambda config: CNN(config.width, config.features, config.dtype),
+    options={
+        "width": Option(32, WIDTH, "channels of the first convolution"),
+        "features": Option(256, FEATURES, "size of the feature vector"),
+    },
+)

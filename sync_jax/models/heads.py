@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sync_jax.losses import entropy
+
 SELECTION_UNITS = 512  # SelectiveNet's
 # The features enter the selection logit divided by this, as in SelectiveNet's code: otherwise the
 # coverage penalty's first, large gradients blow up the shared features and g saturates at 1.
 SELECTION_SCALE = 10.0
 
 
-class SelectiveClassifier(nn.Module):
+class SelectiveNetwork(nn.Module):
     """A backbone with a class head and, as the method asks, selection, auxiliary, abstention heads.
 
     Attributes:
@@ -81,10 +83,9 @@ class SelectiveClassifier(nn.Module):
         shape = (self.dropout_samples, features.shape[-1])
         masks = jax.random.bernoulli(jax.random.key(0), keep, shape) / keep
         log_p = jax.nn.log_softmax(class_head(features * masks[:, None, :]))
-        entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
         return {
             "logits": jax.nn.logsumexp(log_p, axis=0) - math.log(self.dropout_samples),
-            "expected_entropy": jnp.mean(entropies, axis=0),
+            "expected_entropy": jnp.mean(entropy(log_p), axis=0),
         }
 
 

@@ -6,7 +6,6 @@ reader here knows those that rebuild a tensor, and refuses every other name.
 
 import io
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -20,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sync_jax.errors import InputError
-from sync_jax.models.resnet import RESNETS
 from sync_jax.models.vgg import LAYERS
 from sync_jax.runtime.console import printable
 
@@ -35,26 +33,6 @@ _STORAGES = {
 }
 
 
-def check_weights_file(path: str, backbone: str) -> None:
-    """Refuses `config.model.pretrained` where it cannot be meant.
-
-    Raises:
-        InputError: there is no such file, its name has another ending, or the backbone has no
-            published weights.
-    """
-    if not path:
-        return
-    if backbone not in RESNETS and backbone != "vgg16_bn":
-        raise InputError(
-            f"config.model.pretrained={path!r}: torchvision has no weights for {backbone}; "
-            f"choose config.model.name from {', '.join((*RESNETS, 'vgg16_bn'))}"
-        )
-    if Path(path).suffix not in (".safetensors", ".pth", ".pt"):
-        raise InputError(f"config.model.pretrained={path!r} must end in .safetensors, .pth or .pt")
-    if not os.path.isfile(os.path.expanduser(path)):
-        raise InputError(f"config.model.pretrained={path!r} is no file")
-
-
 def load_pretrained(
     path: Path, params: optax.Params, batch_stats: optax.Params
 ) -> tuple[optax.Params, optax.Params, str]:
@@ -62,7 +40,7 @@ def load_pretrained(
 
     Args:
         path: the file.
-        params: of a `SelectiveClassifier` with a ResNet or VGG16 as its backbone; shapes alone
+        params: of a `SelectiveNetwork` with a ResNet or VGG16 as its backbone; shapes alone
             will do, to see whether the file can be used.
         batch_stats: likewise.
 
@@ -73,6 +51,11 @@ def load_pretrained(
     Raises:
         InputError: the file cannot be read, or nothing in it fits.
     """
+    if path.suffix not in (".safetensors", ".pth", ".pt") or not path.is_file():
+        raise InputError(
+            f"config.model.pretrained={str(path)!r} must be a file that ends in .safetensors, .pth "
+            "or .pt"
+        )
     weights = read_weights(path)
     used: set[str] = set()
     missing: list[str] = []

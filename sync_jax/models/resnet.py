@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sync_jax.models.backbone import WIDTH, Backbone
 from sync_jax.models.convolution import Conv
+from sync_jax.options import Option
 
 # Name: blocks of each stage, and whether they are bottlenecks.
 RESNETS = {
@@ -126,3 +128,21 @@ class Block(nn.Module):
             )
             x = self.norm(name="downsample_bn")(x)
         return nn.relu(x + y)
+
+
+def _backbone(stages: tuple[int, ...], bottleneck: bool) -> Backbone:
+    return Backbone(
+        build=lambda config: ResNet(
+            stages, bottleneck, config.width, stem=config.stem, dtype=config.dtype
+        ),
+        options={
+            "width": Option(64, WIDTH, "channels of the first stage"),
+            "stem": Option(
+                "cifar", ("cifar", "imagenet"), "3 x 3 at full resolution, or 7 x 7 at a quarter"
+            ),
+        },
+        has_weights=True,
+    )
+
+
+BACKBONES = {name: _backbone(*blocks) for name, blocks in RESNETS.items()}

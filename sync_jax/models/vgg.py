@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sync_jax.models.backbone import FEATURES, WIDTH, Backbone
 from sync_jax.models.cnn import max_pool_2x2
 from sync_jax.models.convolution import Conv
+from sync_jax.options import Option
 
 # Channels in units of the first convolution's, dropout after it; "pool" halves the resolution.
 LAYERS = (
@@ -88,3 +90,21 @@ class VGG16(nn.Module):
         )
         x = norm_relu(dense(x), "dense_norm")
         return nn.Dropout(self.last_dropout, deterministic=not train)(x)
+
+
+BACKBONE = Backbone(
+    build=lambda config: VGG16(
+        width=config.width,
+        features=config.features,
+        channel_dropout=config.channel_dropout,
+        norm_first=config.norm_first,
+        dtype=config.dtype,
+    ),
+    options={
+        "width": Option(64, WIDTH, "channels of the first convolution"),
+        "features": Option(512, FEATURES, "size of the feature vector"),
+        "channel_dropout": Option(True, "", "dropout of whole channels rather than elements"),
+        "norm_first": Option(False, "", "BatchNorm before ReLU, as torchvision's weights want it"),
+    },
+    has_weights=True,
+)

@@ -34,3 +34,8 @@ def sync_folder(folder: Path) -> None:
         pass  # a file system without that, as a mounted bucket
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))

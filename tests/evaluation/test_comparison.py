@@ -12,7 +12,8 @@ from sync_jax import metrics
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluation import comparison as compare
-from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import write_report
 from sync_jax.methods import METHODS
 
@@ -207,7 +208,7 @@ def test_a_methods_own_fields_make_rows_of_their_own(folder, tmp_path):
 def test_other_data_network_or_schedule_is_refused_unless_told_to(folder, tmp_path, capsys):
     patterns = [f"{folder}/ce-0", f"{folder}/other-width"]
     with pytest.raises(
-        InputError, match=r"config.model.width is 0 in .*ce-0 and 7 in .*other-width"
+        InputError, match=r"config.model.width is None in .*ce-0 and 7 in .*other-width"
     ):
         compare.compare(patterns, tmp_path / "out")
     assert not (tmp_path / "out").exists()

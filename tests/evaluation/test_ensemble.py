@@ -6,7 +6,7 @@ import pytest
 from sync_jax.errors import InputError
 from sync_jax.evaluation import comparison as compare
 from sync_jax.evaluation import ensemble
-from sync_jax.evaluation.record import Predictions
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
 from tests.evaluation.test_comparison import make_run, predictions
 

@@ -14,16 +14,12 @@ from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
 from sync_jax.data.parts import Part
 from sync_jax.errors import InputError
-from sync_jax.evaluation.record import (
-    Predictions,
-    evaluation_record,
-    fit_parameters,
-    predict,
-    summary,
-)
+from sync_jax.evaluation.inference import predict
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record, fit_parameters, summary
 from sync_jax.models.cnn import CNN
-from sync_jax.models.heads import SelectiveClassifier
-from sync_jax.scores import REQUIRED_OUTPUTS
+from sync_jax.models.heads import SelectiveNetwork
+from sync_jax.scores import SCORES
 from sync_jax.steps import TrainState, eval_step
 
 # --- predict --------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def test_low_precision_outputs_become_float32():
 
 
 def test_a_real_network_whatever_the_batch_size():
-    network = SelectiveClassifier(
+    network = SelectiveNetwork(
         CNN(width=2, features=4), 3, heads=("selection", "auxiliary"), target_coverage=0.8
     )
     part = make_part(11)
@@ -467,7 +463,7 @@ def test_calibration_plans_are_the_planners():
 
 def test_which_scores(record, config):
     assert record["method_score"] == "selection"
-    of_logits = {name for name, needed in REQUIRED_OUTPUTS.items() if needed == ("logits",)}
+    of_logits = {name for name, score in SCORES.items() if score.needs == ("logits",)}
     assert record["scores"].keys() == of_logits | {"selection"}
     with_certificates = {
         name for name, score in record["scores"].items() if "certificates" in score
@@ -485,14 +481,14 @@ def test_the_order_of_the_norm_is_chosen_on_calibration_data():
     logits = rng.normal(size=(400, 4)) + 1.5 * np.eye(4)[labels]
     logits *= rng.exponential(size=(400, 1))  # a scale that says nothing, and a norm takes away
     predictions = Predictions({"logits": logits.astype(np.float32)}, labels, np.arange(400))
-    p = fit_parameters(predictions, score="max_logit_pnorm")["p"]
+    p = fit_parameters(predictions, score=SCORES["max_logit_pnorm"])["p"]
     areas = {
         order: metrics.aurc(predictions.confidence("max_logit_pnorm", p=order), predictions.wrong)
         for order in (None, *range(1, 11))
     }
     assert p is not None
     assert areas[p] == min(areas.values()) < areas[None]
-    assert fit_parameters(predictions, score="margin") == {}
+    assert fit_parameters(predictions, score=SCORES["margin"]) == {}
 
 
 def test_where_no_norm_helps_the_softmax_response_stays():
@@ -501,7 +497,7 @@ def test_where_no_norm_helps_the_softmax_response_stays():
     labels = np.array([0, 0, 0, 0, 1, 1])
     logits = np.stack([scale, 0 * scale], axis=1).astype(np.float32)
     predictions = Predictions({"logits": logits}, labels, np.arange(6))
-    assert fit_parameters(predictions, score="max_logit_pnorm") == {"p": None}
+    assert fit_parameters(predictions, score=SCORES["max_logit_pnorm"]) == {"p": None}
 
 
 def test_no_errors_at_all(config):

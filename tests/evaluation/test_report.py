@@ -9,7 +9,8 @@ import pytest
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluation import report
-from sync_jax.evaluation.record import Predictions, evaluation_record
+from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record
 from sync_jax.guarantees import Certificate
 from sync_jax.metrics import Interval
 from sync_jax.scores import SCORES
@@ -58,6 +59,7 @@ DEPLOYED_FIELDS = {
 }
 CERTIFICATE_FIELDS = {field.name for field in dataclasses.fields(Certificate)} | {"test"}
 SCORE_FIELDS = {
+    "label": None,
     "aurc": {"mean", "fd_shifts", "torch_uncertainty"},
     "excess_aurc": {"mean", "fd_shifts"},
     **dict.fromkeys(("normalised_aurc", "augrc", "excess_augrc")),

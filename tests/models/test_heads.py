@@ -9,9 +9,9 @@ import pytest
 
 from sync_jax.config import default_config
 from sync_jax.methods import METHODS
-from sync_jax.models import BACKBONES, make_network
+from sync_jax.models import BACKBONES, make_backbone, make_network
 from sync_jax.models.cnn import CNN
-from sync_jax.models.heads import SelectionHead, SelectiveClassifier
+from sync_jax.models.heads import SelectionHead, SelectiveNetwork
 from sync_jax.scores import mutual_information
 
 BOTH = ("selection", "auxiliary")
@@ -45,7 +45,7 @@ def initialise(network, images, seed=0):
     (BOTH, {"logits", "selection_logits", "auxiliary_logits"}),
 ])  # fmt: skip
 def test_outputs(heads, names):
-    network = SelectiveClassifier(Flatten(), num_classes=3, heads=heads, target_coverage=0.8)
+    network = SelectiveNetwork(Flatten(), num_classes=3, heads=heads, target_coverage=0.8)
     images = make_images(6)
 
     @jax.jit
@@ -63,7 +63,7 @@ def test_outputs(heads, names):
 
 
 def test_parameters_by_hand():
-    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
     variables = initialise(network, make_images(1))
     units = 64
     assert {name: leaf_sizes(tree) for name, tree in variables["params"].items()} == {
@@ -76,7 +76,7 @@ def test_parameters_by_hand():
 
 
 def test_low_precision_features_are_lifted_to_float32():
-    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
     images = make_images(4)
     variables = initialise(network, images)
     outputs = network.apply(variables, images.astype(jnp.bfloat16), train=False)
@@ -112,7 +112,7 @@ def test_selection_head_in_numpy():
 def starting_selection(target_coverage):
     """Mean g of untrained networks of three seeds, in evaluation and in training: `[2, 3]`."""
     images = make_images()
-    network = SelectiveClassifier(
+    network = SelectiveNetwork(
         Flatten(), num_classes=3, heads=("selection",), target_coverage=target_coverage
     )
 
@@ -136,7 +136,7 @@ def test_selection_starts_at_its_target(target_coverage):
 
 def test_selection_starts_at_its_target_on_the_cnn():
     images = make_images()
-    network = SelectiveClassifier(
+    network = SelectiveNetwork(
         CNN(width=2, features=16), num_classes=3, heads=BOTH, target_coverage=0.8
     )
     outputs, _ = jax.jit(lambda x: network.init_with_output(jax.random.key(0), x, train=False))(
@@ -147,14 +147,14 @@ def test_selection_starts_at_its_target_on_the_cnn():
 
 def test_full_coverage_has_a_finite_start():
     images = make_images()
-    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=1.0)
+    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=1.0)
     outputs = network.apply(initialise(network, images), images, train=False)
     chex.assert_tree_all_finite(outputs)
     np.testing.assert_allclose(jax.nn.sigmoid(outputs["selection_logits"]).mean(), 0.999, atol=2e-3)
 
 
 def test_statistics_change_only_in_training():
-    network = SelectiveClassifier(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
+    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
     images = make_images()
     variables = initialise(network, images)
     before = variables["batch_stats"]
@@ -172,15 +172,21 @@ def test_statistics_change_only_in_training():
 def test_make_network_follows_the_config(method, backbone):
     config = default_config().model
     config.name = backbone
-    config.width, config.features = 3, 0
-    config.dropout, config.dropout_samples = 0.4, 6
-    network = make_network(config, heads=method.heads, num_classes=4, target_coverage=0.9)
+    config.width = 3
+    network = make_network(
+        config,
+        heads=method.heads,
+        num_classes=4,
+        target_coverage=0.9,
+        dropout=0.4,
+        dropout_samples=6,
+    )
     drops = "dropout" in method.heads
-    own = BACKBONES[backbone](config)
+    own = make_backbone(config)
     if backbone == "vgg16_bn":
         assert (own.last_dropout, network.backbone.last_dropout) == (0.5, 0.0 if drops else 0.5)
         own = own.clone(last_dropout=network.backbone.last_dropout)
-    assert network == SelectiveClassifier(
+    assert network == SelectiveNetwork(
         backbone=own,
         num_classes=4,
         heads=method.heads,
@@ -200,7 +206,7 @@ def test_make_network_follows_the_config(method, backbone):
 
 
 def dropout_network(dropout=0.5, samples=400):
-    return SelectiveClassifier(
+    return SelectiveNetwork(
         Flatten(), 3, heads=("dropout",), dropout=dropout, dropout_samples=samples
     )
 
@@ -229,7 +235,7 @@ def test_without_dropout_the_samples_agree():
     images = jnp.ones((2, 2, 2, 1))
     variables = network.init(jax.random.key(1), images, train=False)
     outputs = network.apply(variables, images, train=False)
-    plain = SelectiveClassifier(Flatten(), 3).apply(variables, images, train=False)
+    plain = SelectiveNetwork(Flatten(), 3).apply(variables, images, train=False)
     np.testing.assert_allclose(outputs["logits"], jax.nn.log_softmax(plain["logits"]), atol=1e-6)
     information = -np.asarray(mutual_information(outputs))
     np.testing.assert_allclose(information, 0, atol=1e-6)
@@ -246,6 +252,6 @@ def test_training_drops_by_its_key():
     np.testing.assert_array_equal(logits(0), logits(0))
     assert not np.array_equal(logits(0), logits(1))
     assert np.ptp(logits(0), axis=0).min() > 0  # each example on its own
-    expected = SelectiveClassifier(Flatten(), 3).apply(variables, images, train=True)["logits"][0]
+    expected = SelectiveNetwork(Flatten(), 3).apply(variables, images, train=True)["logits"][0]
     mean = np.mean([logits(seed).mean(axis=0) for seed in range(50)], axis=0)
     np.testing.assert_allclose(mean, expected, atol=0.1)

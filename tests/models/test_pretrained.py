@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sync_jax.config import default_config, validate
+from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained, read_weights, torch_name
@@ -196,17 +196,8 @@ def test_a_file_that_fits_nowhere_and_one_with_nan(tmp_path):
             load_pretrained(path, before["params"], before["batch_stats"])
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("nowhere.pth", "is no file"), ("weights.h5", "must end in .safetensors, .pth or .pt")],
-)
-def test_the_config_is_checked(path, message):
-    config = default_config()
-    config.model.name, config.model.pretrained = "resnet18", path
-    with pytest.raises(InputError, match=message):
-        validate(config)
-    config.model.pretrained = str(SMALL)
-    validate(config)
-    config.model.features = 7
-    with pytest.raises(InputError, match="leave it at 0"):
-        validate(config)
+@pytest.mark.parametrize("path", ["nowhere.pth", "weights.h5"])
+def test_what_is_no_file_of_weights(path):
+    before = variables()
+    with pytest.raises(InputError, match=r"must be a file that ends in .safetensors, .pth or .pt"):
+        load_pretrained(Path(path), before["params"], before["batch_stats"])

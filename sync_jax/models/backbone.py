@@ -1,0 +1,29 @@
+"""The declaration of a backbone: how it is built from its options."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+from sync_jax.options import Option
+
+WIDTH, FEATURES = "[1, 1024]", "[1, 65536]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network that maps images or features to the feature vector that the heads see.
+
+    Attributes:
+        build: makes the module from the `model` section of a config, with every option in it. The
+            module maps `[batch, ...]`, normalised, and the keyword `train` to `[batch, units]`.
+        options: by name; the fields `config.model.NAME`.
+        images_only: True if it cannot take feature vectors `[batch, d]`.
+        has_weights: True if torchvision publishes weights for it; see `pretrained`.
+    """
+
+    build: Callable[[ConfigDict], nn.Module]
+    options: Mapping[str, Option]
+    images_only: bool = True
+    has_weights: bool = False
