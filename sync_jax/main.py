@@ -9,6 +9,7 @@ config or input (nothing is written), 75 stopped by SIGTERM with its state saved
 """
 
 import io
+import itertools
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +24,8 @@ from sync_jax.runtime.memory import keep_freed_memory
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Python file with get_config(). --config.x.y=z changes one of its fields.",
+    "Name of an installed config, such as quickstart, or a Python file with get_config(). "
+    "--config.x.y=z changes one of its fields.",
     # Methods and backbones declare fields of their own, which config.validate checks.
     lock_config=False,
     accept_new_attributes=True,
@@ -200,6 +202,7 @@ def _do_together(config: ConfigDict, name: str) -> None:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line, and ends the program with one line where that fails."""
+    arguments = _with_config_paths(arguments)
     try:
         rest = flags.FLAGS(arguments)
     except flags.Error as error:
@@ -218,17 +221,49 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def _explain(arguments: list[str], error: BaseException) -> str:
     """What is wrong with --config or one of its overrides."""
     from sync_jax.config import FIELDS, unknown_field
+    from sync_jax.errors import suggestion
 
     file = _config_file(arguments)
     if not Path(file.partition(":")[0]).is_file():
-        known = ", ".join(sorted(map(str, Path("configs").glob("[!_]*.py")))) or "configs/*.py"
-        return f"--config={file} is no file; choose from {known}, or name one of yours"
+        known = _installed_configs()
+        return (
+            f"--config={file} is no file and no known config"
+            f"{suggestion(Path(file).stem, known)}; choose from {', '.join(known)}, or name a file"
+        )
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("-")
         field = path.removeprefix("config.")
         if field != path and field not in FIELDS and not field.startswith(("model.", "loss.")):
             return unknown_field(field)
     return f"--config={file} cannot be used: {type(error).__name__}: {error}"
+
+
+def _installed_configs() -> dict[str, Path]:
+    """Returns the configs that come with sync_jax, by name: in the package or in its checkout."""
+    package = Path(__file__).parent
+    folder = package / "configs"  # of a wheel; setup.py puts it there
+    if not folder.is_dir():
+        folder = package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+    """Replaces the name of an installed config by its path, as in --config=quickstart."""
+    known = _installed_configs()
+
+    def found(value: str) -> str:
+        name, colon, rest = value.partition(":")
+        return value if name not in known or Path(name).is_file() else f"{known[name]}{colon}{rest}"
+
+    replaced = arguments[:1]
+    for before, argument in itertools.pairwise(arguments):
+        option, equals, value = argument.partition("=")
+        if before in ("-config", "--config"):
+            argument = found(argument)
+        elif equals and option in ("-config", "--config"):
+            argument = f"{option}={found(value)}"
+        replaced.append(argument)
+    return replaced
 
 
 def _config_file(arguments: list[str]) -> str:

@@ -9,7 +9,7 @@ CASES = {
     "no config": Bad([], "--config is missing; for example --config=configs/fashion_mnist.py"),
     "no such file": Bad(
         ["--config=configs/imagnet.py"],
-        "configs/imagnet.py is no file; choose from configs/cifar10.py, .*, or name one of yours",
+        "imagnet.py is no file .*did you mean 'imagenet100'..; choose from cifar10, .*or name a",
     ),
     "a folder": Bad(["--config=configs"], "--config=configs is no file"),
     "stray argument": Bad([QUICKSTART, "train"], "unexpected argument 'train'"),
