@@ -25,8 +25,9 @@ from PIL import Image
 
 from benchmarks.step import describe_machine
 from configs import imagenet100
-from sync_jax.data import catalogue, host, pictures
+from sync_jax.data import host, registry
 from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data.prepare import pictures
 from sync_jax.data.random_crop import random_crop
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import epoch_constants
@@ -85,7 +86,7 @@ def main() -> None:
         data = config.data
         data.name, data.folder = "image_folder", str(folder / "pictures")
         data.data_dir, data.calibration_size = str(folder / "prepared"), BATCH
-        catalogue.make_ready(data, lambda *_: None)
+        registry.make_ready(data, lambda *_: None)
         part, _ = load_train_and_calibration(data, decode=True)
         pictures.prepare_squares(data, lambda *_: None)
         squares, _ = load_train_and_calibration(data)

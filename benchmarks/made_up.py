@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from sync_jax.data import catalogue
-from sync_jax.data.arrays import ArrayBuilder, Arrays
-from sync_jax.data.preparing import build
+from sync_jax.data import registry
+from sync_jax.data.prepare.arrays import ArrayBuilder, Arrays
+from sync_jax.data.prepare.staging import build
 
 _BUILDERS: dict[str, type[ArrayBuilder]] = {
-    "fashion_mnist": catalogue.fashion_mnist.FashionMnist,
-    "cifar10": catalogue.cifar.Cifar10,
-    "cifar100": catalogue.cifar.Cifar100,
+    "fashion_mnist": registry.fashion_mnist.FashionMnist,
+    "cifar10": registry.cifar.Cifar10,
+    "cifar100": registry.cifar.Cifar100,
 }
 
 
 def images_and_labels(name: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images `[count, height, width, channels]` uint8 and labels `[count]` of a dataset's form."""
-    info = catalogue.DATASETS[name]
+    info = registry.DATASETS[name]
     height, width, channels = info.image_shape
     patterns = np.random.default_rng(0).normal(size=(info.num_classes, 7, 7, channels))
     patterns = np.kron(patterns, np.ones((1, 8, 8, 1))).astype(np.float32)  # larger than an image
@@ -54,10 +54,10 @@ def prepare(name: str, folder: Path, *, train: int = 0, test: int = 0) -> None:
         name: 'fashion_mnist', 'cifar10' or 'cifar100'.
         folder: to be the config's data.data_dir.
         train: training images; 0: as many as the dataset has. Others than that fit only where
-            `catalogue.DATASETS` says so too.
+            `registry.DATASETS` says so too.
         test: test images, likewise.
     """
-    info, base = catalogue.DATASETS[name], _BUILDERS[name]
+    info, base = registry.DATASETS[name], _BUILDERS[name]
 
     def arrays(self: ArrayBuilder, folder: Path) -> Arrays:
         return {
@@ -71,7 +71,7 @@ def prepare(name: str, folder: Path, *, train: int = 0, test: int = 0) -> None:
     build(
         name,
         lambda staging: made_up(data_dir=staging),
-        catalogue.prepared_folder(name, data_dir=folder),
+        registry.prepared_folder(name, data_dir=folder),
         root=folder,
         manual_dir=folder,
     )

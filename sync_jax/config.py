@@ -11,9 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue, pictures
+from sync_jax.data import registry
 from sync_jax.data.images import Layout
 from sync_jax.data.parts import calibration_size
+from sync_jax.data.prepare import pictures
 from sync_jax.errors import InputError
 from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
@@ -49,7 +50,7 @@ def default_config() -> ConfigDict:
     config.target_coverage = 0.8
 
     config.data = ConfigDict()
-    config.data.name = "fashion_mnist"  # a name in data.catalogue.NAMES
+    config.data.name = "fashion_mnist"  # a name in data.registry.NAMES
     config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
     config.data.source = ""  # a folder with the upstream files; empty: look for them
     config.data.folder = ""  # image_folder: the pictures, as folder/class/picture
@@ -196,7 +197,7 @@ def validate(config: ConfigDict) -> None:
     for field in PATHS:
         check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
-    _choice(config, "data.name", catalogue.NAMES)
+    _choice(config, "data.name", registry.NAMES)
     _choice(config, "data.placement", ("auto", "device", "disk", "host"))
     _choice(config, "model.name", BACKBONES)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
@@ -325,7 +326,7 @@ def check_sizes(config: ConfigDict) -> None:
     Raises:
         InputError: naming the field, the value and what would do.
     """
-    info = catalogue.dataset_info(config.data)
+    info = registry.dataset_info(config.data)
     if info is None:
         info = pictures.listed_info(config.data)
     if info is None:

@@ -15,10 +15,12 @@ from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue, host, pictures
+from sync_jax.data import host, registry
 from sync_jax.data.augmentation import augment, normalise
 from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement, free_memory
+from sync_jax.data.prepare import pictures
+from sync_jax.data.prepare.squares import Squares
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
     ResidentSplit,
@@ -28,7 +30,6 @@ from sync_jax.data.resident import (
     put_on_devices,
     training_batch,
 )
-from sync_jax.data.squares import Squares
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.record import Predictions, predict, summary
 from sync_jax.losses import Terms
@@ -103,7 +104,7 @@ class Run:
         self.config = config
         self.mesh = mesh
         self.placement = placement = placement or Placement()
-        info = catalogue.dataset_info(config.data)
+        info = registry.dataset_info(config.data)
         if info is None:
             raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
         self.info = info

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sync_jax.config import to_json
-from sync_jax.data import pictures
+from sync_jax.data.prepare import pictures
 from sync_jax.evaluation.record import Predictions, evaluation_record
 from sync_jax.evaluation.report import write_report
 from tests import tiny

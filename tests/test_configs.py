@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from sync_jax.config import validate
-from sync_jax.data import catalogue, pictures
+from sync_jax.data import registry
 from sync_jax.data.images import Layout
 from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement
+from sync_jax.data.prepare import pictures
 from sync_jax.runtime import sharding
 from sync_jax.train import Run
 from tests.data.pictures import write_pictures
@@ -57,7 +58,7 @@ def config_of(path, tmp_path):
     if config.data.name == "image_folder":
         config.data.folder = str(tmp_path / "p")
         write_pictures(tmp_path / "p", {"train": 15, "test": 3})
-        catalogue.make_ready(config.data, log=str)
+        registry.make_ready(config.data, log=str)
     if config.data.image_size == 224:  # the same network and augmentation, a tenth of the time
         config.data.image_size, config.data.short_side = 56, 64
     return config

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sync_jax.data import catalogue
+from sync_jax.data import registry
 from sync_jax.data.images import decode
 from sync_jax.errors import InputError
 from sync_jax.evaluation import comparison as compare
@@ -186,8 +186,8 @@ def test_other_names_for_a_pickle(capsys, monkeypatch):
     for name in ("train_32x32.mat", "test_32x32.mat"):
         Path("published", name).write_bytes(content)
     upstream = test_archives.published(Path("published"), ("train_32x32.mat", "test_32x32.mat"))
-    builder, _ = catalogue._BUILDERS["svhn"]
-    monkeypatch.setitem(catalogue._BUILDERS, "svhn", (builder, upstream))
+    builder, _ = registry._BUILDERS["svhn"]
+    monkeypatch.setitem(registry._BUILDERS, "svhn", (builder, upstream))
     assert "train_32x32.mat cannot be read" in refused(capsys, *prepare("svhn"))
     for name in ("w.safetensors", "w.pth", "w.pt"):
         Path(name).write_bytes(content)
@@ -203,8 +203,8 @@ def test_cells_of_a_mat_file_are_no_pixels(capsys, monkeypatch):
     for name in ("train_32x32.mat", "test_32x32.mat"):
         scipy.io.savemat(f"published/{name}", {"X": cells, "y": cells})
     upstream = test_archives.published(Path("published"), ("train_32x32.mat", "test_32x32.mat"))
-    builder, _ = catalogue._BUILDERS["svhn"]
-    monkeypatch.setitem(catalogue._BUILDERS, "svhn", (builder, upstream))
+    builder, _ = registry._BUILDERS["svhn"]
+    monkeypatch.setitem(registry._BUILDERS, "svhn", (builder, upstream))
     assert "expected 32 x 32 x 3 x n bytes" in refused(capsys, *prepare("svhn"))
 
 
@@ -222,7 +222,7 @@ def test_a_prepared_folder_names_modules_in_vain():
     shutil.rmtree(next(Path("new").rglob("squares_12_12")))
     assert run(*NEW_ALBUM) == 0
     assert len(list(Path("new").rglob("squares_12_12/*.npy"))) == 2
-    catalogue.load_split("fashion_mnist", "train", data_dir="clothes/data")
+    registry.load_split("fashion_mnist", "train", data_dir="clothes/data")
     assert not Path(MARKER).exists()
     prepared = next(Path("new").rglob("features.json")).parent
     importlib.invalidate_caches()

@@ -13,7 +13,7 @@ import pytest
 
 from sync_jax import train
 from sync_jax import trainer as run_lib
-from sync_jax.data import catalogue
+from sync_jax.data import registry
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluation.record import Predictions
@@ -106,13 +106,13 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 
 def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
     reads = []
-    load_split = catalogue.load_split
+    load_split = registry.load_split
 
     def recorded(name, split, *, data_dir):
         reads.append((split, (tmp_path / "predictions_calibration.npz").exists()))
         return load_split(name, split, data_dir=data_dir)
 
-    monkeypatch.setattr(catalogue, "load_split", recorded)
+    monkeypatch.setattr(registry, "load_split", recorded)
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert reads == [("train", False), ("test", True)]
 

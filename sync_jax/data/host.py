@@ -18,10 +18,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from sync_jax.data.prepare.records import DecodedPictures
+from sync_jax.data.prepare.squares import Squares
 from sync_jax.data.random_crop import random_crop
-from sync_jax.data.records import DecodedPictures
 from sync_jax.data.shuffle import shuffled
-from sync_jax.data.squares import Squares
 
 Example = dict[str, np.ndarray]
 

@@ -7,9 +7,10 @@ import jax
 from ml_collections import ConfigDict
 
 from sync_jax.config import check_sizes
-from sync_jax.data import catalogue, pictures
+from sync_jax.data import registry
 from sync_jax.data.parts import Part, load_train_and_calibration
 from sync_jax.data.placement import Placement, choose
+from sync_jax.data.prepare import pictures
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
@@ -22,7 +23,7 @@ def prepare(config: ConfigDict) -> None:
     Raises:
         InputError: it cannot be had.
     """
-    catalogue.make_ready(config.data)
+    registry.make_ready(config.data)
     if config.data.name in pictures.NAMES:
         # Perhaps for another machine, with more memory.
         if config.data.placement in ("device", "disk"):
@@ -43,8 +44,8 @@ def load_data(
     """
 
     def make_ready() -> None:
-        if not catalogue.is_ready(config.data):
-            catalogue.make_ready(config.data)
+        if not registry.is_ready(config.data):
+            registry.make_ready(config.data)
         check_sizes(config)
 
     processes.together("preparing the data", make_ready)
@@ -67,7 +68,7 @@ def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = N
     Raises:
         InputError: there is no room.
     """
-    info = catalogue.dataset_info(config.data)
+    info = registry.dataset_info(config.data)
     if info is None:
         raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
     section = config.data.copy_and_resolve_references()

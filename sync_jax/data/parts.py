@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue
+from sync_jax.data import registry
 from sync_jax.data.splits import stratified_split
 
 _ROWS = 4096  # moved at once
@@ -22,7 +22,7 @@ class Part:
         index: `[n]` int64, each example's position in the official split that it comes from.
     """
 
-    images: catalogue.Images
+    images: registry.Images
     labels: np.ndarray
     index: np.ndarray
 
@@ -43,12 +43,12 @@ def load_train_and_calibration(config: ConfigDict, *, decode: bool = False) -> t
 
     Args:
         config: `data` section.
-        decode: see `catalogue.load`.
+        decode: see `registry.load`.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load(config, "train", decode=decode)
+    images, labels = registry.load(config, "train", decode=decode)
     kept, held_out = stratified_split(
         labels, holdout=calibration_size(config, len(labels)), seed=config.split_seed
     )
@@ -57,8 +57,8 @@ def load_train_and_calibration(config: ConfigDict, *, decode: bool = False) -> t
 
 
 def _divided(
-    images: catalogue.Images, kept: np.ndarray, held_out: np.ndarray
-) -> tuple[catalogue.Images, catalogue.Images]:
+    images: registry.Images, kept: np.ndarray, held_out: np.ndarray
+) -> tuple[registry.Images, registry.Images]:
     """The rows of each; what is kept of an array stays in it, for two would be twice the memory."""
     if not isinstance(images, np.ndarray):
         return images.subset(kept), images.subset(held_out)
@@ -75,10 +75,10 @@ def load_test(config: ConfigDict, *, decode: bool = False) -> Part:
 
     Args:
         config: `data` section.
-        decode: see `catalogue.load`.
+        decode: see `registry.load`.
 
     Raises:
         InputError: the dataset is not prepared or damaged.
     """
-    images, labels = catalogue.load(config, "test", decode=decode)
+    images, labels = registry.load(config, "test", decode=decode)
     return Part(images, labels, np.arange(len(labels)))

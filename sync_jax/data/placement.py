@@ -6,10 +6,10 @@ import psutil
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sync_jax.data import pictures
 from sync_jax.data.images import Layout
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.parts import calibration_size
+from sync_jax.data.prepare import pictures
 from sync_jax.errors import InputError
 
 _SHARE = 0.5  # of the free memory that images may take: the rest is the network's

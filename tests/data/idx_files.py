@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sync_jax.data.sources import IdxFile, Upstream
+from sync_jax.data.prepare.download import IdxFile, Upstream
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 

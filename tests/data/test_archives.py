@@ -12,9 +12,10 @@ import pytest
 import scipy.io
 import tensorflow_datasets as tfds
 
-from sync_jax.data import catalogue, cifar, svhn
-from sync_jax.data.archives import Archives, PublishedFile
-from sync_jax.data.sources import DataError
+from sync_jax.data import registry
+from sync_jax.data.datasets import cifar, svhn
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.published import Archives, PublishedFile
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
@@ -115,7 +116,7 @@ def test_every_pixel_and_label_of_cifar_comes_back(tmp_path, classes, form):
     write_tar(tmp_path / name, make(classes, contents))
     forms = [(f"cifar-{classes}-{x}.tar.gz",) for x in ("binary", "python")]
     lines = []
-    catalogue.prepare(
+    registry.prepare(
         NAMES[classes],
         data_dir=tmp_path / "data",
         source=tmp_path,
@@ -123,7 +124,7 @@ def test_every_pixel_and_label_of_cifar_comes_back(tmp_path, classes, form):
         upstream=published(tmp_path, *forms),
     )
     for split in ("train", "test"):
-        images, labels = catalogue.load_split(NAMES[classes], split, data_dir=tmp_path / "data")
+        images, labels = registry.load_split(NAMES[classes], split, data_dir=tmp_path / "data")
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
         true_images, true_labels = expected(contents, split)
         np.testing.assert_array_equal(images, true_images)
@@ -184,7 +185,7 @@ def test_bad_members_are_refused_by_name(tmp_path, change, message):
     name = "cifar-100-binary.tar.gz"
     write_tar(tmp_path / name, members)
     with pytest.raises(DataError, match=message) as caught:
-        catalogue.prepare(
+        registry.prepare(
             "cifar100",
             data_dir=tmp_path / "data",
             source=tmp_path,
@@ -192,7 +193,7 @@ def test_bad_members_are_refused_by_name(tmp_path, change, message):
             upstream=published(tmp_path, (name,)),
         )
     assert "\n" not in str(caught.value)
-    assert not catalogue.is_prepared("cifar100", data_dir=tmp_path / "data")
+    assert not registry.is_prepared("cifar100", data_dir=tmp_path / "data")
 
 
 def test_truncated_and_repacked_archives(tmp_path):
@@ -205,7 +206,7 @@ def test_truncated_and_repacked_archives(tmp_path):
         (published(tmp_path, (name,)), "cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
-            catalogue.prepare(
+            registry.prepare(
                 "cifar100",
                 data_dir=tmp_path / "data",
                 source=tmp_path,
@@ -219,15 +220,15 @@ def test_without_files_the_message_says_what_is_needed(tmp_path):
         DataError,
         match=r"does not hold cifar-100-binary.tar.gz or cifar-100-python.tar.gz; it must hold",
     ):
-        catalogue.prepare("cifar100", data_dir=tmp_path / "data", source=tmp_path, log=ignore)
+        registry.prepare("cifar100", data_dir=tmp_path / "data", source=tmp_path, log=ignore)
     upstream = dataclasses.replace(
         cifar.CIFAR100_UPSTREAM,
         forms=((PublishedFile("a.tar.gz", "0" * 32, NOWHERE + "a.tar.gz"),),),
     )
     with pytest.raises(DataError, match=r"cifar100 cannot be obtained: .*127.0.0.1.*--config.data"):
-        catalogue.prepare("cifar100", data_dir=tmp_path / "data", log=ignore, upstream=upstream)
+        registry.prepare("cifar100", data_dir=tmp_path / "data", log=ignore, upstream=upstream)
     with pytest.raises(DataError, match=r"--config=configs/cifar100.py --mode=prepare"):
-        catalogue.load_split("cifar100", "train", data_dir=tmp_path / "data")
+        registry.load_split("cifar100", "train", data_dir=tmp_path / "data")
 
 
 def write_svhn(folder, sizes, seed=0):
@@ -246,7 +247,7 @@ def write_svhn(folder, sizes, seed=0):
 
 def test_every_pixel_and_label_of_svhn_comes_back(tmp_path):
     arrays = write_svhn(tmp_path, {"train": 23, "test": 11})
-    catalogue.prepare(
+    registry.prepare(
         "svhn",
         data_dir=tmp_path / "data",
         source=tmp_path,
@@ -254,7 +255,7 @@ def test_every_pixel_and_label_of_svhn_comes_back(tmp_path):
         upstream=published(tmp_path, ("train_32x32.mat", "test_32x32.mat")),
     )
     for split, (images, labels) in arrays.items():
-        found = catalogue.load_split("svhn", split, data_dir=tmp_path / "data")
+        found = registry.load_split("svhn", split, data_dir=tmp_path / "data")
         np.testing.assert_array_equal(found[0], images)
         np.testing.assert_array_equal(found[1], labels)
         assert set(found[1]) == set(range(10))
@@ -272,7 +273,7 @@ def test_svhn_refuses_what_is_no_digit(tmp_path):
 
 
 def test_class_names_are_as_many_as_classes():
-    for info in catalogue.DATASETS.values():
+    for info in registry.DATASETS.values():
         assert len(set(info.class_names)) == info.num_classes
         assert len(info.mean) == len(info.std) == info.image_shape[2]
     assert list(cifar.CIFAR100_CLASS_NAMES) == sorted(cifar.CIFAR100_CLASS_NAMES)

@@ -22,9 +22,10 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from sync_jax.data import arrays, catalogue, sources
-from sync_jax.data.catalogue import DataError
-from sync_jax.data.fashion_mnist import UPSTREAM, FashionMnist
+from sync_jax.data import registry
+from sync_jax.data.datasets.fashion_mnist import UPSTREAM, FashionMnist
+from sync_jax.data.prepare import arrays, download
+from sync_jax.data.registry import DataError
 from tests.data import idx_files
 
 NAME = "fashion_mnist"
@@ -38,14 +39,14 @@ def ignore(line):
 
 
 def prepare(data_dir, upstream, source=None, log=ignore):
-    return catalogue.prepare(NAME, data_dir=data_dir, source=source, log=log, upstream=upstream)
+    return registry.prepare(NAME, data_dir=data_dir, source=source, log=log, upstream=upstream)
 
 
 def failure(data_dir, upstream, source=None):
     """The message of a preparation that must fail, having left nothing that looks prepared."""
     with pytest.raises(DataError) as caught:
         prepare(data_dir, upstream, source)
-    assert not catalogue.is_prepared(NAME, data_dir=data_dir)
+    assert not registry.is_prepared(NAME, data_dir=data_dir)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -53,7 +54,7 @@ def failure(data_dir, upstream, source=None):
 
 def assert_holds(data_dir, contents):
     for split, prefix in {"train": "train", "test": "t10k"}.items():
-        images, labels = catalogue.load_split(NAME, split, data_dir=data_dir)
+        images, labels = registry.load_split(NAME, split, data_dir=data_dir)
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
         np.testing.assert_array_equal(images, contents[f"{prefix}-images-idx3-ubyte"][..., None])
         np.testing.assert_array_equal(labels, contents[f"{prefix}-labels-idx1-ubyte"])
@@ -96,7 +97,7 @@ def test_accepts_decompressed_files_that_kept_their_name(published, tmp_path):
 def test_reads_what_tfds_decodes(published, tmp_path):
     folder, upstream = published
     prepare(tmp_path, upstream, folder)
-    images, labels = catalogue.load_split(NAME, "train", data_dir=tmp_path)
+    images, labels = registry.load_split(NAME, "train", data_dir=tmp_path)
     records = FashionMnist(data_dir=tmp_path).as_data_source("train")
     assert len(records) == len(images)
     for index, record in enumerate(records):
@@ -125,7 +126,7 @@ def test_expands_the_home_folder(published, tmp_path, monkeypatch):
     _, upstream = published
     monkeypatch.setenv("HOME", str(tmp_path))
     assert prepare("~/data", upstream, "~/published").parent.parent == tmp_path / "data"
-    assert catalogue.is_prepared(NAME, data_dir="~/data")
+    assert registry.is_prepared(NAME, data_dir="~/data")
     assert_holds("~/data", idx_files.arrays())
 
 
@@ -155,7 +156,7 @@ def test_leaves_tfds_progress_bars_on(published, tmp_path, capfd):
 
 
 def test_catalogue_agrees_with_the_published_files():
-    info = catalogue.DATASETS[NAME]
+    info = registry.DATASETS[NAME]
     shapes = {file.name: file.shape for file in UPSTREAM.files}
     assert shapes == {
         "train-images-idx3-ubyte": (info.num_train, *info.image_shape[:2]),
@@ -172,7 +173,7 @@ def test_catalogue_agrees_with_the_published_files():
 
 def test_unprepared_data_says_what_to_do(tmp_path):
     with pytest.raises(DataError) as caught:
-        catalogue.load_split(NAME, "train", data_dir=tmp_path / "my data")
+        registry.load_split(NAME, "train", data_dir=tmp_path / "my data")
     message = str(caught.value)
     assert f"there is no {tmp_path}/my data/fashion_mnist/1.0.0" in message
     assert (
@@ -187,15 +188,15 @@ def test_unprepared_data_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("split", ["validation", "", "train[:10]"])
 def test_unknown_split(tmp_path, split):
     with pytest.raises(DataError, match=r"has no split '.*'; choose from train, test"):
-        catalogue.load_split(NAME, split, data_dir=tmp_path)
+        registry.load_split(NAME, split, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        functools.partial(catalogue.prepare, log=ignore),
-        catalogue.is_prepared,
-        functools.partial(catalogue.load_split, split="train"),
+        functools.partial(registry.prepare, log=ignore),
+        registry.is_prepared,
+        functools.partial(registry.load_split, split="train"),
     ],
 )
 def test_unknown_dataset(tmp_path, call):
@@ -461,7 +462,7 @@ def test_what_was_fetched_is_used_again_unless_it_is_damaged(published, apt, tmp
     prepare(tmp_path / "data", upstream, None, lines.append)
     assert "fetching again, for what was fetched before is unusable" in lines[0]
     assert (tmp_path / "apt.log").exists()
-    sources.verify(cache, upstream.files)
+    download.verify(cache, upstream.files)
     assert_holds(tmp_path / "data", idx_files.arrays())
 
 
@@ -526,7 +527,7 @@ def test_an_exception_midway_leaves_nothing(published, tmp_path, monkeypatch):
         patch.setattr(FashionMnist, "_generate_examples", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "data", upstream, folder)
-    assert not catalogue.is_prepared(NAME, data_dir=tmp_path / "data")
+    assert not registry.is_prepared(NAME, data_dir=tmp_path / "data")
     assert os.listdir(tmp_path / "data") == [f"{NAME}.lock"]
     prepare(tmp_path / "data", upstream, folder)
     assert_holds(tmp_path / "data", idx_files.arrays())
@@ -536,7 +537,9 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from tests.data import idx_files
-from sync_jax.data import catalogue, fashion_mnist, preparing
+from sync_jax.data import registry
+from sync_jax.data.datasets import fashion_mnist
+from sync_jax.data.prepare import staging
 
 def stop(*args):
     print("stopped", file=sys.__stdout__, flush=True)  # TFDS's own prints are being swallowed
@@ -554,11 +557,11 @@ upstream = idx_files.publish(Path(folder))
 if stage == "writing":
     fashion_mnist.FashionMnist._generate_examples = halfway
 elif stage == "written":
-    preparing.flush = stop
+    staging.flush = stop
 else:
     print("ready", flush=True)
     sys.stdin.readline()
-catalogue.prepare("fashion_mnist", data_dir=data_dir, source=folder, upstream=upstream)
+registry.prepare("fashion_mnist", data_dir=data_dir, source=folder, upstream=upstream)
 """
 
 
@@ -585,9 +588,9 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(published, tmp_pat
         os.kill(child.pid, signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert list(data_dir.glob("incomplete-*")), "it was killed in the middle"
-    assert not catalogue.is_prepared(NAME, data_dir=data_dir)
+    assert not registry.is_prepared(NAME, data_dir=data_dir)
     with pytest.raises(DataError, match="is not prepared"):
-        catalogue.load_split(NAME, "train", data_dir=data_dir)
+        registry.load_split(NAME, "train", data_dir=data_dir)
 
     prepare(data_dir, upstream, folder)
     assert_holds(data_dir, idx_files.arrays())
@@ -678,7 +681,7 @@ def test_damaged_prepared_data_says_what_to_do(published, tmp_path, damage):
     else:
         info.write_text("{")
     with pytest.raises(DataError) as caught:
-        catalogue.load_split(NAME, "train", data_dir=tmp_path)
+        registry.load_split(NAME, "train", data_dir=tmp_path)
     message = str(caught.value)
     assert f"{target} cannot be read" in message
     assert "delete it and prepare again with `python -m sync_jax.main" in message

@@ -16,8 +16,9 @@ import scipy.stats
 from PIL import Image
 
 from sync_jax.config import default_config
-from sync_jax.data import augmentation, catalogue, host, pictures
+from sync_jax.data import augmentation, host, registry
 from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data.prepare import pictures
 from sync_jax.data.random_crop import random_box, random_crop
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
@@ -48,7 +49,7 @@ def decoded(tmp_path_factory):
     data = default_config().data
     data.name, data.folder, data.data_dir = "image_folder", str(folder / "p"), str(folder / "d")
     data.image_size, data.calibration_size = 12, 5
-    catalogue.make_ready(data, str)
+    registry.make_ready(data, str)
     pictures.prepare_squares(data, str)
     return data
 

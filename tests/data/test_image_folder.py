@@ -10,10 +10,11 @@ from PIL import Image
 
 from sync_jax import train
 from sync_jax.config import check_sizes, default_config, validate
-from sync_jax.data import catalogue, loading, pictures, records
+from sync_jax.data import loading, registry
 from sync_jax.data.parts import load_test, load_train_and_calibration
-from sync_jax.data.records import INFO
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare import pictures, records
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import INFO
 from sync_jax.errors import InputError
 from tests.curves import check_close
 from tests.data.pictures import CLASSES, pixels, write_pictures
@@ -32,15 +33,15 @@ def section(folder, **changes):
 
 def prepare(data):
     lines = []
-    catalogue.make_ready(data, lines.append)
+    registry.make_ready(data, lines.append)
     pictures.prepare_squares(data, str)
     return lines
 
 
 def load(data, split):
     """Read from the squares, and decoded from the records: the same."""
-    images, labels = catalogue.load(data, split)
-    decoded, _ = catalogue.load(data, split, decode=True)
+    images, labels = registry.load(data, split)
+    decoded, _ = registry.load(data, split, decode=True)
     assert images.shape == decoded.shape == (len(labels), *images[:1].shape[1:])
     np.testing.assert_array_equal(images[:], decoded[:])
     return images[:], labels
@@ -71,16 +72,16 @@ def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_pa
 def test_split_folders(tmp_path, train_name, test_name):
     written = write_pictures(tmp_path / "pictures", {train_name: 4, test_name: 2})
     data = section(tmp_path)
-    assert catalogue.dataset_info(data) is None
-    assert not catalogue.is_ready(data)
+    assert registry.dataset_info(data) is None
+    assert not registry.is_ready(data)
     lines = prepare(data)
     assert lines[0] == (
         f"image_folder: 3 classes in {tmp_path / 'pictures'}: 12 for train, 6 for test"
     )
-    assert catalogue.is_ready(data)
+    assert registry.is_ready(data)
     assert_holds(data, "train", written[train_name])
     assert_holds(data, "test", written[test_name])
-    info = catalogue.dataset_info(data)
+    info = registry.dataset_info(data)
     assert (info.class_names, info.num_classes, info.image_shape) == (CLASSES, 3, (12, 12, 3))
     assert (info.num_train, info.num_test) == (12, 6)
     train_pixels = np.stack([image for image, _ in written[train_name]]) / 255
@@ -94,7 +95,7 @@ def test_val_joins_train_where_there_is_a_test(tmp_path):
     data = section(tmp_path)
     prepare(data)
     assert_holds(data, "test", written["test"])
-    assert catalogue.dataset_info(data).num_train == 15
+    assert registry.dataset_info(data).num_train == 15
 
 
 def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
@@ -115,7 +116,7 @@ def test_a_class_may_be_called_train(tmp_path):
     write_pictures(tmp_path / "pictures", {"": 5}, classes=("car", "train"))
     data = section(tmp_path)
     prepare(data)
-    assert catalogue.dataset_info(data).class_names == ("car", "train")
+    assert registry.dataset_info(data).class_names == ("car", "train")
 
 
 def test_folders_within_classes_hidden_and_other_files(tmp_path):
@@ -142,7 +143,7 @@ def test_bad_files_are_left_out_by_name(tmp_path):
     listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
     assert listed.startswith("train/bee/002.png: ")
     assert_holds(data, "train", [x for i, x in enumerate(written["train"]) if i != 6])
-    assert catalogue.dataset_info(data).num_train == 11
+    assert registry.dataset_info(data).num_train == 11
 
 
 def test_a_class_of_bad_files_only_is_an_error(tmp_path):
@@ -151,7 +152,7 @@ def test_a_class_of_bad_files_only_is_an_error(tmp_path):
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match="train has no readable picture of 'bee'"):
         prepare(section(tmp_path))
-    assert not catalogue.is_ready(section(tmp_path))
+    assert not registry.is_ready(section(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,9 @@ def test_changed_pictures_are_noticed_and_absent_ones_are_not_needed(tmp_path):
     Image.fromarray(pixels(77)).save(picture)
     os.utime(picture, ns=(1, 1))
     with pytest.raises(DataError, match="have changed since they were prepared; delete"):
-        catalogue.dataset_info(data)
+        registry.dataset_info(data)
     shutil.rmtree(tmp_path / "pictures")
-    assert catalogue.dataset_info(data).num_train == 6
+    assert registry.dataset_info(data).num_train == 6
 
 
 def test_damage_is_noticed(tmp_path):
@@ -206,30 +207,30 @@ def test_damage_is_noticed(tmp_path):
     (shard,) = target.glob("*-train.array_record-*")
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train", decode=True)[0][:1]
+        registry.load(data, "train", decode=True)[0][:1]
     (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
     with pytest.raises(DataError, match="is damaged"):
-        catalogue.load(data, "train")
+        registry.load(data, "train")
     (target / "labels_train.npy").unlink()
     with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train")
+        registry.load(data, "train")
     (target / INFO).write_text(json.dumps({"size": 12}))
     with pytest.raises(DataError, match="is damaged"):
-        catalogue.dataset_info(data)
+        registry.dataset_info(data)
 
 
 def test_a_missing_file_of_records_does_not_shift_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD", 3)
     write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
     data = section(tmp_path)
-    catalogue.make_ready(data, str)
+    registry.make_ready(data, str)
     first, *_ = sorted(pictures.prepared_folder(data).glob("*-train.array_record-*"))
     assert first.name.endswith("00000-of-00003")
     first.unlink()
     with pytest.raises(DataError, match="it has 6 records, not one for each label"):
         pictures.prepare_squares(data, str)
     with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train", decode=True)[0][:1]
+        registry.load(data, "train", decode=True)[0][:1]
 
 
 def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sync_jax.config import default_config
-from sync_jax.data import catalogue, loading, parts, placement
+from sync_jax.data import loading, parts, placement, registry
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import put_on_devices, take, training_batch
 from sync_jax.errors import InputError
@@ -30,7 +30,7 @@ def choose(monkeypatch, free, *, devices=1, **changes):
     config.data.update(changes)
     monkeypatch.setattr(placement, "free_memory", lambda mesh: free)
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return placement.choose(config.data, catalogue.dataset_info(config.data), mesh)
+    return placement.choose(config.data, registry.dataset_info(config.data), mesh)
 
 
 def test_auto_takes_the_device_where_half_of_it_will_do(monkeypatch):
@@ -108,9 +108,9 @@ def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
 ):
     section = default_config().data
     section.data_dir, section.calibration_size = str(tiny.prepare(tmp_path)), 40
-    images, labels = catalogue.load(section, "train")
+    images, labels = registry.load(section, "train")
     whole = images.copy()
-    monkeypatch.setattr(catalogue, "load", lambda *_, **__: (images, labels))
+    monkeypatch.setattr(registry, "load", lambda *_, **__: (images, labels))
     monkeypatch.setattr(parts, "_ROWS", moved)
     train, calibration = parts.load_train_and_calibration(section)
     for part in (train, calibration):

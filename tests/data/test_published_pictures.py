@@ -12,11 +12,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sync_jax.config import default_config
-from sync_jax.data import catalogue, food101, imagenet100, listing, pictures, records
+from sync_jax.data import registry
+from sync_jax.data.datasets import food101, imagenet100
 from sync_jax.data.images import square
-from sync_jax.data.listing import Picture, tar_members
 from sync_jax.data.parts import load_test, load_train_and_calibration
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare import archives, pictures, records
+from sync_jax.data.prepare.archives import Picture, tar_members
+from sync_jax.data.prepare.download import DataError
 from tests.data.pictures import pixels
 
 WNIDS = imagenet100.class_names()
@@ -59,7 +61,7 @@ def section(name, folder, **changes):
 
 def prepare(data):
     lines = []
-    catalogue.make_ready(data, lines.append)
+    registry.make_ready(data, lines.append)
     pictures.prepare_squares(data, str)
     return lines
 
@@ -67,7 +69,7 @@ def prepare(data):
 def assert_holds(data, split, expected):
     """Every pixel and label, by both ways of reading; expected: (encoded, label) in order."""
     for decode in (False, True):
-        images, labels = catalogue.load(data, split, decode=decode)
+        images, labels = registry.load(data, split, decode=decode)
         np.testing.assert_array_equal(labels, [label for _, label in expected])
         assert labels.dtype == np.int32
         np.testing.assert_array_equal(images[:], [decoded(encoded) for encoded, _ in expected])
@@ -147,7 +149,7 @@ def test_imagenet_comes_back_from_every_layout_in_the_same_order(tmp_path, image
     ]
     assert_holds(data, "train", imagenet[0]["train"])
     assert_holds(data, "test", imagenet[0]["test"])
-    info = catalogue.dataset_info(data)
+    info = registry.dataset_info(data)
     assert (info.num_train, info.num_test, info.class_names) == (200, 100, WNIDS)
     assert info.mean == (0.485, 0.456, 0.406)
     assert not list((tmp_path / "data").glob("incomplete*"))
@@ -156,9 +158,7 @@ def test_imagenet_comes_back_from_every_layout_in_the_same_order(tmp_path, image
     for part in parts:
         np.testing.assert_array_equal(
             part.images[3:5],
-            catalogue.load(data, "test" if len(part.labels) == 100 else "train")[0][
-                part.index[3:5]
-            ],
+            registry.load(data, "test" if len(part.labels) == 100 else "train")[0][part.index[3:5]],
         )
 
 
@@ -240,7 +240,7 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
     prepare(data)
     assert_holds(data, "train", expected["train"])
     assert_holds(data, "test", expected["test"])
-    assert catalogue.dataset_info(data).class_names == CARS
+    assert registry.dataset_info(data).class_names == CARS
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_food_comes_back_from_every_form(tmp_path, form):
     prepare(data)
     assert_holds(data, "train", expected["train"])
     assert_holds(data, "test", expected["test"])
-    assert catalogue.dataset_info(data).class_names == DISHES
+    assert registry.dataset_info(data).class_names == DISHES
     assert not list((tmp_path / "data").glob("incomplete*"))  # the decompressed archive too
 
 
@@ -407,18 +407,18 @@ def test_without_data_one_message_says_what_and_how(tmp_path):
     ):
         data = section(name, tmp_path, source="")
         with pytest.raises(DataError, match=words) as caught:
-            catalogue.make_ready(data, str)
+            registry.make_ready(data, str)
         text = str(caught.value)
         assert f"--config=configs/{name}.py --mode=prepare --config.data.data_dir=" in text
         assert "--config.data.source=FOLDER" in text
         assert "\n" not in text
         data.source = str(tmp_path / "nowhere")
         with pytest.raises(DataError, match="nowhere' does not exist; it must hold"):
-            catalogue.make_ready(data, str)
+            registry.make_ready(data, str)
         (tmp_path / "empty").mkdir(exist_ok=True)
         data.source = str(tmp_path / "empty")
         with pytest.raises(DataError, match=r"empty (does not hold|has no) "):
-            catalogue.make_ready(data, str)
+            registry.make_ready(data, str)
     assert not (tmp_path / "data").exists()
 
 
@@ -434,7 +434,7 @@ def test_bad_pictures_are_listed_by_name_and_left_out(tmp_path):
     listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
     assert listed.startswith("baby_back_ribs/1000014.jpg: ")
     assert_holds(data, "train", [x for i, x in enumerate(expected["train"]) if i != 7])
-    assert catalogue.dataset_info(data).num_train == 9
+    assert registry.dataset_info(data).num_train == 9
 
 
 def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -453,7 +453,7 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
                 raise Stopped
         return read(self)
 
-    monkeypatch.setattr(listing.Picture, "read", read_some)
+    monkeypatch.setattr(archives.Picture, "read", read_some)
     with pytest.raises(Stopped):
         prepare(data)
     assert not pictures.is_prepared(data)
@@ -472,11 +472,11 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("sync_jax.data.squares._AT_ONCE", 4)
+    monkeypatch.setattr("sync_jax.data.prepare.squares._AT_ONCE", 4)
     members, expected = food_members()
     write_food(tmp_path / "source", members, "tar")
     data = section("food101", tmp_path)
-    catalogue.make_ready(data, str)
+    registry.make_ready(data, str)
     asked, get = [], records.Records.__getitem__
 
     def get_some(self, position):
@@ -490,7 +490,7 @@ def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         pictures.prepare_squares(data, str)
     with pytest.raises(DataError, match=r"there is no .*train\.npy; --mode=prepare makes it"):
-        catalogue.load(data, "train")
+        registry.load(data, "train")
     asked.clear()
     limit = 0
     pictures.prepare_squares(data, str)
@@ -507,7 +507,7 @@ def test_the_middle_of_a_larger_square(tmp_path):
     data = section("food101", tmp_path, image_size=6, short_side=12, stored_size=10)
     prepare(data)
     for decode in (False, True):
-        images, _ = catalogue.load(data, "test", decode=decode)
+        images, _ = registry.load(data, "test", decode=decode)
         assert images.shape == (6, 6, 6, 3)
         np.testing.assert_array_equal(
             images[:], [decoded(encoded)[3:9, 3:9] for encoded, _ in expected["test"]]

@@ -30,8 +30,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.listing import Listing, Picture
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.download import DataError
 from sync_jax.runtime.console import printable
 
 INFO = "sync_jax.json"

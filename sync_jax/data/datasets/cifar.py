@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sync_jax.data.archives import Archives, PublishedFile
-from sync_jax.data.arrays import ArrayBuilder, Arrays
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.arrays import ArrayBuilder, Arrays
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.published import Archives, PublishedFile
 
 CIFAR10_CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.download import DataError
 from sync_jax.runtime.memory import aligned_empty
 
 _READ_BATCH = 4096  # records read at once

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.data import food101, image_folder, imagenet100, stanford_cars
+from sync_jax.data.datasets import food101, image_folder, imagenet100, stanford_cars
 from sync_jax.data.images import Layout
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.listing import Listing
-from sync_jax.data.preparing import build, disk_errors, exclusive, expand, remove_leftovers
-from sync_jax.data.records import (
+from sync_jax.data.prepare.archives import Listing
+from sync_jax.data.prepare.download import DataError, incomplete_prefix
+from sync_jax.data.prepare.records import (
     INFO,
     DecodedPictures,
     PictureBuilder,
@@ -30,8 +30,8 @@ from sync_jax.data.records import (
     check_disk,
     read_info,
 )
-from sync_jax.data.sources import DataError, incomplete_prefix
-from sync_jax.data.squares import Squares, make_squares, open_squares
+from sync_jax.data.prepare.squares import Squares, make_squares, open_squares
+from sync_jax.data.prepare.staging import build, disk_errors, exclusive, expand, remove_leftovers
 from sync_jax.runtime.console import say
 
 FOLDER = image_folder.NAME

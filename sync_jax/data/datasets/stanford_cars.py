@@ -9,9 +9,9 @@ from pathlib import Path
 import scipy.io
 import tensorflow_datasets as tfds
 
-from sync_jax.data.listing import Listing, Picture
-from sync_jax.data.records import PictureBuilder
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import PictureBuilder
 
 NUM_CLASSES, NUM_TRAIN, NUM_TEST = 196, 8_144, 8_041
 NEEDED = (

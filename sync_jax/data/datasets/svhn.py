@@ -10,9 +10,9 @@ import numpy as np
 import scipy.io
 import tensorflow_datasets as tfds
 
-from sync_jax.data.archives import Archives, PublishedFile
-from sync_jax.data.arrays import ArrayBuilder, Arrays
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.arrays import ArrayBuilder, Arrays
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.published import Archives, PublishedFile
 
 CLASS_NAMES = tuple("0123456789")
 IMAGE_SHAPE = (32, 32, 3)

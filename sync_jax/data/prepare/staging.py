@@ -12,8 +12,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from sync_jax.data.records import flush
-from sync_jax.data.sources import DataError, incomplete_prefix
+from sync_jax.data.prepare.download import DataError, incomplete_prefix
+from sync_jax.data.prepare.records import flush
 
 
 def expand(path: str | os.PathLike) -> Path:

@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sync_jax.data.images import SUFFIXES
-from sync_jax.data.listing import Listing, Picture, is_picture
-from sync_jax.data.records import PictureBuilder
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.archives import Listing, Picture, is_picture
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import PictureBuilder
 from sync_jax.data.splits import stratified_split
 
 NAME = "image_folder"

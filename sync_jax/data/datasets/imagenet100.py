@@ -11,9 +11,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from sync_jax.data.listing import Listing, Picture, is_picture, tar_members
-from sync_jax.data.records import PictureBuilder
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.archives import Listing, Picture, is_picture, tar_members
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import PictureBuilder
 
 NUM_TRAIN, NUM_TEST = 126_689, 5_000
 NEEDED = (
@@ -27,7 +27,8 @@ _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 def class_names() -> tuple[str, ...]:
     """The classes' WordNet ids; a label is a position here."""
-    text = importlib.resources.files("sync_jax.data").joinpath("imagenet100.txt").read_text()
+    data = importlib.resources.files("sync_jax.data.datasets")
+    text = data.joinpath("imagenet100.txt").read_text()
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sync_jax.data.images import Layout, centre
-from sync_jax.data.records import DecodedPictures, Records, check_disk, flush, progress_bar
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import DecodedPictures, Records, check_disk, flush, progress_bar
 
 _AT_ONCE = 512  # pictures between two notes of how far it is
 _HEADER = 128  # bytes of an .npy file's header, or more

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.data import cifar, fashion_mnist, pictures, svhn
-from sync_jax.data.archives import Archives
-from sync_jax.data.arrays import ArrayBuilder, read_arrays
+from sync_jax.data.datasets import cifar, fashion_mnist, svhn
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.preparing import build, exclusive, expand, remove_leftovers
-from sync_jax.data.records import DecodedPictures, check_disk
-from sync_jax.data.sources import DataError, Upstream
-from sync_jax.data.squares import Squares
+from sync_jax.data.prepare import pictures
+from sync_jax.data.prepare.arrays import ArrayBuilder, read_arrays
+from sync_jax.data.prepare.download import DataError, Upstream
+from sync_jax.data.prepare.published import Archives
+from sync_jax.data.prepare.records import DecodedPictures, check_disk
+from sync_jax.data.prepare.squares import Squares
+from sync_jax.data.prepare.staging import build, exclusive, expand, remove_leftovers
 from sync_jax.runtime.console import say
 
 DATASETS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from sync_jax.data.arrays import ArrayBuilder, Arrays
-from sync_jax.data.sources import IdxFile, Upstream, read_idx
+from sync_jax.data.prepare.arrays import ArrayBuilder, Arrays
+from sync_jax.data.prepare.download import IdxFile, Upstream, read_idx
 
 CLASS_NAMES = (
     "T-shirt/top",

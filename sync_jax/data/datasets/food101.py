@@ -12,10 +12,10 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from sync_jax.data.listing import Listing, Member, Picture, tar_members
-from sync_jax.data.preparing import exclusive
-from sync_jax.data.records import PictureBuilder, check_disk, progress_bar
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.archives import Listing, Member, Picture, tar_members
+from sync_jax.data.prepare.download import DataError
+from sync_jax.data.prepare.records import PictureBuilder, check_disk, progress_bar
+from sync_jax.data.prepare.staging import exclusive
 
 NUM_CLASSES, NUM_TRAIN, NUM_TEST = 101, 75_750, 25_250
 NEEDED = "food-101.tar.gz or food-101.tar, or the folder food-101/ with images/ and meta/"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sync_jax.data.images import SUFFIXES
-from sync_jax.data.sources import DataError
+from sync_jax.data.prepare.download import DataError
 
 
 class Picture(NamedTuple):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sync_jax.data.sources import DataError, incomplete_prefix, read_url
+from sync_jax.data.prepare.download import DataError, incomplete_prefix, read_url
 
 _CHUNK = 1 << 20
 
