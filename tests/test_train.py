@@ -19,11 +19,11 @@ from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluation.record import Predictions
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
-from sync_jax.runtime import sharding
-from sync_jax.runtime import signals as process
+from sync_jax.runtime import sharding, signals
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.progress import Progress
+from sync_jax.runtime.workdir import owned
 from sync_jax.steps import TrainState
 from sync_jax.trainer import Metrics, Run
 from tests import tiny
@@ -305,12 +305,12 @@ def test_sigterm_saves_and_the_run_ends_with_the_same_bits(data_dir, tmp_path, m
 
 def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
     with (
-        process.exclusive(tmp_path),
+        owned(tmp_path, Processes()),
         pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .*name another"),
     ):
         train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
-    with process.exclusive(tmp_path):  # free again
+    with owned(tmp_path, Processes()):  # free again
         pass
 
 
@@ -338,7 +338,7 @@ def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
 
     @contextlib.contextmanager
     def watchdog(seconds):
-        with process.watchdog(seconds) as happened:
+        with signals.watchdog(seconds) as happened:
             yield lambda: (heard.append(1), happened())
 
     step, shown = Progress.step, ""
