@@ -1,6 +1,5 @@
 """The default config, the one place where every field is named and explained, and its checks."""
 
-import difflib
 import json
 import math
 import os
@@ -11,11 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sync_jax.data import registry
-from sync_jax.data.images import Layout
-from sync_jax.data.parts import calibration_size
-from sync_jax.data.prepare import pictures
-from sync_jax.errors import InputError
+from sync_jax.errors import InputError, suggestion
 from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
@@ -50,7 +45,7 @@ def default_config() -> ConfigDict:
     config.target_coverage = 0.8
 
     config.data = ConfigDict()
-    config.data.name = "fashion_mnist"  # a name in data.registry.NAMES
+    config.data.name = "fashion_mnist"  # a name in data.registry.DATASETS, or tfds:NAME
     config.data.data_dir = os.path.join("~", ".cache", "sync_jax")  # prepared datasets
     config.data.source = ""  # a folder with the upstream files; empty: look for them
     config.data.folder = ""  # image_folder: the pictures, as folder/class/picture
@@ -62,7 +57,7 @@ def default_config() -> ConfigDict:
     config.data.short_side = 0
     config.data.stored_size = 0
     # Training images in the "device"'s memory, as squares on the "disk" and read for each batch, or
-    # decoded for each batch on the "host"; "auto": device where they fit, else host.
+    # decoded for each batch on the "host"; "auto": device where they fit, else disk, else host.
     config.data.placement = "auto"
     config.data.workers = 0  # host: processes that decode; 0: threads of this one
     config.data.calibration_size = 6000  # held out of the official training split; 0: a tenth
@@ -197,7 +192,6 @@ def validate(config: ConfigDict) -> None:
     for field in PATHS:
         check_path(f"config.{field}", _get(config, field))
     _choice(config, "method", METHODS)
-    _choice(config, "data.name", registry.NAMES)
     _choice(config, "data.placement", ("auto", "device", "disk", "host"))
     _choice(config, "model.name", BACKBONES)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
@@ -221,12 +215,6 @@ def validate(config: ConfigDict) -> None:
     if not config.data.data_dir:
         raise InputError(
             "config.data.data_dir is empty; it must name the folder of prepared datasets"
-        )
-    layout = Layout.of(config.data)
-    if not layout.size <= layout.stored <= layout.short_side:
-        raise InputError(
-            f"config.data.image_size={layout.size}, stored_size={layout.stored} and "
-            f"short_side={layout.short_side} must not decrease in this order"
         )
     # The field's networks have 64 and 4,096; sixteen times as many would not fit into any device.
     _integer(config, "model.width", low=0, high=1024)
@@ -258,11 +246,6 @@ def validate(config: ConfigDict) -> None:
     _range("in (0, 1]", lambda x: 0 < x <= 1)(config, "data.min_crop_area")
     for field in ("jitter", "sharpen", "grey", "perspective", "posterise"):
         fraction(config, f"data.{field}")
-    if config.data.name == pictures.FOLDER and not config.data.folder:
-        raise InputError(
-            "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one folder "
-            "of pictures per class"
-        )
     _range("in [0, 180]", lambda x: 0 <= x <= 180)(config, "data.rotation")
     fraction(config, "loss.alpha")
     fraction(config, "optimizer.momentum")
@@ -301,7 +284,6 @@ def validate(config: ConfigDict) -> None:
                 f"config.{field}={epochs:g} must be less than "
                 f"config.train.epochs={config.train.epochs:g}"
             )
-    check_sizes(config)
 
 
 def check_path(name: str, value: str) -> None:
@@ -315,44 +297,6 @@ def check_path(name: str, value: str) -> None:
             f"{name}={value} must be a path: locks, renames and appended lines need a file system; "
             "mount the bucket, as launch/tpu.sh does by itself (see launch/README.md), and name "
             "the path below the mount"
-        )
-
-
-def check_sizes(config: ConfigDict) -> None:
-    """Checks what depends on how large the dataset is.
-
-    Of a folder of pictures that is not prepared, what the files' names tell.
-
-    Raises:
-        InputError: naming the field, the value and what would do.
-    """
-    info = registry.dataset_info(config.data)
-    if info is None:
-        info = pictures.listed_info(config.data)
-    if info is None:
-        return
-    if config.method == "deep_gamblers" and config.loss.payoff > info.num_classes:
-        raise InputError(
-            f"config.loss.payoff={config.loss.payoff:g} must be at most the {info.num_classes} "
-            "classes"
-        )
-    held_out = calibration_size(config.data, info.num_train)
-    train_size = info.num_train - held_out
-    if train_size < info.num_classes or held_out < info.num_classes:
-        raise InputError(
-            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
-            f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
-            f"one of each, so use {info.num_classes} to {info.num_train - info.num_classes}"
-        )
-    if config.train.batch_size > train_size:
-        raise InputError(
-            f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
-            f"training examples"
-        )
-    if config.train.epochs * train_size >= 2**31:  # data.resident counts positions in 32 bits
-        raise InputError(
-            f"config.train.epochs={config.train.epochs:g} must be less than "
-            f"{2**31 / train_size:.0f} with {train_size} training examples"
         )
 
 
@@ -409,12 +353,6 @@ def unknown_field(path: str) -> str | None:
     if isinstance(node, ConfigDict):
         return f"{path} is no value; choose from its fields {', '.join(node)}"
     return None
-
-
-def suggestion(word: str, choices: Collection[str]) -> str:
-    """' (did you mean x?)' when one of the choices is close, else ''."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

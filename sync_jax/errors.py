@@ -1,5 +1,8 @@
 """What can end a run without being a fault of the program."""
 
+import difflib
+from collections.abc import Collection
+
 
 class InputError(Exception):
     """A config, file or environment that cannot be used.
@@ -23,3 +26,9 @@ class NonFiniteError(FailedError):
 
 class TerminatedError(Exception):
     """The run was asked to stop by SIGTERM, and has saved its state; exit status 75."""
+
+
+def suggestion(word: str, choices: Collection[str]) -> str:
+    """' (did you mean x?)' when one of the choices is close, else ''."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

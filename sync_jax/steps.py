@@ -52,7 +52,7 @@ def create_train_state(
     *,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     create_memory: Callable[[optax.Params], Any] = lambda params: {},
 ) -> TrainState:
     """A state before the first step.

@@ -16,8 +16,10 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax.config import to_json
+from sync_jax.data import registry
+from sync_jax.data.info import Dataset
 from sync_jax.data.loading import load_data
-from sync_jax.data.parts import Part, load_test
+from sync_jax.data.splits import Part, load_test
 from sync_jax.errors import NonFiniteError, TerminatedError
 from sync_jax.evaluation.record import Predictions, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
@@ -64,10 +66,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
-    mesh = sharding.make_mesh()
-    placement, train_part, calibration_part = load_data(config, mesh, workdir, processes)
+    mesh, dataset = sharding.make_mesh(), registry.dataset(config.data)
+    placement, train_part, calibration_part = load_data(config, dataset, mesh, workdir, processes)
     with watchdog(config.process.watchdog_seconds) as alive:
-        run = Run(config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive)
+        run = Run(
+            config, mesh, train_size=len(train_part.labels), placement=placement, alive=alive,
+            info=dataset.info(),
+        )  # fmt: skip
         processes.together("the check of the memory", run.check)
         with (
             terminated() as stopping,
@@ -91,8 +96,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                 processes=processes,
             )
             job = Job(
-                run, train_part, calibration_part, workdir, processes, checkpoints, bad_steps,
-                stopping,
+                run, dataset, train_part, calibration_part, workdir, processes, checkpoints,
+                bad_steps, stopping,
             )  # fmt: skip
             processes.print(run.describe(len(calibration_part.labels)))
             processes.print(placement.reason)
@@ -113,6 +118,7 @@ class Job:
 
     Attributes:
         run: what the config builds.
+        dataset: of the config.
         train_part: what is trained on.
         calibration_part: what is held out.
         workdir: the run's folder.
@@ -123,6 +129,7 @@ class Job:
     """
 
     run: Run
+    dataset: Dataset
     train_part: Part
     calibration_part: Part
     workdir: Path
@@ -301,7 +308,7 @@ def finish(job: Job, fitted: Fitted) -> None:
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
         "reading the test split",
-        lambda: load_test(run.config.data, decode=run.placement.decoded),
+        lambda: load_test(job.dataset, decode=run.placement.decoded),
     )
     run.alive()
     test = run.predict(state, test_part)

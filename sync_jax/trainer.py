@@ -17,10 +17,8 @@ from ml_collections import ConfigDict
 
 from sync_jax.data import host, registry
 from sync_jax.data.augmentation import augment, normalise
-from sync_jax.data.parts import Part
+from sync_jax.data.info import DatasetInfo
 from sync_jax.data.placement import Placement, free_memory
-from sync_jax.data.prepare import pictures
-from sync_jax.data.prepare.squares import Squares
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
     ResidentSplit,
@@ -30,6 +28,7 @@ from sync_jax.data.resident import (
     put_on_devices,
     training_batch,
 )
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.record import Predictions, predict, summary
 from sync_jax.losses import Terms
@@ -88,6 +87,7 @@ class Run:
         train_size: int,
         placement: Placement | None = None,
         alive: Callable[[], None] = lambda: None,
+        info: DatasetInfo | None = None,
     ):
         """Builds them; nothing is compiled yet.
 
@@ -97,6 +97,7 @@ class Run:
             train_size: number of training examples.
             placement: of their images.
             alive: called whenever a step or a batch of predictions is done; the attribute.
+            info: of the dataset; None: of the config's.
 
         Raises:
             InputError: the dataset is not prepared.
@@ -104,14 +105,14 @@ class Run:
         self.config = config
         self.mesh = mesh
         self.placement = placement = placement or Placement()
-        info = registry.dataset_info(config.data)
+        info = info or registry.dataset(config.data).info()
         if info is None:
             raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
         self.info = info
         self.train_size = train_size
         self.steps_per_epoch = train_size / config.train.batch_size
         self.total_steps = self.steps_of(config.train.epochs)
-        self.size = info.image_shape[0] if config.data.name in pictures.NAMES else None
+        self.size = info.image_shape[0] if len(info.image_shape) == 3 else None
         self.steps_per_dispatch = config.train.steps_per_dispatch or (
             _STEPS_PER_DISPATCH
             if placement.on_device and mesh.devices.flat[0].platform != "cpu"
@@ -129,7 +130,7 @@ class Run:
         )
         self.optimizer = make_optimizer(config.optimizer, schedule)
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-        normal = functools.partial(normalise, mean=self.info.mean, std=self.info.std)
+        normal = functools.partial(normalise, mean=info.mean, std=info.std, scale=info.scale)
         self.augmentation = Augmentation.of(config.data)
         warmup_epochs = config.loss.warmup_epochs
         if warmup_epochs < 0:
@@ -294,7 +295,7 @@ class Run:
 
     def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
         """What each step from `start` on takes: the resident split, or the host's batches."""
-        images = part.images.uncut() if isinstance(part.images, Squares) else part.images
+        images = part.images if isinstance(part.images, np.ndarray) else part.images.uncut()
         if self.placement.on_device:
             split = put_on_devices(images, part.labels, self.mesh, sharded=self.placement.sharded)
             yield from itertools.repeat(split)
@@ -307,7 +308,6 @@ class Run:
             epoch_constants(self.config.seed, -(-self.total_steps * batch_size // size)),
             self.config.seed,
             self.augmentation.min_crop_area if decoded else 1.0,
-            self.info.image_shape[0],
         )
         for batch in host.batches(
             examples,

@@ -10,10 +10,8 @@ import pytest
 
 from sync_jax.config import validate
 from sync_jax.data import registry
-from sync_jax.data.images import Layout
-from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement
-from sync_jax.data.prepare import pictures
+from sync_jax.data.splits import Part
 from sync_jax.runtime import sharding
 from sync_jax.train import Run
 from tests.data.pictures import write_pictures
@@ -31,9 +29,8 @@ def begun(config, placement):
     config.model.width = 8
     validate(config)
     run = Run(config, sharding.make_mesh(jax.devices()[:1]), train_size=24, placement=placement)
-    height, width, channels = run.info.image_shape
-    if config.data.name in pictures.NAMES and placement.on_device:
-        height = width = Layout.of(config.data).stored
+    info = run.info
+    height, width, channels = info.stored_shape if placement.on_device else info.image_shape
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, height, width, channels), np.uint8)
     labels = (np.arange(24) % run.info.num_classes).astype(np.int32)
@@ -58,7 +55,7 @@ def config_of(path, tmp_path):
     if config.data.name == "image_folder":
         config.data.folder = str(tmp_path / "p")
         write_pictures(tmp_path / "p", {"train": 15, "test": 3})
-        registry.make_ready(config.data, log=str)
+        registry.dataset(config.data).prepare(str)
     if config.data.image_size == 224:  # the same network and augmentation, a tenth of the time
         config.data.image_size, config.data.short_side = 56, 64
     return config

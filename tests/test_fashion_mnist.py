@@ -25,7 +25,7 @@ def test_short_training(tmp_path):
     """
     method = "deep_gamblers"
     try:
-        registry.make_ready(get_config().data, print)
+        registry.dataset(get_config().data).prepare(print)
     except InputError as error:
         pytest.skip(f"Fashion-MNIST cannot be had: {error}")
     changes = {

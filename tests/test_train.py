@@ -14,6 +14,7 @@ import pytest
 from sync_jax import train
 from sync_jax import trainer as run_lib
 from sync_jax.data import registry
+from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluation.record import Predictions
@@ -106,13 +107,13 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 
 def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
     reads = []
-    load_split = registry.load_split
+    load = FashionMnist.load
 
-    def recorded(name, split, *, data_dir):
+    def recorded(self, split, *, decode):
         reads.append((split, (tmp_path / "predictions_calibration.npz").exists()))
-        return load_split(name, split, data_dir=data_dir)
+        return load(self, split, decode=decode)
 
-    monkeypatch.setattr(registry, "load_split", recorded)
+    monkeypatch.setattr(FashionMnist, "load", recorded)
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert reads == [("train", False), ("test", True)]
 
@@ -393,7 +394,7 @@ def test_what_the_host_has_cropped_is_not_cropped_again(
     monkeypatch.setattr(run_lib, "augment", augment)
     config = tiny.config(data_dir, data__placement=placement, data__min_crop_area=0.5)
     mesh = sharding.make_mesh()
-    placed, part, _ = load_data(config, mesh, tmp_path, Processes())
+    placed, part, _ = load_data(config, registry.dataset(config.data), mesh, tmp_path, Processes())
     run = Run(config, mesh, train_size=len(part.labels), placement=placed)
     run.step(run.create_state(), next(run.feed(part, 0)))
     assert asked == [(0.5, np.uint8, {"size": None, "cropped": cropped})]

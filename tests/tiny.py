@@ -7,7 +7,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from sync_jax.data import registry
 from tests.data import idx_files
 
 NUM_TRAIN, NUM_TEST, NUM_CALIBRATION = 230, 70, 40
@@ -45,7 +44,7 @@ def prepare(folder: Path) -> Path:
     """Prepares the dataset as Fashion-MNIST; returns the data_dir."""
     upstream = idx_files.publish(folder / "files", contents())
     data_dir = folder / "data"
-    registry.prepare("fashion_mnist", data_dir=data_dir, source=folder / "files", upstream=upstream)
+    idx_files.dataset(data_dir, upstream, folder / "files").prepare()
     return data_dir
 
 

@@ -6,80 +6,127 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.config import check_sizes
-from sync_jax.data import registry
-from sync_jax.data.parts import Part, load_train_and_calibration
+from sync_jax.data.info import Dataset, DatasetInfo
 from sync_jax.data.placement import Placement, choose
-from sync_jax.data.prepare import pictures
+from sync_jax.data.splits import Part, calibration_size, load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
+from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 
+__all__ = ["check_sizes", "load_data", "load_test", "load_train_and_calibration", "prepare"]
 
-def prepare(config: ConfigDict) -> None:
-    """Obtains and prepares the config's dataset; once is enough.
+
+def prepare(config: ConfigDict, dataset: Dataset) -> None:
+    """Obtains and prepares a config's dataset; once is enough.
+
+    Of encoded pictures also the squares, where the config or this machine's memory wants them.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be had, or the config does not fit it.
     """
-    registry.make_ready(config.data)
-    if config.data.name in pictures.NAMES:
-        # Perhaps for another machine, with more memory.
-        if config.data.placement in ("device", "disk"):
-            pictures.prepare_squares(config.data)
-            return
-        placement = decide(config, sharding.make_mesh())
-        make_squares(config, placement)
-        print(placement.reason)
+    if (known := dataset.info()) is not None:
+        check_sizes(config, known)
+    dataset.prepare()
+    if _info(dataset).squares_bytes is None:
+        return
+    placement = decide(config, dataset, sharding.make_mesh())
+    if not placement.decoded:
+        dataset.load("train")
+    say(placement.reason)
 
 
 def load_data(
-    config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path, processes: Processes
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: jax.sharding.Mesh,
+    workdir: Path | None,
+    processes: Processes,
 ) -> tuple[Placement, Part, Part]:
-    """Where the training images are to be, and the training and the calibration part.
+    """Places the training images, and reads the training and the calibration part.
+
+    Args:
+        config: validated.
+        dataset: its dataset, prepared where that was not done.
+        mesh: the devices.
+        workdir: of the run, whose checkpoints say where its images were; None: it has none.
+        processes: that train together; all call it.
 
     Raises:
-        InputError: they cannot be had, or the config does not fit them.
+        InputError: the data cannot be had, or the config does not fit them.
     """
 
     def make_ready() -> None:
-        if not registry.is_ready(config.data):
-            registry.make_ready(config.data)
-        check_sizes(config)
+        if (known := dataset.info()) is not None:
+            check_sizes(config, known)
+        if not dataset.is_prepared():
+            dataset.prepare()
+            check_sizes(config, _info(dataset))
 
     processes.together("preparing the data", make_ready)
     # One for all: each would decide by its own free memory.
     decided = processes.from_first(
-        "where the images are to be", lambda: dataclasses.asdict(decide(config, mesh, workdir))
+        "where the images are to be",
+        lambda: dataclasses.asdict(decide(config, dataset, mesh, workdir)),
     )
     placement = Placement(**decided)
+    train, calibration = processes.together(
+        "reading the data",
+        lambda: load_train_and_calibration(dataset, config.data, decode=placement.decoded),
+    )
+    return placement, train, calibration
 
-    def load() -> tuple[Part, Part]:
-        make_squares(config, placement)
-        return load_train_and_calibration(config.data, decode=placement.decoded)
 
-    return placement, *processes.together("reading the data", load)
-
-
-def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Placement:
-    """What `data.placement` says; a run that goes on stays where it was.
+def decide(
+    config: ConfigDict, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path | None = None
+) -> Placement:
+    """Places the training images as `data.placement` says; a run that goes on keeps its place.
 
     Raises:
         InputError: there is no room.
     """
-    info = registry.dataset_info(config.data)
-    if info is None:
-        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
     section = config.data.copy_and_resolve_references()
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
         # Its crops would be others elsewhere, and free memory changes.
         section.placement = notes.get("placement", "auto")  # earlier versions noted otherwise
-    return choose(section, info, mesh)
+    return choose(section, _info(dataset), mesh)
 
 
-def make_squares(config: ConfigDict, placement: Placement) -> None:
-    """Makes the squares that are to be used, of pictures that are kept encoded."""
-    if not placement.decoded and config.data.name in pictures.NAMES:
-        pictures.prepare_squares(config.data)
+def check_sizes(config: ConfigDict, info: DatasetInfo) -> None:
+    """Checks what depends on how large the dataset is.
+
+    Raises:
+        InputError: naming the field, the value and what would do.
+    """
+    if config.method == "deep_gamblers" and config.loss.payoff > info.num_classes:
+        raise InputError(
+            f"config.loss.payoff={config.loss.payoff:g} must be at most the {info.num_classes} "
+            "classes"
+        )
+    held_out = calibration_size(config.data, info.num_train)
+    train_size = info.num_train - held_out
+    if train_size < info.num_classes or held_out < info.num_classes:
+        raise InputError(
+            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "
+            f"{info.num_train} training examples of {info.num_classes} classes; both parts need "
+            f"one of each, so use {info.num_classes} to {info.num_train - info.num_classes}"
+        )
+    if config.train.batch_size > train_size:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} is more than the {train_size} "
+            f"training examples"
+        )
+    if config.train.epochs * train_size >= 2**31:  # data.resident counts positions in 32 bits
+        raise InputError(
+            f"config.train.epochs={config.train.epochs:g} must be less than "
+            f"{2**31 / train_size:.0f} with {train_size} training examples"
+        )
+
+
+def _info(dataset: Dataset) -> DatasetInfo:
+    info = dataset.info()
+    if info is None:
+        raise InputError("the dataset is not prepared; --mode=prepare does it")
+    return info

@@ -12,7 +12,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax import guarantees, metrics
-from sync_jax.data.parts import Part
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.runtime.files import write_atomically
 from sync_jax.scores import SCORES, available
