@@ -24,7 +24,7 @@ from benchmarks import made_up
 from benchmarks.step import describe_machine
 from sync_jax import train
 from sync_jax.config import validate
-from sync_jax.data import catalogue
+from sync_jax.data.datasets.cifar import Cifar10
 from sync_jax.evaluation.report import read_report
 from sync_jax.runtime import compilation_cache
 from sync_jax.runtime.memory import keep_freed_memory
@@ -35,11 +35,10 @@ TRAIN, HELD_OUT, TEST = 60_000, 5_000, 10_000
 
 
 def make_up(folder: Path, share: float) -> None:
-    """Prepares images in CIFAR-10's form, and says so in the catalogue."""
-    info = catalogue.DATASETS["cifar10"]
+    """Prepares images in CIFAR-10's form, and says so in its description."""
+    info = Cifar10.INFO
     train_size, test = round((TRAIN + HELD_OUT) * share), round(TEST * share)
-    changed = dataclasses.replace(info, num_train=train_size, num_test=test)
-    catalogue.DATASETS["cifar10"] = changed
+    Cifar10.INFO = dataclasses.replace(info, num_train=train_size, num_test=test)
     made_up.prepare("cifar10", folder, train=train_size, test=test)
 
 
@@ -126,7 +125,7 @@ def main() -> None:
         folder = Path(temporary)
         compilation_cache.use(str(folder / "cache"))
         data_dir = Path(arguments.data_dir).expanduser() if arguments.data_dir else folder / "data"
-        made = not catalogue.is_prepared("cifar10", data_dir=data_dir)
+        made = not made_up.dataset("cifar10", data_dir).is_prepared()
         if made:
             make_up(data_dir, 0.01 if arguments.quick else 1.0)
         results = {}

@@ -25,11 +25,11 @@ from PIL import Image
 
 from benchmarks.step import describe_machine
 from configs import imagenet100
-from sync_jax.data import catalogue, host, pictures
-from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data import host, registry
 from sync_jax.data.random_crop import random_crop
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import epoch_constants
+from sync_jax.data.splits import load_train_and_calibration
 from sync_jax.runtime.memory import keep_freed_memory
 
 BATCH, SIZE = 64, 224
@@ -85,14 +85,14 @@ def main() -> None:
         data = config.data
         data.name, data.folder = "image_folder", str(folder / "pictures")
         data.data_dir, data.calibration_size = str(folder / "prepared"), BATCH
-        catalogue.make_ready(data, lambda *_: None)
-        part, _ = load_train_and_calibration(data, decode=True)
-        pictures.prepare_squares(data, lambda *_: None)
-        squares, _ = load_train_and_calibration(data)
+        dataset = registry.dataset(data)
+        dataset.prepare(str)
+        part, _ = load_train_and_calibration(dataset, data, decode=True)
+        squares, _ = load_train_and_calibration(dataset, data)
         area, size = Augmentation.of(data).min_crop_area, data.image_size
         constants = epoch_constants(0, 2)
-        examples = host.Examples(part.images, part.labels, constants, 0, area, size)
-        read = host.Examples(squares.images.uncut(), squares.labels, constants, 0, 1.0, size)
+        examples = host.Examples(part.images, part.labels, constants, 0, area)
+        read = host.Examples(squares.images.uncut(), squares.labels, constants, 0, 1.0)
         encoded = [part.images.records[int(row)] for row in part.images.rows]
         decoded = [bare(x) for x in encoded[:BATCH]]
         steps = len(encoded) // BATCH
@@ -122,7 +122,7 @@ def main() -> None:
                 ),
                 "random resized crops": (
                     BATCH,
-                    lambda: [random_crop(rng, x, area, size) for x in decoded],
+                    lambda: [random_crop(rng, x, area, size, size) for x in decoded],
                 ),
                 "one example": (BATCH, lambda: [examples(i) for i in range(BATCH)]),
             }

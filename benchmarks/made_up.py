@@ -11,20 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from sync_jax.data import catalogue
-from sync_jax.data.arrays import ArrayBuilder, Arrays
-from sync_jax.data.preparing import build
-
-_BUILDERS: dict[str, type[ArrayBuilder]] = {
-    "fashion_mnist": catalogue.fashion_mnist.FashionMnist,
-    "cifar10": catalogue.cifar.Cifar10,
-    "cifar100": catalogue.cifar.Cifar100,
-}
+from sync_jax.config import default_config
+from sync_jax.data import registry
+from sync_jax.data.info import DatasetInfo
+from sync_jax.data.prepare.arrays import ArrayDataset
 
 
-def images_and_labels(name: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def dataset(name: str, folder: Path) -> ArrayDataset:
+    """One of the datasets of small images, in a folder."""
+    section = default_config().data
+    section.name, section.data_dir = name, str(folder)
+    made = registry.dataset(section)
+    assert isinstance(made, ArrayDataset)
+    return made
+
+
+def images_and_labels(info: DatasetInfo, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images `[count, height, width, channels]` uint8 and labels `[count]` of a dataset's form."""
-    info = catalogue.DATASETS[name]
     height, width, channels = info.image_shape
     patterns = np.random.default_rng(0).normal(size=(info.num_classes, 7, 7, channels))
     patterns = np.kron(patterns, np.ones((1, 8, 8, 1))).astype(np.float32)  # larger than an image
@@ -54,26 +57,16 @@ def prepare(name: str, folder: Path, *, train: int = 0, test: int = 0) -> None:
         name: 'fashion_mnist', 'cifar10' or 'cifar100'.
         folder: to be the config's data.data_dir.
         train: training images; 0: as many as the dataset has. Others than that fit only where
-            `catalogue.DATASETS` says so too.
+            the dataset's `INFO` says so too.
         test: test images, likewise.
     """
-    info, base = catalogue.DATASETS[name], _BUILDERS[name]
-
-    def arrays(self: ArrayBuilder, folder: Path) -> Arrays:
-        return {
-            "train": images_and_labels(name, train or info.num_train, 1),
-            "test": images_and_labels(name, test or info.num_test, 2),
-        }
-
-    # Of the same name, which is the folder's.
-    made_up = type(base.__name__, (base,), {"_arrays": arrays}, skip_registration=True)
+    made = dataset(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    build(
-        name,
-        lambda staging: made_up(data_dir=staging),
-        catalogue.prepared_folder(name, data_dir=folder),
-        root=folder,
-        manual_dir=folder,
+    made.write(
+        {
+            "train": images_and_labels(made.INFO, train or made.INFO.num_train, 1),
+            "test": images_and_labels(made.INFO, test or made.INFO.num_test, 2),
+        }
     )
 
 

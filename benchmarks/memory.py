@@ -42,8 +42,8 @@ def child(network: str, batch: int, width: int, examples: int) -> None:
     import itertools
 
     from sync_jax.config import default_config
-    from sync_jax.data.parts import Part
     from sync_jax.data.placement import Placement
+    from sync_jax.data.splits import Part
     from sync_jax.runtime import sharding
     from sync_jax.trainer import Run
 

@@ -98,7 +98,7 @@ def our_step(
         examples = training_batch(
             split, seed, state.step, batch_size=batch, augmentation=augmentation
         )
-        image = normalise(examples["image"], (MEAN,) * channels, (STD,) * channels)
+        image = normalise(examples["image"], (MEAN,) * channels, (STD,) * channels, 255.0)
         return train_step(
             state,
             examples | {"image": image},

@@ -27,9 +27,9 @@ from benchmarks import made_up
 from benchmarks.step import CLOCKS, describe_machine, row
 from sync_jax import train
 from sync_jax.config import validate
-from sync_jax.data import catalogue
-from sync_jax.data.parts import Part, calibration_size
+from sync_jax.data import registry
 from sync_jax.data.placement import Placement
+from sync_jax.data.splits import Part, calibration_size
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.memory import keep_freed_memory
@@ -138,7 +138,8 @@ def main() -> None:
     config.model.dtype = arguments.dtype
     config.model.width = config.model.width if arguments.width < 0 else arguments.width
     config.train.batch_size = arguments.batch or config.train.batch_size
-    info = catalogue.dataset_info(config.data)
+    info = registry.dataset(config.data).info()
+    assert info is not None
     train_size = info.num_train - calibration_size(config.data, info.num_train)
     steps = arguments.steps or -(-train_size // config.train.batch_size)
     config.train.epochs = steps * config.train.batch_size / train_size

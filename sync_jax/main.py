@@ -173,7 +173,7 @@ def _do() -> None:
 def _do_together(config: ConfigDict, name: str) -> None:
     """What all processes do, once they have met."""
     from sync_jax import train
-    from sync_jax.data import loading
+    from sync_jax.data import loading, registry
     from sync_jax.runtime import compilation_cache, sharding
 
     sharding.check_devices()
@@ -193,7 +193,7 @@ def _do_together(config: ConfigDict, name: str) -> None:
     default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
     if _MODE.value == "prepare":
-        loading.prepare(config)
+        loading.prepare(config, registry.dataset(config.data))
     elif _MODE.value == "train":
         train.train_and_evaluate(config, workdir)
     else:

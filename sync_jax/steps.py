@@ -47,7 +47,7 @@ def create_train_state(
     *,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     create_memory: Callable[[optax.Params], Any] = lambda params: {},
 ) -> TrainState:
     """A state before the first step.
@@ -277,8 +277,12 @@ def input_batch(
             cropped=settings.cropped,
         )
         batch = data | {"image": image}
-    image = normalise(batch["image"], settings.info.mean, settings.info.std)
+    image = _normal(batch["image"], settings.info)
     return sharding.shard_batch(batch | {"image": image}, settings.mesh)
+
+
+def _normal(images: Array, info: DatasetInfo) -> Array:
+    return normalise(images, info.mean, info.std, info.scale)
 
 
 def run_step(
@@ -314,8 +318,7 @@ def run_step(
 
 def run_evaluation(state: TrainState, images: Array, *, settings: StepSettings) -> dict[str, Array]:
     """The network's outputs for images as they are stored; see `eval_step`."""
-    normal = normalise(images, settings.info.mean, settings.info.std)
-    return eval_step(state, normal, network=settings.network)
+    return eval_step(state, _normal(images, settings.info), network=settings.network)
 
 
 def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[str, Array]:

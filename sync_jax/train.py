@@ -13,10 +13,11 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, to_json
-from sync_jax.data import catalogue
-from sync_jax.data.loading import load_data
-from sync_jax.data.parts import Part, load_test
-from sync_jax.errors import InputError, NonFiniteError, TerminatedError
+from sync_jax.data import registry
+from sync_jax.data.info import Dataset
+from sync_jax.data.loading import known_info, load_data
+from sync_jax.data.splits import Part, load_test
+from sync_jax.errors import NonFiniteError, TerminatedError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
@@ -38,7 +39,7 @@ from sync_jax.runtime.workdir import (
     refuse_differences,
 )
 from sync_jax.steps import Metrics, TrainState
-from sync_jax.trainer import Trainer
+from sync_jax.trainer import Trainer, check_dataset
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -63,7 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
-    with prepared(config, workdir, processes) as job:
+    with prepared(config, registry.dataset(config.data), workdir, processes) as job:
         finish(job, fit(job, begin(job)))
 
 
@@ -73,6 +74,7 @@ class Job:
 
     Attributes:
         trainer: network, optimizer and jitted functions.
+        dataset: of the config.
         train_part: the training examples.
         calibration_part: the examples that are held out.
         workdir: the run's folder.
@@ -83,6 +85,7 @@ class Job:
     """
 
     trainer: Trainer
+    dataset: Dataset
     train_part: Part
     calibration_part: Part
     workdir: Path
@@ -93,17 +96,20 @@ class Job:
 
 
 @contextlib.contextmanager
-def prepared(config: ConfigDict, workdir: Path, processes: Processes) -> Iterator[Job]:
+def prepared(
+    config: ConfigDict, dataset: Dataset, workdir: Path, processes: Processes
+) -> Iterator[Job]:
     """Loads the data, builds the trainer, and holds the run's folder meanwhile.
 
     Raises:
         InputError, FailedError: see `train_and_evaluate`.
     """
     mesh = sharding.make_mesh()
-    placement, train_part, calibration_part = load_data(config, mesh, workdir, processes)
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
+    if (published := dataset.info()) is not None:  # known before anything is prepared
+        check_dataset(config, published)
+    placement, train_part, calibration_part = load_data(config, dataset, mesh, workdir, processes)
+    info = known_info(dataset)
+    check_dataset(config, info)
     train_size = len(train_part.labels)
     with watchdog(config.process.watchdog_seconds) as alive:
         trainer = Trainer(
@@ -134,8 +140,8 @@ def prepared(config: ConfigDict, workdir: Path, processes: Processes) -> Iterato
             processes.print(describe(trainer, len(calibration_part.labels)))
             processes.print(placement.reason)
             yield Job(
-                trainer, train_part, calibration_part, workdir, processes, checkpoints, bad_steps,
-                stopping,
+                trainer, dataset, train_part, calibration_part, workdir, processes, checkpoints,
+                bad_steps, stopping,
             )  # fmt: skip
 
 
@@ -306,7 +312,7 @@ def finish(job: Job, fitted: Fitted) -> None:
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
         "reading the test split",
-        lambda: load_test(trainer.config.data, decode=trainer.placement.decoded),
+        lambda: load_test(job.dataset, decode=trainer.placement.decoded),
     )
     trainer.alive()
     test = trainer.predict(state, test_part)

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from sync_jax.config import find_method, validate
 from sync_jax.data.feed import training_feed
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import ResidentSplit, epoch_index
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.inference import predict
 from sync_jax.evaluation.predictions import Predictions
@@ -221,7 +221,6 @@ class Trainer:
             self.config,
             self.placement,
             self.mesh,
-            size=self.info.image_shape[0],
             start=start,
             total_steps=self.total_steps,
         )

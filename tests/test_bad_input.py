@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sync_jax.config import to_json
-from sync_jax.data import pictures
+from sync_jax.data import registry
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import write_report
@@ -46,7 +46,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         config.evaluation.coverages, config.evaluation.target_risks = (100, 50), (0.1,)
         section = config.data.copy_and_resolve_references()
         section.name, section.folder, section.data_dir = "image_folder", "pictures", "album"
-        pictures.prepare(section, str)
+        registry.dataset(section).prepare(str)
         for seed, name in enumerate(("done", "two")):
             config.seed = seed
             finished_run(config, Path("runs", name))

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from sync_jax.data import catalogue, pictures
-from sync_jax.data.images import Layout
-from sync_jax.data.parts import Part
+from sync_jax.data import registry
 from sync_jax.data.placement import Placement
+from sync_jax.data.splits import Part
 from sync_jax.runtime import sharding
 from sync_jax.trainer import Trainer, resolve
 from tests.data.pictures import write_pictures
@@ -28,11 +27,9 @@ def begun(config, placement):
     config.optimizer.warmup_epochs = 0.0
     config.model.width = 8
     resolve(config)
-    mesh, info = sharding.make_mesh(jax.devices()[:1]), catalogue.dataset_info(config.data)
+    mesh, info = sharding.make_mesh(jax.devices()[:1]), registry.dataset(config.data).info()
     run = Trainer(config, mesh, info, train_size=24, placement=placement)
-    height, width, channels = info.image_shape
-    if config.data.name in pictures.NAMES and placement.on_device:
-        height = width = Layout.of(config.data).stored
+    height, width, channels = info.stored_shape if placement.on_device else info.image_shape
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, height, width, channels), np.uint8)
     labels = (np.arange(24) % run.info.num_classes).astype(np.int32)
@@ -57,7 +54,7 @@ def config_of(path, tmp_path):
     if config.data.name == "image_folder":
         config.data.folder = str(tmp_path / "p")
         write_pictures(tmp_path / "p", {"train": 15, "test": 3})
-        catalogue.make_ready(config.data, log=str)
+        registry.dataset(config.data).prepare(str)
     if config.data.image_size == 224:  # the same network and augmentation, a tenth of the time
         config.data.image_size, config.data.short_side = 56, 64
     return config

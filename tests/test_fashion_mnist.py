@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.quickstart import get_config
-from sync_jax.data import catalogue
+from sync_jax.data import registry
 from sync_jax.errors import InputError
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
@@ -25,7 +25,7 @@ def test_short_training(tmp_path):
     """
     method = "deep_gamblers"
     try:
-        catalogue.make_ready(get_config().data, print)
+        registry.dataset(get_config().data).prepare(print)
     except InputError as error:
         pytest.skip(f"Fashion-MNIST cannot be had: {error}")
     changes = {

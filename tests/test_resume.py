@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sync_jax import train
 from sync_jax import trainer as run
+from sync_jax.data import registry
 from sync_jax.data.loading import load_data
 from sync_jax.data.placement import Placement
 from sync_jax.errors import NonFiniteError
@@ -247,7 +248,9 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     assert (entry["step"], entry["action"]) == (9, "stop")
     assert {"loss", "selective_risk", "gradient_norm"} <= entry["bad"].keys()
     # The examples, found otherwise: by their order on the host.
-    _, part, _ = load_data(config, sharding.make_mesh(), tmp_path, Processes())
+    _, part, _ = load_data(
+        config, registry.dataset(config.data), sharding.make_mesh(), tmp_path, Processes()
+    )
     host = Run(tiny.config(data_dir, method="sync", data__placement="host"),
                sharding.make_mesh(), train_size=len(part.labels),
                placement=Placement("host"))  # fmt: skip

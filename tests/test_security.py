@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sync_jax.data import catalogue
+from sync_jax.data.datasets.svhn import Svhn
 from sync_jax.data.images import decode
 from sync_jax.errors import InputError
 from sync_jax.evaluation import comparison as compare
@@ -39,7 +39,7 @@ from tests import tiny
 from tests.bad_input.case import COMPARE, NEW_ALBUM, PREPARED, prepare
 from tests.bad_input.spoil import cifar100
 from tests.command_line import ROOT, run
-from tests.data import test_archives
+from tests.data import idx_files, test_archives
 from tests.data.pictures import pixels, write_pictures
 from tests.data.test_published_pictures import food_members, write_food
 from tests.runtime import test_checkpoint
@@ -186,8 +186,7 @@ def test_other_names_for_a_pickle(capsys, monkeypatch):
     for name in ("train_32x32.mat", "test_32x32.mat"):
         Path("published", name).write_bytes(content)
     upstream = test_archives.published(Path("published"), ("train_32x32.mat", "test_32x32.mat"))
-    builder, _ = catalogue._BUILDERS["svhn"]
-    monkeypatch.setitem(catalogue._BUILDERS, "svhn", (builder, upstream))
+    monkeypatch.setattr(Svhn, "UPSTREAM", upstream)
     assert "train_32x32.mat cannot be read" in refused(capsys, *prepare("svhn"))
     for name in ("w.safetensors", "w.pth", "w.pt"):
         Path(name).write_bytes(content)
@@ -203,8 +202,7 @@ def test_cells_of_a_mat_file_are_no_pixels(capsys, monkeypatch):
     for name in ("train_32x32.mat", "test_32x32.mat"):
         scipy.io.savemat(f"published/{name}", {"X": cells, "y": cells})
     upstream = test_archives.published(Path("published"), ("train_32x32.mat", "test_32x32.mat"))
-    builder, _ = catalogue._BUILDERS["svhn"]
-    monkeypatch.setitem(catalogue._BUILDERS, "svhn", (builder, upstream))
+    monkeypatch.setattr(Svhn, "UPSTREAM", upstream)
     assert "expected 32 x 32 x 3 x n bytes" in refused(capsys, *prepare("svhn"))
 
 
@@ -222,7 +220,7 @@ def test_a_prepared_folder_names_modules_in_vain():
     shutil.rmtree(next(Path("new").rglob("squares_12_12")))
     assert run(*NEW_ALBUM) == 0
     assert len(list(Path("new").rglob("squares_12_12/*.npy"))) == 2
-    catalogue.load_split("fashion_mnist", "train", data_dir="clothes/data")
+    idx_files.dataset("clothes/data").load("train")
     assert not Path(MARKER).exists()
     prepared = next(Path("new").rglob("features.json")).parent
     importlib.invalidate_caches()

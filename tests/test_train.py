@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 
 from sync_jax import steps, train
-from sync_jax.data import catalogue
+from sync_jax.data import registry
+from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError, TerminatedError, WriteError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
-from sync_jax.runtime import sharding
-from sync_jax.runtime import signals as process
+from sync_jax.runtime import sharding, signals
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.progress import Progress
+from sync_jax.runtime.workdir import owned
 from sync_jax.steps import Metrics, TrainState
 from sync_jax.trainer import Trainer
 from tests import tiny
@@ -105,13 +106,13 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 
 def test_the_test_split_is_read_once_and_last(data_dir, tmp_path, monkeypatch):
     reads = []
-    load_split = catalogue.load_split
+    load = FashionMnist.load
 
-    def recorded(name, split, *, data_dir):
+    def recorded(self, split, *, decode):
         reads.append((split, (tmp_path / "predictions_calibration.npz").exists()))
-        return load_split(name, split, data_dir=data_dir)
+        return load(self, split, decode=decode)
 
-    monkeypatch.setattr(catalogue, "load_split", recorded)
+    monkeypatch.setattr(FashionMnist, "load", recorded)
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert reads == [("train", False), ("test", True)]
 
@@ -304,12 +305,12 @@ def test_sigterm_saves_and_the_run_ends_with_the_same_bits(data_dir, tmp_path, m
 
 def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
     with (
-        process.exclusive(tmp_path),
+        owned(tmp_path, Processes()),
         pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .*name another"),
     ):
         train.train_and_evaluate(tiny.config(data_dir), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
-    with process.exclusive(tmp_path):  # free again
+    with owned(tmp_path, Processes()):  # free again
         pass
 
 
@@ -337,7 +338,7 @@ def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
 
     @contextlib.contextmanager
     def watchdog(seconds):
-        with process.watchdog(seconds) as happened:
+        with signals.watchdog(seconds) as happened:
             yield lambda: (heard.append(1), happened())
 
     step, shown = Progress.step, ""
@@ -392,7 +393,7 @@ def test_what_the_host_has_cropped_is_not_cropped_again(
     monkeypatch.setattr(steps, "augment", augment)
     config = tiny.config(data_dir, data__placement=placement, data__min_crop_area=0.5)
     mesh = sharding.make_mesh()
-    placed, part, _ = load_data(config, mesh, tmp_path, Processes())
+    placed, part, _ = load_data(config, registry.dataset(config.data), mesh, tmp_path, Processes())
     run = tiny.trainer(config, mesh, placed)
     run.step(run.create_state()[0], next(run.feed(part, 0)))
     assert asked == [(0.5, np.uint8, {"size": 28, "cropped": cropped})]

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from sync_jax.data import catalogue
+from sync_jax.data import registry
 from sync_jax.data.placement import Placement
 from sync_jax.trainer import Trainer, resolve
 from tests.data import idx_files
@@ -48,9 +48,7 @@ def prepare(folder: Path) -> Path:
     """Prepares the dataset as Fashion-MNIST; returns the data_dir."""
     upstream = idx_files.publish(folder / "files", contents())
     data_dir = folder / "data"
-    catalogue.prepare(
-        "fashion_mnist", data_dir=data_dir, source=folder / "files", upstream=upstream
-    )
+    idx_files.dataset(data_dir, upstream, folder / "files").prepare()
     return data_dir
 
 
@@ -68,7 +66,7 @@ def trainer(
     config: ConfigDict, mesh: jax.sharding.Mesh, placement: Placement | None = None
 ) -> Trainer:
     """The trainer of a config, for the dataset here."""
-    info = catalogue.dataset_info(config.data)
+    info = registry.dataset(config.data).info()
     return Trainer(config, mesh, info, train_size=NUM_TRAIN - NUM_CALIBRATION, placement=placement)
 
 

@@ -31,22 +31,26 @@ def augment(
 
     Args:
         key: PRNG key of the batch.
-        images: `[batch, height, width, channels]` uint8.
+        images: `[batch, height, width, channels]` uint8; or features `[batch, d]`, which are left
+            as they are.
         augmentation: what to do.
-        size: pixels of a side of the result, at most those of the images, which are square then;
-            without resized crops the middle is taken. None: the images' own.
+        size: pixels of a side of the result, where the images are squares and larger; without
+            resized crops the middle is taken. None, or the images' height: their own size.
         cropped: whether the resized crops have been made already, as the host pipeline does.
 
     Returns:
         `[batch, size, size, channels]` float32, values in [0, 255].
     """
+    if images.ndim == 2:
+        return images.astype(jnp.float32)
     a = augmentation
     resized = a.min_crop_area < 1
-    if size is not None and size != images.shape[1] and not resized:
-        top, left = ((length - size) // 2 for length in images.shape[1:3])
-        images = images[:, top : top + size, left : left + size]
-    batch = images.shape[0]
-    height, width = images.shape[1:3] if size is None else (size, size)
+    batch, height, width, _ = images.shape
+    if size is not None and size != height:
+        if not resized:
+            top, left = (height - size) // 2, (width - size) // 2
+            images = images[:, top : top + size, left : left + size]
+        height = width = size
     row_key, column_key, flip_key = jax.random.split(key, 3)
     pad = a.crop_padding
     flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & a.flip
@@ -63,7 +67,7 @@ def augment(
         columns = jax.nn.one_hot(columns, width)
     if resized and not cropped:
         boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
-        resize_rows, resize_columns = box_weights(images, boxes, height)
+        resize_rows, resize_columns = box_weights(images, boxes, height, width)
         if pad:
             rows = _exact_matmul(rows, resize_rows)
             columns = _exact_matmul(columns, resize_columns)
@@ -155,15 +159,16 @@ def crop_and_resize(images: Array, boxes: Array, size: int | None = None) -> Arr
     Returns:
         `[batch, size, size, channels]` float32.
     """
-    weights = box_weights(images, boxes, size or images.shape[1])
+    size = size or images.shape[1]
+    weights = box_weights(images, boxes, size, size)
     return _apply_weights(images, *weights, exact=True)
 
 
-def box_weights(images: Array, boxes: Array, size: int) -> tuple[Array, Array]:
-    """What resizes boxes: weights `[batch, size, height]` of rows, `[batch, size, width]`."""
+def box_weights(images: Array, boxes: Array, rows: int, columns: int) -> tuple[Array, Array]:
+    """Weights that resize boxes: `[batch, rows, height]` and `[batch, columns, width]`."""
     return (
-        _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[1], size),
-        _resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[2], size),
+        _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[1], rows),
+        _resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[2], columns),
     )
 
 
@@ -335,16 +340,19 @@ def rotate(images: Array, angles: Array) -> Array:
     return jnp.where(inside[..., None], turned.reshape(images.shape), 0)
 
 
-def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Pixels in [0, 255] to zero mean and unit variance per channel.
+def normalise(
+    images: Array, mean: tuple[float, ...], std: tuple[float, ...], scale: float
+) -> Array:
+    """Normalises values to zero mean and unit variance per channel or feature.
 
     Args:
-        images: `[batch, height, width, channels]`, any real dtype.
-        mean: per channel, of pixels / 255.
+        images: `[batch, ...]`, any real dtype; pixels in [0, 255].
+        mean: per channel or feature, of values / scale; as of a `DatasetInfo`.
         std: likewise.
+        scale: that values are divided by.
 
     Returns:
         The same shape, float32.
     """
-    scaled = images.astype(jnp.float32) / 255.0
+    scaled = images.astype(jnp.float32) / scale
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

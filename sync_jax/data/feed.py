@@ -9,10 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sync_jax.data import host
-from sync_jax.data.parts import Part
 from sync_jax.data.placement import Placement
 from sync_jax.data.resident import ResidentSplit, epoch_constants, put_on_devices
-from sync_jax.data.squares import Squares
+from sync_jax.data.splits import Part
 from sync_jax.runtime.sharding import batch_sharding
 
 
@@ -22,7 +21,6 @@ def training_feed(
     placement: Placement,
     mesh: Mesh,
     *,
-    size: int,
     start: int,
     total_steps: int,
 ) -> Iterator[ResidentSplit | dict[str, jax.Array]]:
@@ -33,11 +31,10 @@ def training_feed(
         config: of the run.
         placement: of their images.
         mesh: the devices.
-        size: pixels of a side of the network's input.
         start: steps done.
         total_steps: of the run.
     """
-    images = part.images.uncut() if isinstance(part.images, Squares) else part.images
+    images = part.images if isinstance(part.images, np.ndarray) else part.images.uncut()
     if placement.on_device:
         split = put_on_devices(images, part.labels, mesh, sharded=placement.sharded)
         yield from itertools.repeat(split)
@@ -49,7 +46,6 @@ def training_feed(
         epoch_constants(config.seed, -(-total_steps * batch_size // count)),
         config.seed,
         float(config.data.min_crop_area) if placement.decoded else 1.0,
-        size,
     )
     for batch in host.batches(
         examples,

@@ -18,10 +18,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from sync_jax.data.info import Images
+from sync_jax.data.prepare.records import DecodedPictures
 from sync_jax.data.random_crop import random_crop
-from sync_jax.data.records import DecodedPictures
 from sync_jax.data.shuffle import shuffled
-from sync_jax.data.squares import Squares
 
 Example = dict[str, np.ndarray]
 
@@ -33,29 +33,27 @@ class Examples:
     """Training examples by position.
 
     Attributes:
-        images: `[n, height, width, channels]`, in memory, as squares on the disk, or encoded.
+        images: `[n, ...]`, in memory, as squares on the disk, or encoded.
         labels: `[n]` int32.
         constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
         seed: of the crops.
-        min_crop_area: of random resized crops; 1: there are none.
-        size: pixels of a side of the result.
+        min_crop_area: of random resized crops, to the shape of the images; 1: there are none.
     """
 
-    images: np.ndarray | Squares | DecodedPictures
+    images: Images
     labels: np.ndarray
     constants: np.ndarray
     seed: int
     min_crop_area: float
-    size: int
     _rows: dict[tuple[int, int], np.ndarray] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __call__(self, position: int) -> Example:
-        """An example: image `[size, size, channels]` uint8, label and index `[]` int32.
+        """An example: image `[height, width, channels]` uint8, label and index `[]` int32.
 
         Raises:
-            DataError: the prepared folder is damaged, or its picture cannot be decoded.
+            InputError: the prepared folder is damaged, or its picture cannot be decoded.
         """
         epoch, place = divmod(position, len(self.labels))
         row = self._row(epoch, place)
@@ -79,7 +77,7 @@ class Examples:
 
     def _image(self, row: int, position: int) -> np.ndarray:
         images = self.images
-        if self.min_crop_area == 1:
+        if self.min_crop_area == 1 or len(images.shape) == 2:
             return images.square(row) if isinstance(images, DecodedPictures) else images[row]
         rng = np.random.Generator(
             np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
@@ -89,7 +87,8 @@ class Examples:
         else:
             pixels = images[row]
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return random_crop(rng, picture, self.min_crop_area, self.size)
+        height, width = images.shape[1:3]
+        return random_crop(rng, picture, self.min_crop_area, height, width)
 
 
 def batches(

@@ -8,6 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sync_jax.errors import InputError
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # What these files may hold, whatever their names say. Not any kind that Pillow knows: it would hand
 # PostScript to Ghostscript, which executes it.
@@ -31,13 +33,19 @@ class Layout:
 
     @classmethod
     def of(cls, section: ConfigDict) -> "Layout":
-        """Of the `data` section of a config, where 0 stands for the size below."""
-        stored = section.stored_size or section.short_side or section.image_size
-        return cls(section.short_side or stored, stored, section.image_size)
+        """Of the `data` section of a config, where 0 stands for the size below.
 
-    def num_bytes(self, pictures: int) -> int:
-        """Of so many squares."""
-        return pictures * 3 * self.stored**2
+        Raises:
+            InputError: the sizes decrease.
+        """
+        stored = section.stored_size or section.short_side or section.image_size
+        short_side = section.short_side or stored
+        if not section.image_size <= stored <= short_side:
+            raise InputError(
+                f"config.data.image_size={section.image_size}, stored_size={stored} and "
+                f"short_side={short_side} must not decrease in this order"
+            )
+        return cls(short_side, stored, section.image_size)
 
 
 class BadImageError(Exception):

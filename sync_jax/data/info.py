@@ -1,6 +1,13 @@
-"""What models and pipelines need to know of a dataset."""
+"""The interface of datasets, and what models and pipelines need to know of one."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+
+from sync_jax.runtime.console import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,19 +17,118 @@ class DatasetInfo:
     Attributes:
         name: as in `config.data.name`.
         num_classes: labels are 0 to num_classes - 1.
-        image_shape: (height, width, channels).
+        image_shape: of the network's input: (height, width, channels), or (features,).
         class_names: one for each label.
-        mean: per channel, of the training pixels divided by 255.
+        mean: per channel or feature, of the training values divided by `scale`.
         std: likewise the standard deviation.
         num_train: examples in the official training split.
-        num_test: examples in the official test split.
+        num_test: examples in the official test split; 0: there is none.
+        scale: that values are divided by before mean and std.
+        stored_shape: of an image in device memory; (): `image_shape`.
+        squares_bytes: of encoded pictures, what their squares have yet to take on the disk; None:
+            images are arrays in memory, which nothing decodes.
     """
 
     name: str
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_train: int
     num_test: int
+    scale: float = 255.0
+    stored_shape: tuple[int, ...] = ()
+    squares_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Fills in `stored_shape`."""
+        if not self.stored_shape:
+            object.__setattr__(self, "stored_shape", self.image_shape)
+
+    @property
+    def bytes_per_example(self) -> int:
+        """Device memory of an example: bytes of images, float32 of features."""
+        return math.prod(self.stored_shape) * (4 if len(self.stored_shape) == 1 else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures on the disk, read or decoded when they are sliced; used like an array.
+
+    Attributes:
+        rows: `[n]`, positions in the split.
+        size: pixels of a side.
+        dtype: uint8.
+    """
+
+    rows: np.ndarray
+    size: int
+    dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[n, size, size, 3]`."""
+        return len(self.rows), self.size, self.size, 3
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.rows)
+
+    def __getitem__(self, wanted: Any) -> np.ndarray:
+        """Some of them, as an array."""
+        raise NotImplementedError
+
+    def subset(self, rows: np.ndarray) -> Self:
+        """Some of them, by position."""
+        return dataclasses.replace(self, rows=self.rows[rows])
+
+    def uncut(self) -> Self:
+        """The same pictures as training crops them: with what is stored around the middle."""
+        return self
+
+
+# Slicing gives `[n, height, width, channels]` uint8, or `[n, features]` float32.
+Images = np.ndarray | Pictures
+
+
+class Dataset(Protocol):
+    """A dataset, made once per run by `registry.dataset`. It may keep what it has found out."""
+
+    def info(self) -> DatasetInfo | None:
+        """What is known of it; of pictures not yet prepared, upper bounds or None.
+
+        Raises:
+            InputError: the prepared folder is damaged, or its source has changed since.
+        """
+
+    def is_prepared(self) -> bool:
+        """True where `load` will find it."""
+
+    def prepare(self, log: Callable[[str], None] = say) -> None:
+        """Obtains and converts it where that was not done; once is enough.
+
+        Interrupted at any moment, it leaves nothing that passes for prepared, and can be run again.
+        Of several processes at once the first prepares, and the others wait.
+
+        Args:
+            log: told what is done, a line at a time.
+
+        Raises:
+            InputError: it cannot be had, or `data_dir` cannot be written.
+        """
+
+    def load(self, split: str, *, decode: bool = False) -> tuple[Images, np.ndarray]:
+        """Images and labels of an official split, in its order.
+
+        Args:
+            split: "train" or "test".
+            decode: encoded pictures: decode them whenever they are sliced. Otherwise squares are
+                read, which are made first where they are missing. Arrays are the same either way.
+
+        Returns:
+            images, and labels `[n]` int32. Arrays are the caller's own.
+
+        Raises:
+            InputError: there is no such split, it is not prepared, or it is damaged.
+        """

@@ -6,96 +6,100 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from sync_jax.data import catalogue, pictures
-from sync_jax.data.parts import Part, calibration_size, load_train_and_calibration
+from sync_jax.data.info import Dataset, DatasetInfo
 from sync_jax.data.placement import Placement, choose
+from sync_jax.data.splits import Part, calibration_size, load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
+from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 
+__all__ = ["check_sizes", "load_data", "load_test", "load_train_and_calibration", "prepare"]
 
-def prepare(config: ConfigDict) -> None:
-    """Obtains and prepares the config's dataset; once is enough.
+
+def prepare(config: ConfigDict, dataset: Dataset) -> None:
+    """Obtains and prepares a config's dataset; once is enough.
+
+    Of encoded pictures also the squares, where the config or this machine's memory wants them.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be had, or the config does not fit it.
     """
-    catalogue.make_ready(config.data)
-    if config.data.name in pictures.NAMES:
-        # Perhaps for another machine, with more memory.
-        if config.data.placement in ("device", "disk"):
-            pictures.prepare_squares(config.data)
-            return
-        placement = decide(config, sharding.make_mesh())
-        make_squares(config, placement)
-        print(placement.reason)
+    if (known := dataset.info()) is not None:
+        check_sizes(config, known)
+    dataset.prepare()
+    if known_info(dataset).squares_bytes is None:
+        return
+    placement = decide(config, dataset, sharding.make_mesh())
+    if not placement.decoded:
+        dataset.load("train")
+    say(placement.reason)
 
 
 def load_data(
-    config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path, processes: Processes
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: jax.sharding.Mesh,
+    workdir: Path | None,
+    processes: Processes,
 ) -> tuple[Placement, Part, Part]:
-    """Where the training images are to be, and the training and the calibration part.
+    """Places the training images, and reads the training and the calibration part.
+
+    Args:
+        config: validated.
+        dataset: its dataset, prepared where that was not done.
+        mesh: the devices.
+        workdir: of the run, whose checkpoints say where its images were; None: it has none.
+        processes: that train together; all call it.
 
     Raises:
-        InputError: they cannot be had, or the config does not fit them.
+        InputError: the data cannot be had, or the config does not fit them.
     """
 
     def make_ready() -> None:
-        if not catalogue.is_ready(config.data):
-            catalogue.make_ready(config.data)
-        check_sizes(config)
+        if (known := dataset.info()) is not None:
+            check_sizes(config, known)
+        if not dataset.is_prepared():
+            dataset.prepare()
+            check_sizes(config, known_info(dataset))
 
     processes.together("preparing the data", make_ready)
     # One for all: each would decide by its own free memory.
     decided = processes.from_first(
-        "where the images are to be", lambda: dataclasses.asdict(decide(config, mesh, workdir))
+        "where the images are to be",
+        lambda: dataclasses.asdict(decide(config, dataset, mesh, workdir)),
     )
     placement = Placement(**decided)
+    train, calibration = processes.together(
+        "reading the data",
+        lambda: load_train_and_calibration(dataset, config.data, decode=placement.decoded),
+    )
+    return placement, train, calibration
 
-    def load() -> tuple[Part, Part]:
-        make_squares(config, placement)
-        return load_train_and_calibration(config.data, decode=placement.decoded)
 
-    return placement, *processes.together("reading the data", load)
-
-
-def decide(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Placement:
-    """What `data.placement` says; a run that goes on stays where it was.
+def decide(
+    config: ConfigDict, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path | None = None
+) -> Placement:
+    """Places the training images as `data.placement` says; a run that goes on keeps its place.
 
     Raises:
         InputError: there is no room.
     """
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        raise InputError(f"{config.data.name} is not prepared; --mode=prepare does it")
     section = config.data.copy_and_resolve_references()
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
         # Its crops would be others elsewhere, and free memory changes.
         section.placement = notes.get("placement", "auto")  # earlier versions noted otherwise
-    return choose(section, info, mesh)
+    return choose(section, known_info(dataset), mesh)
 
 
-def make_squares(config: ConfigDict, placement: Placement) -> None:
-    """Makes the squares that are to be used, of pictures that are kept encoded."""
-    if not placement.decoded and config.data.name in pictures.NAMES:
-        pictures.prepare_squares(config.data)
-
-
-def check_sizes(config: ConfigDict) -> None:
+def check_sizes(config: ConfigDict, info: DatasetInfo) -> None:
     """Checks what depends on how large the dataset is.
-
-    Of a folder of pictures that is not prepared, what the files' names tell.
 
     Raises:
         InputError: naming the field, the value and what would do.
     """
-    info = catalogue.dataset_info(config.data)
-    if info is None:
-        info = pictures.listed_info(config.data)
-    if info is None:
-        return
     held_out = calibration_size(config.data, info.num_train)
     train_size = info.num_train - held_out
     if train_size < info.num_classes or held_out < info.num_classes:
@@ -114,3 +118,15 @@ def check_sizes(config: ConfigDict) -> None:
             f"config.train.epochs={config.train.epochs:g} must be less than "
             f"{2**31 / train_size:.0f} with {train_size} training examples"
         )
+
+
+def known_info(dataset: Dataset) -> DatasetInfo:
+    """The info of a dataset that has been prepared.
+
+    Raises:
+        InputError: it has not.
+    """
+    info = dataset.info()
+    if info is None:
+        raise InputError("the dataset is not prepared; --mode=prepare does it")
+    return info

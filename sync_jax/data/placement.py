@@ -1,15 +1,15 @@
-"""Where training images are: in the devices' memory, on the disk, or decoded for each batch."""
+"""Where training images are: in the devices' memory, on the disk, or on the host."""
 
 import dataclasses
+import os
+import shutil
 
 import psutil
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sync_jax.data import pictures
-from sync_jax.data.images import Layout
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.parts import calibration_size
+from sync_jax.data.splits import calibration_size
 from sync_jax.errors import InputError
 
 _SHARE = 0.5  # of the free memory that images may take: the rest is the network's
@@ -22,7 +22,7 @@ class Placement:
 
     Attributes:
         where: "device": in the devices' memory; "disk": as squares there, read for each batch;
-            "host": decoded there for each batch.
+            "host": decoded there for each batch, or taken from arrays in memory.
         sharded: a part of them on each device, rather than all.
         reason: what was chosen and why, in a line.
     """
@@ -33,17 +33,20 @@ class Placement:
 
     @property
     def on_device(self) -> bool:
-        """Whether they are in the devices' memory."""
+        """True where they are in the devices' memory."""
         return self.where == "device"
 
     @property
     def decoded(self) -> bool:
-        """Whether the host decodes pictures for each batch; else they are squares by then."""
+        """True where the host decodes and crops pictures for each batch."""
         return self.where == "host"
 
 
 def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
-    """What `data.placement` says; 'auto' takes the devices where they have room.
+    """Places the training images as `data.placement` says.
+
+    'auto' takes the devices where the images fit into half of their free memory, else the disk
+    where the squares are there or fit, else the host.
 
     Args:
         section: `data`.
@@ -54,35 +57,36 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
         InputError: the devices are asked for and are too small.
     """
     count = info.num_train - calibration_size(section, info.num_train)
-    height, width, channels = info.image_shape
-    if section.name in pictures.NAMES:
-        height = width = Layout.of(section).stored
-    needed = count * height * width * channels
+    needed = count * info.bytes_per_example
     free = free_memory(mesh)
-    each = free / mesh.size
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     sizes = (
         f"{_giga(needed)} of training images, {_giga(free)} free on {devices} "
         f"(data.placement={section.placement!r}"
     )
-    sharded = mesh.size > 1 and needed > _COPY_SHARE * each
-    how = "in device memory, sharded" if sharded else "in device memory"
-    if section.placement == "host":
-        return Placement("host", False, f"images on the host, decoded for each batch: {sizes})")
-    if section.placement == "disk":
-        return Placement("disk", False, f"images on the disk, read for each batch: {sizes})")
-    if section.placement == "device":
-        if needed > free:
-            raise InputError(
-                f"config.data.placement='device': {sizes}); use 'disk' or 'host', or a smaller "
-                "config.data.stored_size"
+    sharded = mesh.size > 1 and needed > _COPY_SHARE * free / mesh.size
+    where: str = section.placement
+    if where == "device" and needed > free:
+        smaller = "; use 'disk' or 'host', or a smaller config.data.stored_size"
+        raise InputError(f"config.data.placement='device': {sizes}){smaller}")
+    if where == "auto":
+        sizes += ", at most half"
+        where = "device" if needed <= _SHARE * free else "host"
+        if where == "host" and info.squares_bytes is not None:
+            room = _free_disk(section.data_dir)
+            fits = info.squares_bytes <= room
+            where = "disk" if fits else "host"
+            sizes += (
+                f"; squares on the disk take {_giga(info.squares_bytes)} more, {_giga(room)} free"
             )
-        return Placement("device", sharded, f"images {how}: {sizes})")
-    if needed <= _SHARE * free:
-        return Placement("device", sharded, f"images {how}: {sizes}, at most half)")
-    return Placement(
-        "host", False, f"images on the host, decoded for each batch: {sizes}, at most half)"
-    )
+    how = {
+        "device": f"in device memory{', sharded' if sharded else ''}",
+        "disk": "on the disk, read for each batch",
+        "host": "on the host, decoded for each batch",
+    }[where]
+    if where != "device" and info.squares_bytes is None:
+        how = "in the host's memory, copied for each batch"
+    return Placement(where, sharded and where == "device", f"images {how}: {sizes})")
 
 
 def free_memory(mesh: Mesh) -> float:
@@ -95,6 +99,14 @@ def free_memory(mesh: Mesh) -> float:
         total += statistics["bytes_limit"] - statistics["bytes_in_use"]
     # Those of other processes do not tell, and are taken to be as these.
     return total * mesh.size / len(mesh.local_devices)
+
+
+def _free_disk(folder: str) -> int:
+    """Bytes free on the disk of a folder that need not be there yet."""
+    path = os.path.abspath(os.path.expanduser(folder))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 def _giga(count: float) -> str:

@@ -13,7 +13,7 @@ from sync_jax.data.recipe import RATIO, TRIES
 
 
 def random_crop(
-    rng: np.random.Generator, image: Image.Image, min_area: float, size: int
+    rng: np.random.Generator, image: Image.Image, min_area: float, height: int, width: int
 ) -> np.ndarray:
     """A part of a picture, resized bilinear and antialiased.
 
@@ -21,15 +21,16 @@ def random_crop(
         rng: of this picture and step alone.
         image: RGB or grey, of any size.
         min_area: share of the picture, see `random_box`.
-        size: pixels of a side of the result.
+        height: pixels of the result.
+        width: likewise.
 
     Returns:
-        `[size, size, channels]` uint8.
+        `[height, width, channels]` uint8.
     """
-    left, top, width, height = random_box(rng, *image.size, min_area)
-    image = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels.reshape(size, size, -1)
+    left, top, wide, high = random_box(rng, *image.size, min_area)
+    image = image.crop((left, top, left + wide, top + high))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return pixels.reshape(height, width, -1)
 
 
 def random_box(

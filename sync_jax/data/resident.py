@@ -5,7 +5,7 @@ resumed at step s sees the batch that an uninterrupted run would have seen.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from sync_jax.data.augmentation import augment
+from sync_jax.data.info import Images
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.shuffle import ROUNDS, shuffled
 from sync_jax.runtime.sharding import BATCH_AXIS, batch_sharding, replicated
@@ -25,7 +26,8 @@ class ResidentSplit(NamedTuple):
     """A split in device memory.
 
     Attributes:
-        images: `[n, height, width, channels]` uint8; more than n rows where they are sharded.
+        images: `[n, height, width, channels]` uint8, or features `[n, d]` float32; more than n rows
+            where they are sharded.
         labels: `[n]` int32.
     """
 
@@ -59,8 +61,9 @@ def training_batch(
         mesh: over which the images are sharded; None: every device has all of them.
 
     Returns:
-        image `[batch, height, width, channels]` float32 in [0, 255], label `[batch]` int32, index
-        `[batch]` int32, the example's position in the split, and mask `[batch]` float32, all ones.
+        image `[batch, height, width, channels]` float32 in [0, 255] (features `[batch, d]`), label
+        `[batch]` int32, index `[batch]` int32, the example's position in the split, and mask
+        `[batch]` float32, all ones.
     """
     shuffle_key, _ = jax.random.split(jax.random.key(seed))
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])
@@ -106,14 +109,15 @@ def epoch_constants(seed: int, epochs: int) -> np.ndarray:
     return np.asarray(jax.vmap(shuffle_constants)(keys))
 
 
-def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool) -> ResidentSplit:
+def put_on_devices(
+    images: Images, labels: np.ndarray, mesh: Mesh, *, sharded: bool
+) -> ResidentSplit:
     """Copies a split to the devices, some hundred megabytes at a time.
 
     A CPU is its own device: an array of `memory.aligned_empty` is not copied there.
 
     Args:
-        images: what gives `[n, height, width, channels]` uint8 when it is sliced; not to be changed
-            afterwards.
+        images: `[n, ...]`; an array is not to be changed afterwards.
         labels: `[n]` int32.
         mesh: the devices.
         sharded: each holds a part of the images (the last are filled up with zeros) rather than
@@ -125,8 +129,8 @@ def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool
         return ResidentSplit(*jax.device_put((images, labels), copied))
     parts = mesh.size if sharded else 1
     rows = -(-len(labels) // parts)
-    shape = (rows * parts, *images.shape[1:])
-    chunk = max(_CHUNK // max(math.prod(images.shape[1:]), 1), 1)
+    shape, dtype = (rows * parts, *images.shape[1:]), images.dtype
+    chunk = max(_CHUNK // max(math.prod(images.shape[1:]) * dtype.itemsize, 1), 1)
     sharding = batch_sharding(mesh) if sharded else copied
     write = jax.jit(
         lambda all_rows, some, start: jax.lax.dynamic_update_slice_in_dim(all_rows, some, start, 0),
@@ -136,7 +140,7 @@ def put_on_devices(images: Any, labels: np.ndarray, mesh: Mesh, *, sharded: bool
     for device, place in sharding.addressable_devices_indices_map(shape).items():
         first = (place or (slice(0),))[0].start or 0
         last = min(first + rows, len(labels))
-        array = jax.device_put(jnp.zeros((rows, *shape[1:]), jnp.uint8), device)
+        array = jax.device_put(jnp.zeros((rows, *shape[1:]), dtype), device)
         for start in range(first, last, chunk):
             some = np.ascontiguousarray(images[start : min(start + chunk, last)])
             array = write(array, jax.device_put(some, device), start - first)

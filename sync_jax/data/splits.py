@@ -1,6 +1,86 @@
-"""Dividing a split in two, reproducibly."""
+"""The three disjoint parts of the evaluation protocol: train, calibration and test."""
+
+import dataclasses
 
 import numpy as np
+from ml_collections import ConfigDict
+
+from sync_jax.data.info import Dataset, Images
+
+_ROWS = 4096  # moved at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Examples.
+
+    Attributes:
+        images: `[n, ...]`.
+        labels: `[n]` int32.
+        index: `[n]` int64, each example's position in the official split that it comes from.
+    """
+
+    images: Images
+    labels: np.ndarray
+    index: np.ndarray
+
+
+def calibration_size(section: ConfigDict, num_train: int) -> int:
+    """How many examples of the official training split are held out.
+
+    Args:
+        section: `data`; its calibration_size, where 0 stands for a tenth.
+        num_train: examples of that split.
+    """
+    size: int = section.calibration_size
+    return size or round(num_train / 10)
+
+
+def load_train_and_calibration(
+    dataset: Dataset, section: ConfigDict, *, decode: bool = False
+) -> tuple[Part, Part]:
+    """The official training split, divided: to train on, and to choose thresholds on.
+
+    Args:
+        dataset: prepared.
+        section: `data`, which says how it is divided.
+        decode: see `Dataset.load`.
+
+    Raises:
+        InputError: the dataset is damaged.
+    """
+    images, labels = dataset.load("train", decode=decode)
+    kept, held_out = stratified_split(
+        labels, holdout=calibration_size(section, len(labels)), seed=section.split_seed
+    )
+    train, calibration = _divided(images, kept, held_out)
+    return Part(train, labels[kept], kept), Part(calibration, labels[held_out], held_out)
+
+
+def load_test(dataset: Dataset, *, decode: bool = False) -> Part:
+    """The official test split. Read it once, when nothing is left to decide.
+
+    Args:
+        dataset: prepared.
+        decode: see `Dataset.load`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    images, labels = dataset.load("test", decode=decode)
+    return Part(images, labels, np.arange(len(labels)))
+
+
+def _divided(images: Images, kept: np.ndarray, held_out: np.ndarray) -> tuple[Images, Images]:
+    """The rows of each; what is kept of an array stays in it, for two would be twice the memory."""
+    if not isinstance(images, np.ndarray):
+        return images.subset(kept), images.subset(held_out)
+    rest = images[held_out]
+    for start in range(0, len(kept), _ROWS):
+        rows = kept[start : start + _ROWS]
+        # They are sorted, so that none of them was overwritten before.
+        images[start : start + len(rows)] = images[rows]
+    return images[: len(kept)], rest
 
 
 def stratified_split(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from sync_jax.data.parts import Part
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 

@@ -1,9 +1,20 @@
-"""Files that are whole or absent, also after a power cut."""
+"""Files that are whole or absent, also after a power cut, and locks between processes."""
 
+import contextlib
+import errno
+import fcntl
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+# Errors of fsync on file systems that do not have it.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+class LockedError(Exception):
+    """Another process holds a lock; the message names the process."""
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -14,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write: writes the content.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; the file that was there is unchanged.
     """
     temporary = path.with_name(f"{path.name}.incomplete")
     with temporary.open("wb") as file:
@@ -22,18 +33,78 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes sure that names given in a folder outlast a power cut, where its file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk and survive a power cut.
+
+    Does nothing on file systems that cannot do that, such as mounted buckets.
+
+    Args:
+        path: a file or folder that exists.
+
+    Raises:
+        OSError: the file cannot be written to the disk, because it is full for example.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass  # a file system without that, as a mounted bucket
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path,
+    *,
+    waiting: Callable[[], None] | None = None,
+    unsupported: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Holds a lock, which the system releases even when the process is killed.
+
+    The holder may remove the file: processes that waited for it then make a new one.
+
+    Args:
+        path: of the lock file, which names its holder; made when needed, in a folder that exists.
+        waiting: called once if another process holds the lock, which is then waited for; without
+            it, the lock is refused.
+        unsupported: called on a file system without locks, such as a mounted bucket, where nothing
+            is held.
+
+    Raises:
+        LockedError: another process holds the lock, and `waiting` is None.
+        OSError: the file cannot be written.
+    """
+    told = False
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is None:
+                    file.seek(0)
+                    raise LockedError(file.read().strip() or "another process") from None
+                if not told:
+                    waiting()
+                    told = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                if unsupported is not None:
+                    unsupported()
+                yield
+                return
+            # The process that held the lock may have removed the file: then it is nobody's.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+            return
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from sync_jax.errors import InputError, WriteError
-from sync_jax.runtime.files import sync_folder
+from sync_jax.runtime.files import flush
 
 _BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 
@@ -119,7 +119,7 @@ class MetricWriter:
         self._file.writelines(json.dumps(entry) + "\n" for entry in kept)
         self.flush()
         os.replace(temporary, path)  # a kill in between leaves the old or the new
-        sync_folder(workdir)
+        flush(workdir)
         # Seconds of training before this process, so that a resumed run knows its whole time.
         self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
         self._began = time.monotonic()

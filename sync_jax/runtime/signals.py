@@ -1,52 +1,14 @@
-"""What a run has to do with its system: a folder of its own, SIGTERM, and a watchdog."""
+"""SIGTERM handling, and a watchdog for steps that hang."""
 
 import contextlib
 import faulthandler
-import fcntl
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
-
-from sync_jax.errors import InputError
-from sync_jax.runtime.console import say
-
-
-@contextlib.contextmanager
-def exclusive(workdir: Path) -> Iterator[None]:
-    """Holds a folder's lock, which the system lets go of even when the process is killed.
-
-    Args:
-        workdir: made when needed.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a+")
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(
-                f"--workdir={workdir} is in use by {lock.read().strip() or 'another process'}; "
-                "wait for it, stop it, or name another --workdir"
-            ) from None
-        except OSError:  # a file system without locks, as a mounted bucket
-            say(f"{workdir} cannot be locked there: see that no other run uses it meanwhile")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield
 
 
 @contextlib.contextmanager

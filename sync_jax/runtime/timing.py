@@ -140,7 +140,7 @@ def describe(speed: dict[str, Any]) -> str:
     )
 
 
-def training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def training_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """FLOP for an image of a step: of all convolutions and dense layers of the plain network.
 
     Forward once and back twice, but for the first layer, whose input needs no gradient. Two for
@@ -150,7 +150,7 @@ def training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int
     return 3 * sum(layers := layer_flops(network, image_shape)) - layers[0]
 
 
-def layer_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> list[int]:
+def layer_flops(network: nn.Module, image_shape: tuple[int, ...]) -> list[int]:
     """FLOP for an image going forward, of each layer with a kernel, in order."""
     layers: list[int] = []
 

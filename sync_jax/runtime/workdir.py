@@ -12,10 +12,10 @@ from sync_jax.config import describe_differences, read_config, to_json
 from sync_jax.errors import InputError, WriteError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
-from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.console import say
+from sync_jax.runtime.files import LockedError, locked, write_atomically
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.progress import read_metrics
-from sync_jax.runtime.signals import exclusive
 
 
 def check_run(config: ConfigDict, workdir: Path) -> None:
@@ -105,11 +105,34 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def owned(workdir: Path, processes: Processes) -> Iterator[None]:
-    """Holds the folder's lock, by the first process for all.
+    """Holds the folder's lock; the first process does, for all.
+
+    Args:
+        workdir: made when needed.
+        processes: of the run.
 
     Raises:
-        InputError: another run holds it, or it cannot be written.
+        InputError: another run holds the lock, or the folder cannot be written.
     """
     with contextlib.ExitStack() as held:
-        processes.from_first("the workdir's lock", lambda: held.enter_context(exclusive(workdir)))
+        processes.from_first("the workdir's lock", lambda: held.enter_context(_exclusive(workdir)))
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(workdir: Path) -> Iterator[None]:
+    def warn() -> None:
+        say(f"{workdir} cannot be locked there: see that no other run uses it meanwhile")
+
+    with contextlib.ExitStack() as held:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(workdir / ".lock", unsupported=warn))
+        except LockedError as error:
+            raise InputError(
+                f"--workdir={workdir} is in use by {error}; wait for it, stop it, or name another "
+                "--workdir"
+            ) from None
+        except OSError as error:
+            raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
         yield

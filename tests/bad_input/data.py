@@ -175,7 +175,7 @@ CASES = {
     ),
     "an IDX file of another kind": Bad(
         prepare("fashion_mnist"),
-        "is not the IDX file that it should be: it starts with 0x00000d01",
+        "train-labels-idx1-ubyte is not the published file, or is damaged: its SHA-256",
         clothes(lambda path: path.write_bytes(b"\0\0\x0d\1" + path.read_bytes()[4:])),
     ),
     "an IDX file with label 10": Bad(

@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from sync_jax import trainer as run_lib
-from sync_jax.data import catalogue, cifar, fashion_mnist, svhn
+from sync_jax.data.datasets.cifar import Cifar100
+from sync_jax.data.datasets.fashion_mnist import FashionMnist
+from sync_jax.data.datasets.svhn import Svhn
 from tests.bad_input.case import PREPARED
 from tests.command_line import run
 from tests.data import idx_files, test_archives
@@ -142,7 +144,7 @@ def cifar100(change, *, form: str = "binary", after: Callable[[Path], object] | 
         path.parent.mkdir()
         test_archives.write_tar(path, members)
         upstream = test_archives.published(path.parent, (path.name,))
-        monkeypatch.setitem(catalogue._BUILDERS, "cifar100", (cifar.Cifar100, upstream))
+        monkeypatch.setattr(Cifar100, "UPSTREAM", upstream)
         if after:
             after(path)
 
@@ -174,7 +176,7 @@ def street_numbers(**arrays) -> Callable[[pytest.MonkeyPatch], object]:
         content = {k: v for k, v in scipy.io.loadmat(path).items() if k in ("X", "y")} | arrays
         scipy.io.savemat(path, content)
         upstream = test_archives.published(folder, (path.name, "test_32x32.mat"))
-        monkeypatch.setitem(catalogue._BUILDERS, "svhn", (svhn.Svhn, upstream))
+        monkeypatch.setattr(Svhn, "UPSTREAM", upstream)
 
     return spoil
 
@@ -187,8 +189,7 @@ def clothes(change, *, upstream_too: bool = False) -> Callable[[pytest.MonkeyPat
         if upstream_too:
             change(contents)
         upstream = idx_files.publish(Path("published"), contents, compressed=False)
-        builder = (fashion_mnist.FashionMnist, upstream)
-        monkeypatch.setitem(catalogue._BUILDERS, "fashion_mnist", builder)
+        monkeypatch.setattr(FashionMnist, "UPSTREAM", upstream)
         if not upstream_too:
             change(Path("published/train-labels-idx1-ubyte"))
 
@@ -199,9 +200,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Debian folder, no server, no apt-get."""
     upstream = dataclasses.replace(idx_files.publish(Path("x")), debian_folder=Path("nowhere"))
     shutil.rmtree("x")
-    monkeypatch.setitem(
-        catalogue._BUILDERS, "fashion_mnist", (fashion_mnist.FashionMnist, upstream)
-    )
+    monkeypatch.setattr(FashionMnist, "UPSTREAM", upstream)
     monkeypatch.setenv("PATH", "/nowhere")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sync_jax.data.sources import IdxFile, Upstream
+from sync_jax.config import default_config
+from sync_jax.data.datasets.fashion_mnist import FashionMnist, idx_file
+from sync_jax.data.prepare.download import Upstream
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
@@ -38,14 +40,26 @@ def publish(
     files = []
     for name, array in contents.items():
         data = idx_bytes(array)
-        files.append(IdxFile(name, array.shape, hashlib.sha256(data).hexdigest()))
+        files.append(idx_file(name, hashlib.sha256(data).hexdigest(), array.shape, NOWHERE))
         if compressed:
             (folder / f"{name}.gz").write_bytes(gzip.compress(data, mtime=0))
         else:
             (folder / name).write_bytes(data)
     return Upstream(
-        files=tuple(files),
+        forms=(tuple(files),),
+        prepared_bytes=100_000,
         debian_folder=folder.parent / "no-such-folder",
-        url=NOWHERE,
         debian_package="dataset-fashion-mnist",
     )
+
+
+def dataset(
+    data_dir: Path | str, upstream: Upstream | None = None, source: Path | str | None = None
+) -> FashionMnist:
+    """Fashion-MNIST, published as a test says."""
+    section = default_config().data
+    section.data_dir, section.source = str(data_dir), str(source or "")
+    made = FashionMnist(section)
+    if upstream is not None:
+        made.UPSTREAM = upstream
+    return made

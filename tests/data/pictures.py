@@ -1,9 +1,14 @@
-"""A small folder of pictures per class."""
+"""A small folder of pictures per class, and datasets of encoded pictures."""
 
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
+
+from sync_jax.config import default_config
+from sync_jax.data import registry
+from sync_jax.data.info import Dataset
 
 CLASSES = ("ant", "bee", "cat & dog")
 
@@ -33,3 +38,21 @@ def write_pictures(
                 Image.fromarray(image).save(target / f"{i:03}.png")
                 written[split].append((image, label))
     return written
+
+
+def section(name: str, folder: Path, **changes: object) -> ConfigDict:
+    """The `data` section for a dataset of 12 x 12 pictures, found and prepared in a folder."""
+    data = default_config().data
+    data.name, data.data_dir = name, str(folder / "data")
+    data.source, data.folder = str(folder / "source"), str(folder / "pictures")
+    data.image_size, data.calibration_size = 12, 0
+    data.update(changes)
+    return data
+
+
+def prepared(data: ConfigDict) -> tuple[Dataset, list[str]]:
+    """A new dataset of a section, prepared, and what it said."""
+    lines: list[str] = []
+    made = registry.dataset(data)
+    made.prepare(lines.append)
+    return made, lines

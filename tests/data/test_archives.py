@@ -1,46 +1,43 @@
 """CIFAR and SVHN from their archives, on small files in exactly the published formats."""
 
-import dataclasses
 import hashlib
 import io
-import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
-import tensorflow_datasets as tfds
 
-from sync_jax.data import catalogue, cifar, svhn
-from sync_jax.data.archives import Archives, PublishedFile
-from sync_jax.data.sources import DataError
+from sync_jax.data import registry
+from sync_jax.data.datasets.cifar import CIFAR100_CLASS_NAMES, Cifar100, _parse_python
+from sync_jax.data.datasets.svhn import read_mat
+from sync_jax.data.prepare.arrays import ArrayDataset
+from sync_jax.data.prepare.download import PublishedFile, Upstream
+from sync_jax.errors import InputError
+from tests.data.pictures import section
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
 
-def ignore(line):
-    del line
-
-
 def published(folder, *forms):
-    """What `Archives` says of files that a test has written; sources exist nowhere."""
-    return Archives(
-        forms=tuple(
-            tuple(
-                PublishedFile(
-                    name,
-                    hashlib.md5((folder / name).read_bytes()).hexdigest()
-                    if (folder / name).exists()
-                    else "0" * 32,
-                    NOWHERE + name,
-                )
-                for name in form
-            )
-            for form in forms
-        ),
-        prepared_bytes=1000,
-    )
+    """The files that a test has written, as an `Upstream`; sources exist nowhere."""
+
+    def file(name):
+        path = folder / name
+        digest = hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else "0" * 32
+        return PublishedFile(name, digest, NOWHERE + name)
+
+    return Upstream(tuple(tuple(map(file, form)) for form in forms), prepared_bytes=1000)
+
+
+def dataset(name, folder, *forms, source=True):
+    """A dataset of files in a folder, prepared below it."""
+    made = registry.dataset(section(name, folder, source=str(folder) if source else ""))
+    if forms:
+        made.UPSTREAM = published(folder, *forms)
+    return made
 
 
 def write_tar(path, members):
@@ -115,15 +112,10 @@ def test_every_pixel_and_label_of_cifar_comes_back(tmp_path, classes, form):
     write_tar(tmp_path / name, make(classes, contents))
     forms = [(f"cifar-{classes}-{x}.tar.gz",) for x in ("binary", "python")]
     lines = []
-    catalogue.prepare(
-        NAMES[classes],
-        data_dir=tmp_path / "data",
-        source=tmp_path,
-        log=lines.append,
-        upstream=published(tmp_path, *forms),
-    )
+    made = dataset(NAMES[classes], tmp_path, *forms)
+    made.prepare(lines.append)
     for split in ("train", "test"):
-        images, labels = catalogue.load_split(NAMES[classes], split, data_dir=tmp_path / "data")
+        images, labels = made.load(split)
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
         true_images, true_labels = expected(contents, split)
         np.testing.assert_array_equal(images, true_images)
@@ -145,25 +137,9 @@ def test_a_python_2_pickle_is_read(tmp_path):
         + b"\ntb"
     )
     data = b"(dS'data'\n" + array + b"sS'fine_labels'\n(lI42\nas."
-    images, labels = cifar._parse_python("here", data, b"fine_labels")
+    images, labels = _parse_python("here", data, b"fine_labels")
     np.testing.assert_array_equal(images, pixels)
     np.testing.assert_array_equal(labels, [42])
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    victim = tmp_path / "made"
-    data = pickle.dumps({b"data": Evil(str(victim)), b"labels": []}, protocol=2)
-    with pytest.raises(DataError, match=r"asks for .*mkdir, which is refused"):
-        cifar._parse_python("here", data, b"labels")
-    assert not victim.exists()
 
 
 @pytest.mark.parametrize(
@@ -183,16 +159,11 @@ def test_bad_members_are_refused_by_name(tmp_path, change, message):
     change(members)
     name = "cifar-100-binary.tar.gz"
     write_tar(tmp_path / name, members)
-    with pytest.raises(DataError, match=message) as caught:
-        catalogue.prepare(
-            "cifar100",
-            data_dir=tmp_path / "data",
-            source=tmp_path,
-            log=ignore,
-            upstream=published(tmp_path, (name,)),
-        )
+    made = dataset("cifar100", tmp_path, (name,))
+    with pytest.raises(InputError, match=message) as caught:
+        made.prepare(str)
     assert "\n" not in str(caught.value)
-    assert not catalogue.is_prepared("cifar100", data_dir=tmp_path / "data")
+    assert not made.is_prepared()
 
 
 def test_truncated_and_repacked_archives(tmp_path):
@@ -200,34 +171,25 @@ def test_truncated_and_repacked_archives(tmp_path):
     write_tar(tmp_path / name, binary_members(100, cifar_contents(100, SIZES[100])))
     good = published(tmp_path, (name,))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
-    for upstream, message in (
-        (good, "is not the published file, or is damaged: its MD5 sum is"),
-        (published(tmp_path, (name,)), "cannot be read"),
-    ):
-        with pytest.raises(DataError, match=message):
-            catalogue.prepare(
-                "cifar100",
-                data_dir=tmp_path / "data",
-                source=tmp_path,
-                log=ignore,
-                upstream=upstream,
-            )
+    made = dataset("cifar100", tmp_path, (name,))
+    with pytest.raises(InputError, match="cannot be read"):
+        made.prepare(str)
+    made.UPSTREAM = good
+    with pytest.raises(InputError, match="not the published file, or is damaged: its MD5 sum is"):
+        made.prepare(str)
 
 
 def test_without_files_the_message_says_what_is_needed(tmp_path):
     with pytest.raises(
-        DataError,
+        InputError,
         match=r"does not hold cifar-100-binary.tar.gz or cifar-100-python.tar.gz; it must hold",
     ):
-        catalogue.prepare("cifar100", data_dir=tmp_path / "data", source=tmp_path, log=ignore)
-    upstream = dataclasses.replace(
-        cifar.CIFAR100_UPSTREAM,
-        forms=((PublishedFile("a.tar.gz", "0" * 32, NOWHERE + "a.tar.gz"),),),
-    )
-    with pytest.raises(DataError, match=r"cifar100 cannot be obtained: .*127.0.0.1.*--config.data"):
-        catalogue.prepare("cifar100", data_dir=tmp_path / "data", log=ignore, upstream=upstream)
-    with pytest.raises(DataError, match=r"--config=configs/cifar100.py --mode=prepare"):
-        catalogue.load_split("cifar100", "train", data_dir=tmp_path / "data")
+        dataset("cifar100", tmp_path).prepare(str)
+    made = dataset("cifar100", tmp_path, ("a.tar.gz",), source=False)
+    with pytest.raises(InputError, match=r"cannot be obtained: .*127.0.0.1.*--config.data"):
+        made.prepare(str)
+    with pytest.raises(InputError, match=r"--config=configs/cifar100.py --mode=prepare"):
+        made.load("train")
 
 
 def write_svhn(folder, sizes, seed=0):
@@ -246,15 +208,10 @@ def write_svhn(folder, sizes, seed=0):
 
 def test_every_pixel_and_label_of_svhn_comes_back(tmp_path):
     arrays = write_svhn(tmp_path, {"train": 23, "test": 11})
-    catalogue.prepare(
-        "svhn",
-        data_dir=tmp_path / "data",
-        source=tmp_path,
-        log=ignore,
-        upstream=published(tmp_path, ("train_32x32.mat", "test_32x32.mat")),
-    )
+    made = dataset("svhn", tmp_path, ("train_32x32.mat", "test_32x32.mat"))
+    made.prepare(str)
     for split, (images, labels) in arrays.items():
-        found = catalogue.load_split("svhn", split, data_dir=tmp_path / "data")
+        found = made.load(split)
         np.testing.assert_array_equal(found[0], images)
         np.testing.assert_array_equal(found[1], labels)
         assert set(found[1]) == set(range(10))
@@ -267,19 +224,18 @@ def test_svhn_refuses_what_is_no_digit(tmp_path):
         ("fields", {"images": np.zeros(3)}),
     ):
         scipy.io.savemat(tmp_path / f"{name}.mat", contents)
-        with pytest.raises(DataError, match=str(tmp_path / name)):
-            svhn._read(tmp_path / f"{name}.mat")
+        with pytest.raises(InputError, match=str(tmp_path / name)):
+            read_mat(tmp_path / f"{name}.mat")
 
 
-def test_class_names_are_as_many_as_classes():
-    for info in catalogue.DATASETS.values():
+def test_what_is_said_of_datasets_fits_together():
+    for name in ("fashion_mnist", "cifar10", "cifar100", "svhn"):
+        made = registry.dataset(section(name, Path("nowhere")))
+        assert isinstance(made, ArrayDataset)
+        info = made.info()
+        assert info.name == name
         assert len(set(info.class_names)) == info.num_classes
         assert len(info.mean) == len(info.std) == info.image_shape[2]
-    assert list(cifar.CIFAR100_CLASS_NAMES) == sorted(cifar.CIFAR100_CLASS_NAMES)
-
-
-def test_ours_agrees_with_tfds_on_the_published_files():
-    """TFDS's own builder knows the same address and sum of CIFAR-100's binary archive."""
-    (file,) = cifar.CIFAR100_UPSTREAM.forms[0]
+    assert list(CIFAR100_CLASS_NAMES) == sorted(CIFAR100_CLASS_NAMES)
+    (file,) = Cifar100.UPSTREAM.forms[0]
     assert file.url == "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
-    assert tfds.builder_cls("cifar100").name == "cifar100"

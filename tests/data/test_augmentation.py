@@ -151,7 +151,7 @@ def test_pixels_are_exact_in_bfloat16():
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.int32])
 def test_normalise_by_hand(dtype):
     images = jnp.array([0, 255, 51, 102], dtype).reshape(2, 1, 1, 2)
-    result = normalise(images, mean=(0.2, 0.5), std=(0.1, 0.25))
+    result = normalise(images, mean=(0.2, 0.5), std=(0.1, 0.25), scale=255.0)
     chex.assert_type(result, jnp.float32)
     # (0 - .2) / .1, (1 - .5) / .25, (.2 - .2) / .1, (.4 - .5) / .25
     np.testing.assert_allclose(result.reshape(-1), [-2.0, 2.0, 0.0, -0.4], rtol=1e-6, atol=1e-6)
@@ -161,7 +161,7 @@ def test_normalise_gives_zero_mean_and_unit_variance():
     images = make_images(30, channels=3)
     scaled = images / 255
     mean, std = scaled.mean(axis=(0, 1, 2)), scaled.std(axis=(0, 1, 2))
-    result = np.asarray(normalise(jnp.asarray(images), tuple(mean), tuple(std)))
+    result = np.asarray(normalise(jnp.asarray(images), tuple(mean), tuple(std), 255.0))
     np.testing.assert_allclose(result.mean(axis=(0, 1, 2)), np.zeros(3), atol=1e-5)
     np.testing.assert_allclose(result.std(axis=(0, 1, 2)), np.ones(3), rtol=1e-5)
 

@@ -15,9 +15,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from sync_jax.config import default_config
-from sync_jax.data import augmentation, catalogue, host, pictures
-from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data import augmentation, host, registry
 from sync_jax.data.random_crop import random_box, random_crop
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import (
@@ -26,14 +24,15 @@ from sync_jax.data.resident import (
     epoch_constants,
     training_batch,
 )
-from tests.data.pictures import pixels, write_pictures
+from sync_jax.data.splits import load_train_and_calibration
+from tests.data.pictures import pixels, prepared, section, write_pictures
 
 PLAIN = Augmentation(0, False)
 
 
-def examples(images, min_crop_area=0.3, *, seed=3, epochs=9, size=12):
+def examples(images, min_crop_area=0.3, *, seed=3, epochs=9):
     labels = np.arange(len(images), dtype=np.int32) * 7 % 5
-    return host.Examples(images, labels, epoch_constants(seed, epochs), seed, min_crop_area, size)
+    return host.Examples(images, labels, epoch_constants(seed, epochs), seed, min_crop_area)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +43,14 @@ def arrays():
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
-    write_pictures(folder / "p", {"train": 9, "test": 1})
-    data = default_config().data
-    data.name, data.folder, data.data_dir = "image_folder", str(folder / "p"), str(folder / "d")
-    data.image_size, data.calibration_size = 12, 5
-    catalogue.make_ready(data, str)
-    pictures.prepare_squares(data, str)
+    write_pictures(folder / "pictures", {"train": 9, "test": 1})
+    data = section("image_folder", folder, calibration_size=5)
+    prepared(data)
     return data
+
+
+def train_part(data, **options):
+    return load_train_and_calibration(registry.dataset(data), data, **options)[0]
 
 
 def collect(source, **options):
@@ -115,8 +115,8 @@ def test_processes_share_a_batch(arrays, processes):
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing(decoded):
-    part, _ = load_train_and_calibration(decoded, decode=True)
-    source = host.Examples(part.images, part.labels, epoch_constants(0, 30), 0, 0.5, 12)
+    part = train_part(decoded, decode=True)
+    source = host.Examples(part.images, part.labels, epoch_constants(0, 30), 0, 0.5)
     threads = collect(source, start=1, stop=30)
     before = set(multiprocessing.active_children())
     batches = host.batches(source, start=1, stop=30, batch_size=6, workers=2)
@@ -138,7 +138,7 @@ from sync_jax.data.resident import epoch_constants
 
 if __name__ == "__main__":
     images, labels = np.zeros((22, 12, 12, 3), np.uint8), np.zeros(22, np.int32)
-    source = host.Examples(images, labels, epoch_constants(0, 9), 0, 1.0, 12)
+    source = host.Examples(images, labels, epoch_constants(0, 9), 0, 1.0)
     batches = host.batches(source, start=0, stop=9, batch_size=6, workers=1)
     next(batches)
     print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
@@ -174,11 +174,11 @@ def runs(process: int) -> bool:
 @pytest.mark.parametrize("min_crop_area", [0.3, 1.0])
 def test_from_the_disk_come_the_resident_pipelines_batches(decoded, min_crop_area):
     """Squares of 12 pixels of which 10 are used, cropped by the same random numbers."""
-    section = decoded.copy_and_resolve_references()
-    section.image_size, section.stored_size = 10, 12
-    part, _ = load_train_and_calibration(section)
+    data = decoded.copy_and_resolve_references()
+    data.image_size, data.stored_size = 10, 12
+    part = train_part(data)
     squares = part.images.uncut()
-    source = host.Examples(squares, part.labels, epoch_constants(3, 9), 3, 1.0, 10)
+    source = host.Examples(squares, part.labels, epoch_constants(3, 9), 3, 1.0)
     split = ResidentSplit(jnp.asarray(squares[:]), jnp.asarray(part.labels))
     recipe, seed = Augmentation(1, True, 0.0, min_crop_area, 0.3), jnp.uint32(3)
     for step, batch in enumerate(collect(source, start=0, stop=5)):
@@ -193,9 +193,9 @@ def test_from_the_disk_come_the_resident_pipelines_batches(decoded, min_crop_are
 
 
 def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
-    part, calibration = load_train_and_calibration(decoded, decode=True)
-    squares, _ = load_train_and_calibration(decoded)
-    source = host.Examples(part.images, part.labels, epoch_constants(0, 2), 0, 1.0, 12)
+    part, calibration = load_train_and_calibration(registry.dataset(decoded), decoded, decode=True)
+    squares = train_part(decoded)
+    source = host.Examples(part.images, part.labels, epoch_constants(0, 2), 0, 1.0)
     (batch,) = host.batches(source, start=0, stop=1, batch_size=22)
     np.testing.assert_array_equal(batch["image"], part.images[:][batch["index"]])
     np.testing.assert_array_equal(batch["image"], squares.images[:][batch["index"]])
@@ -231,9 +231,9 @@ def test_a_crop_is_the_devices():
     left, top, width, height = random_box(np.random.default_rng(5), *image.size, 0.3)
     box = jnp.asarray([[top, left, height, width]], jnp.float32)
     expected = augmentation.crop_and_resize(jnp.asarray(image)[None], box, 7)[0]
-    found = random_crop(np.random.default_rng(5), image, 0.3, 7)
+    found = random_crop(np.random.default_rng(5), image, 0.3, 7, 7)
     assert found.shape == (7, 7, 3)
     assert found.dtype == np.uint8
     assert np.max(np.abs(found - np.asarray(expected))) <= 1.01
-    grey = random_crop(np.random.default_rng(5), image.convert("L"), 0.3, 7)
+    grey = random_crop(np.random.default_rng(5), image.convert("L"), 0.3, 7, 7)
     assert grey.shape == (7, 7, 1)

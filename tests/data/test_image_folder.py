@@ -9,38 +9,27 @@ import pytest
 from PIL import Image
 
 from sync_jax import train
-from sync_jax.config import check_sizes, default_config, validate
-from sync_jax.data import catalogue, loading, pictures, records
-from sync_jax.data.parts import load_test, load_train_and_calibration
-from sync_jax.data.records import INFO
-from sync_jax.data.sources import DataError
+from sync_jax.config import default_config
+from sync_jax.data import loading, registry
+from sync_jax.data.datasets import image_folder
+from sync_jax.data.prepare import records
+from sync_jax.data.prepare.records import INFO
+from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from tests.curves import check_close
-from tests.data.pictures import CLASSES, pixels, write_pictures
+from tests.data import pictures
+from tests.data.pictures import CLASSES, pixels, prepared, write_pictures
 
 
 def section(folder, **changes):
-    config = default_config()
-    config.data.name = "image_folder"
-    config.data.folder = str(folder / "pictures")
-    config.data.data_dir = str(folder / "data")
-    config.data.image_size = 12
-    config.data.calibration_size = 0
-    config.data.update(changes)
-    return config.data
-
-
-def prepare(data):
-    lines = []
-    catalogue.make_ready(data, lines.append)
-    pictures.prepare_squares(data, str)
-    return lines
+    return pictures.section("image_folder", folder, **changes)
 
 
 def load(data, split):
     """Read from the squares, and decoded from the records: the same."""
-    images, labels = catalogue.load(data, split)
-    decoded, _ = catalogue.load(data, split, decode=True)
+    dataset = registry.dataset(data)
+    images, labels = dataset.load(split)
+    decoded, _ = dataset.load(split, decode=True)
     assert images.shape == decoded.shape == (len(labels), *images[:1].shape[1:])
     np.testing.assert_array_equal(images[:], decoded[:])
     return images[:], labels
@@ -55,12 +44,14 @@ def assert_holds(data, split, written):
 def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_path, monkeypatch):
     """What --mode=prepare does on a laptop for a slice: placement, or the laptop's memory says."""
     write_pictures(tmp_path / "pictures", {"train": 4, "test": 2})
-    monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 0.0)
+    monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 5e3)
     config = default_config()
-    config.data.update(section(tmp_path))
+    config.data.update(section(tmp_path, calibration_size=3))
+    config.train.batch_size = 8
     for placement in ("auto", "device"):
         config.data.placement = placement
-        loading.prepare(config)
+        monkeypatch.setattr("sync_jax.data.placement._free_disk", lambda folder: 100)
+        loading.prepare(config, registry.dataset(config.data))
         made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*"))
         assert made == (["test.npy", "train.npy"] if placement == "device" else [])
 
@@ -68,39 +59,52 @@ def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_pa
 @pytest.mark.parametrize(
     ("train_name", "test_name"), [("train", "test"), ("training", "val"), ("Train", "validation")]
 )
-def test_split_folders(tmp_path, train_name, test_name):
+def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
     written = write_pictures(tmp_path / "pictures", {train_name: 4, test_name: 2})
     data = section(tmp_path)
-    assert catalogue.dataset_info(data) is None
-    assert not catalogue.is_ready(data)
-    lines = prepare(data)
+    dataset = registry.dataset(data)
+    assert not dataset.is_prepared()
+    with pytest.raises(InputError, match=r"is not prepared: .*--mode=prepare .*data.folder=FOLDER"):
+        dataset.load("train")
+    scanned = []
+    scan = image_folder.scan
+    monkeypatch.setattr(image_folder, "scan", lambda path: scanned.append(path) or scan(path))
+    assert dataset.info().num_train == 12  # as the files' names tell
+    lines = []
+    dataset.prepare(lines.append)
     assert lines[0] == (
         f"image_folder: 3 classes in {tmp_path / 'pictures'}: 12 for train, 6 for test"
     )
-    assert catalogue.is_ready(data)
+    assert dataset.is_prepared()
     assert_holds(data, "train", written[train_name])
     assert_holds(data, "test", written[test_name])
-    info = catalogue.dataset_info(data)
+    scanned.clear()
+    dataset = registry.dataset(data)
+    infos = [dataset.info() for _ in range(3)]
+    assert len(scanned) == 1  # once is enough for a run
+    info = infos[0]
     assert (info.class_names, info.num_classes, info.image_shape) == (CLASSES, 3, (12, 12, 3))
+    assert (info.stored_shape, info.squares_bytes) == ((12, 12, 3), 0)
     assert (info.num_train, info.num_test) == (12, 6)
     train_pixels = np.stack([image for image, _ in written[train_name]]) / 255
     np.testing.assert_allclose(info.mean, train_pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(info.std, train_pixels.std(axis=(0, 1, 2)), rtol=1e-9)
-    assert prepare(data) == [f"image_folder: already prepared in {pictures.prepared_folder(data)}"]
+    dataset, lines = prepared(data)
+    assert lines == [f"image_folder: already prepared in {dataset.folder}"]
 
 
 def test_val_joins_train_where_there_is_a_test(tmp_path):
     written = write_pictures(tmp_path / "pictures", {"train": 3, "val": 2, "test": 1})
     data = section(tmp_path)
-    prepare(data)
+    dataset, _ = prepared(data)
     assert_holds(data, "test", written["test"])
-    assert catalogue.dataset_info(data).num_train == 15
+    assert dataset.info().num_train == 15
 
 
 def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
     written = write_pictures(tmp_path / "pictures", {"": 10})[""]
     data = section(tmp_path)
-    prepare(data)
+    prepared(data)
     found = {}
     for split in ("train", "test"):
         images, labels = load(data, split)
@@ -113,9 +117,7 @@ def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
 
 def test_a_class_may_be_called_train(tmp_path):
     write_pictures(tmp_path / "pictures", {"": 5}, classes=("car", "train"))
-    data = section(tmp_path)
-    prepare(data)
-    assert catalogue.dataset_info(data).class_names == ("car", "train")
+    assert registry.dataset(section(tmp_path)).info().class_names == ("car", "train")
 
 
 def test_folders_within_classes_hidden_and_other_files(tmp_path):
@@ -127,31 +129,8 @@ def test_folders_within_classes_hidden_and_other_files(tmp_path):
     (ant / "notes.txt").write_text("")
     (tmp_path / "pictures" / ".cache").mkdir()
     data = section(tmp_path)
-    assert prepare(data)[0].endswith("7 for train, 3 for test; 1 other files ignored")
+    assert prepared(data)[1][0].endswith("7 for train, 3 for test; 1 other files ignored")
     assert pixels(99) in load(data, "train")[0]
-
-
-def test_bad_files_are_left_out_by_name(tmp_path):
-    written = write_pictures(tmp_path / "pictures", {"train": 4, "test": 2})
-    bad = tmp_path / "pictures" / "train" / "bee" / "002.png"
-    bad.write_bytes(bad.read_bytes()[:60])
-    data = section(tmp_path)
-    lines = prepare(data)
-    assert lines[1].startswith("image_folder: cannot be read, left out: train/bee/002.png: ")
-    assert lines[2] == "image_folder: 1 of 18 pictures left out; all are in bad_files.txt"
-    listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
-    assert listed.startswith("train/bee/002.png: ")
-    assert_holds(data, "train", [x for i, x in enumerate(written["train"]) if i != 6])
-    assert catalogue.dataset_info(data).num_train == 11
-
-
-def test_a_class_of_bad_files_only_is_an_error(tmp_path):
-    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
-    for path in (tmp_path / "pictures" / "train" / "bee").iterdir():
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="train has no readable picture of 'bee'"):
-        prepare(section(tmp_path))
-    assert not catalogue.is_ready(section(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -171,95 +150,92 @@ def test_other_layouts_are_refused(tmp_path, layout, message):
         (tmp_path / "pictures" / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.fromarray(pixels(i)).save(tmp_path / "pictures" / folder / f"{i}.png")
-    with pytest.raises(DataError, match=message) as caught:
-        prepare(section(tmp_path))
+    with pytest.raises(InputError, match=message) as caught:
+        prepared(section(tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists()
 
 
 def test_no_folder_and_a_file(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
-        prepare(section(tmp_path))
+    assert registry.dataset(section(tmp_path)).info() is None
+    with pytest.raises(InputError, match="does not exist"):
+        prepared(section(tmp_path))
     (tmp_path / "pictures").write_text("")
-    with pytest.raises(DataError, match="is not a folder"):
-        prepare(section(tmp_path))
+    with pytest.raises(InputError, match="is not a folder"):
+        prepared(section(tmp_path))
 
 
 def test_changed_pictures_are_noticed_and_absent_ones_are_not_needed(tmp_path):
     write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
     data = section(tmp_path)
-    prepare(data)
+    prepared(data)
     picture = tmp_path / "pictures" / "train" / "ant" / "000.png"
     Image.fromarray(pixels(77)).save(picture)
     os.utime(picture, ns=(1, 1))
-    with pytest.raises(DataError, match="have changed since they were prepared; delete"):
-        catalogue.dataset_info(data)
+    with pytest.raises(InputError, match="have changed since they were prepared; delete"):
+        registry.dataset(data).info()
     shutil.rmtree(tmp_path / "pictures")
-    assert catalogue.dataset_info(data).num_train == 6
+    assert registry.dataset(data).info().num_train == 6
 
 
-def test_damage_is_noticed(tmp_path):
-    write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
-    data = section(tmp_path)
-    prepare(data)
-    target = pictures.prepared_folder(data)
-    (shard,) = target.glob("*-train.array_record-*")
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train", decode=True)[0][:1]
-    (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match="is damaged"):
-        catalogue.load(data, "train")
-    (target / "labels_train.npy").unlink()
-    with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train")
-    (target / INFO).write_text(json.dumps({"size": 12}))
-    with pytest.raises(DataError, match="is damaged"):
-        catalogue.dataset_info(data)
-
-
-def test_a_missing_file_of_records_does_not_shift_the_others(tmp_path, monkeypatch):
+def test_damage_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD", 3)
     write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
     data = section(tmp_path)
-    catalogue.make_ready(data, str)
-    first, *_ = sorted(pictures.prepared_folder(data).glob("*-train.array_record-*"))
-    assert first.name.endswith("00000-of-00003")
+    dataset, _ = prepared(data)
+    target = dataset.folder
+    dataset.load("train")
+    (target / "squares_12_12" / "train.npy").write_bytes(b"no array")
+    with pytest.raises(InputError, match="is damaged"):
+        dataset.load("train")
+    # A missing file of records does not shift the others.
+    first, second, _ = sorted(target.glob("*-train.array_record-*"))
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(InputError, match="delete it and prepare again"):
+        dataset.load("train", decode=True)[0][:1]
     first.unlink()
-    with pytest.raises(DataError, match="it has 6 records, not one for each label"):
-        pictures.prepare_squares(data, str)
-    with pytest.raises(DataError, match="delete it and prepare again"):
-        catalogue.load(data, "train", decode=True)[0][:1]
+    second.write_bytes(sorted(target.glob("*-train.array_record-*"))[-1].read_bytes())
+    shutil.rmtree(target / "squares_12_12")
+    with pytest.raises(InputError, match="it has 6 records, not one for each label"):
+        dataset.load("train")
+    (target / "labels_train.npy").unlink()
+    with pytest.raises(InputError, match="delete it and prepare again"):
+        dataset.load("train")
+    (target / INFO).write_text(json.dumps({"size": 12}))
+    with pytest.raises(InputError, match="is damaged"):
+        registry.dataset(data).info()
 
 
 def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, monkeypatch):
     write_pictures(tmp_path / "pictures", {"train": 2, "test": 1})
     small, large = section(tmp_path), section(tmp_path, image_size=24)
-    prepare(small)
-    prepare(large)
+    assert prepared(small)[0].folder == prepared(large)[0].folder
     assert load(large, "train")[0].shape == (6, 24, 24, 3)
     assert load(small, "train")[0].shape == (6, 12, 12, 3)
-    assert pictures.prepared_folder(small) == pictures.prepared_folder(large)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(DataError, match=r"needs 0.0 MB for squares of 16 pixels, 0.0 MB are free"):
-        prepare(section(tmp_path, image_size=16))
-    with pytest.raises(DataError, match=r"needs 10.0 MB to prepare pictures-.*, 0.0 MB are free"):
-        prepare(section(tmp_path, data_dir=str(tmp_path / "other")))
+    middle = registry.dataset(section(tmp_path, image_size=16))
+    assert middle.info().squares_bytes == (6 + 3) * 16 * 16 * 3 + 2 * 128
+    with pytest.raises(InputError, match=r"needs 0.0 MB for squares of 16 pixels, 0.0 MB are free"):
+        middle.load("train")
+    with pytest.raises(InputError, match=r"needs 10.0 MB to prepare pictures-.*, 0.0 MB are free"):
+        prepared(section(tmp_path, data_dir=str(tmp_path / "other")))
 
 
-def test_sizes_are_checked_once_they_are_known(tmp_path):
+def test_sizes_are_checked_before_anything_is_written(tmp_path):
     write_pictures(tmp_path / "pictures", {"train": 20, "test": 1})
     config = default_config()
     config.data = section(tmp_path)
-    for check in (validate, check_sizes):  # not prepared: as the files' names say
-        with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
-            check(config)
-    prepare(config.data)
+    dataset = registry.dataset(config.data)
+    # As the files' names say, and once it is prepared.
     with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
-        check_sizes(config)
-    parts = load_train_and_calibration(config.data)
-    assert [len(part.labels) for part in (*parts, load_test(config.data))] == [54, 6, 3]
+        loading.prepare(config, dataset)
+    assert not (tmp_path / "data").exists()
+    dataset.prepare(str)
+    with pytest.raises(InputError, match="batch_size=128 is more than the 54 training"):
+        loading.check_sizes(config, dataset.info())
+    parts = load_train_and_calibration(dataset, config.data)
+    assert [len(part.labels) for part in (*parts, load_test(dataset))] == [54, 6, 3]
 
 
 @pytest.mark.slow

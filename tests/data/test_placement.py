@@ -1,5 +1,6 @@
 """What is chosen, what is said of it, and that sharded images give the same batches."""
 
+import dataclasses
 import types
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from sync_jax.config import default_config
-from sync_jax.data import catalogue, loading, parts, placement
+from sync_jax.data import loading, placement, registry, splits
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import put_on_devices, take, training_batch
 from sync_jax.errors import InputError
@@ -21,7 +22,7 @@ from tests.data.pictures import pixels
 ALL = Augmentation(2, True, 20.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.5)
 
 
-def choose(monkeypatch, free, *, devices=1, **changes):
+def choose(monkeypatch, free, *, devices=1, disk=0, there=False, **changes):
     config = default_config()
     config.data.name = "imagenet100"
     config.data.image_size, config.data.short_side = 224, 256
@@ -29,8 +30,12 @@ def choose(monkeypatch, free, *, devices=1, **changes):
     config.data.data_dir = "/nowhere"
     config.data.update(changes)
     monkeypatch.setattr(placement, "free_memory", lambda mesh: free)
+    monkeypatch.setattr(placement, "_free_disk", lambda folder: disk)
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return placement.choose(config.data, catalogue.dataset_info(config.data), mesh)
+    info = registry.dataset(config.data).info()
+    if there:
+        info = dataclasses.replace(info, squares_bytes=0)
+    return placement.choose(config.data, info, mesh)
 
 
 def test_auto_takes_the_device_where_half_of_it_will_do(monkeypatch):
@@ -41,8 +46,26 @@ def test_auto_takes_the_device_where_half_of_it_will_do(monkeypatch):
         "images in device memory: 23.59 GB of training images, 47.19 GB free on 1 device "
         "(data.placement='auto', at most half)"
     )
-    assert not too_small.on_device
-    assert too_small.reason.startswith("images on the host, decoded for each batch: 23.59 GB of")
+    # 126,689 + 5,000 squares take 25.89 GB on the disk; where they are, or fit, it comes next.
+    assert too_small.where == "host"
+    assert too_small.reason == (
+        "images on the host, decoded for each batch: 23.59 GB of training images, 47.19 GB free on "
+        "1 device (data.placement='auto', at most half; squares on the disk take 25.89 GB more, "
+        "0.00 GB free)"
+    )
+    total = 131_689 * 256 * 256 * 3 + 2 * 128
+    for disk, there, where in (
+        (total, False, "disk"),
+        (total - 1, False, "host"),
+        (0, True, "disk"),
+    ):
+        found = choose(monkeypatch, needed, disk=disk, there=there)
+        assert (found.where, found.sharded) == (where, False)
+    arrays = choose(monkeypatch, 1e6, disk=1e15, name="fashion_mnist")
+    assert arrays.where == "host"
+    assert arrays.reason.startswith(
+        "images in the host's memory, copied for each batch: 0.04 GB of"
+    )
 
 
 def test_what_is_said_is_done(monkeypatch):
@@ -69,7 +92,10 @@ def test_a_run_that_goes_on_stays_where_it_was(tmp_path, monkeypatch, notes, whe
     config = default_config()
     config.data.data_dir = str(tiny.prepare(tmp_path))
     monkeypatch.setattr(loading, "latest_notes", lambda folder: notes)
-    assert loading.decide(config, sharding.make_mesh(), tmp_path).where == where
+    assert (
+        loading.decide(config, registry.dataset(config.data), sharding.make_mesh(), tmp_path).where
+        == where
+    )
 
 
 def test_free_memory_is_the_devices_own(monkeypatch):
@@ -108,11 +134,12 @@ def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
 ):
     section = default_config().data
     section.data_dir, section.calibration_size = str(tiny.prepare(tmp_path)), 40
-    images, labels = catalogue.load(section, "train")
+    dataset = registry.dataset(section)
+    images, labels = dataset.load("train")
     whole = images.copy()
-    monkeypatch.setattr(catalogue, "load", lambda *_, **__: (images, labels))
-    monkeypatch.setattr(parts, "_ROWS", moved)
-    train, calibration = parts.load_train_and_calibration(section)
+    monkeypatch.setattr(dataset, "load", lambda *_, **__: (images, labels))
+    monkeypatch.setattr(splits, "_ROWS", moved)
+    train, calibration = splits.load_train_and_calibration(dataset, section)
     for part in (train, calibration):
         np.testing.assert_array_equal(part.images, whole[part.index])
         np.testing.assert_array_equal(part.labels, labels[part.index])

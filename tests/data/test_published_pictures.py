@@ -11,13 +11,14 @@ import scipy.io
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from sync_jax.config import default_config
-from sync_jax.data import catalogue, food101, imagenet100, listing, pictures, records
+from sync_jax.data import registry
+from sync_jax.data.datasets import food101, imagenet100
 from sync_jax.data.images import square
-from sync_jax.data.listing import Picture, tar_members
-from sync_jax.data.parts import load_test, load_train_and_calibration
-from sync_jax.data.sources import DataError
-from tests.data.pictures import pixels
+from sync_jax.data.prepare import records
+from sync_jax.data.prepare.archives import Picture, tar_members
+from sync_jax.data.splits import load_test, load_train_and_calibration
+from sync_jax.errors import InputError
+from tests.data.pictures import pixels, prepared, section
 
 WNIDS = imagenet100.class_names()
 
@@ -47,27 +48,10 @@ def tar(members, **options):
     return out.getvalue()
 
 
-def section(name, folder, **changes):
-    data = default_config().data
-    data.name, data.source = name, str(folder / "source")
-    data.data_dir = str(folder / "data")
-    data.image_size = 12
-    data.calibration_size = 0
-    data.update(changes)
-    return data
-
-
-def prepare(data):
-    lines = []
-    catalogue.make_ready(data, lines.append)
-    pictures.prepare_squares(data, str)
-    return lines
-
-
 def assert_holds(data, split, expected):
     """Every pixel and label, by both ways of reading; expected: (encoded, label) in order."""
     for decode in (False, True):
-        images, labels = catalogue.load(data, split, decode=decode)
+        images, labels = registry.dataset(data).load(split, decode=decode)
         np.testing.assert_array_equal(labels, [label for _, label in expected])
         assert labels.dtype == np.int32
         np.testing.assert_array_equal(images[:], [decoded(encoded) for encoded, _ in expected])
@@ -140,33 +124,29 @@ def write_imagenet(folder, imagenet, layout):
 def test_imagenet_comes_back_from_every_layout_in_the_same_order(tmp_path, imagenet, layout):
     write_imagenet(tmp_path / "source", imagenet, layout)
     data = section("imagenet100", tmp_path)
-    lines = prepare(data)
+    dataset, lines = prepared(data)
     assert lines[1:3] == [
         "imagenet100: 100 classes: 200 for train, 100 for test",
         "imagenet100: published are 126,689 and 5,000",
     ]
     assert_holds(data, "train", imagenet[0]["train"])
     assert_holds(data, "test", imagenet[0]["test"])
-    info = catalogue.dataset_info(data)
+    info = dataset.info()
     assert (info.num_train, info.num_test, info.class_names) == (200, 100, WNIDS)
     assert info.mean == (0.485, 0.456, 0.406)
     assert not list((tmp_path / "data").glob("incomplete*"))
-    parts = (*load_train_and_calibration(data), load_test(data))
+    parts = (*load_train_and_calibration(dataset, data), load_test(dataset))
     assert [part.images.shape for part in parts] == [(n, 12, 12, 3) for n in (180, 20, 100)]
-    for part in parts:
-        np.testing.assert_array_equal(
-            part.images[3:5],
-            catalogue.load(data, "test" if len(part.labels) == 100 else "train")[0][
-                part.index[3:5]
-            ],
-        )
+    for part, split in zip(parts, ("train", "train", "test"), strict=True):
+        whole, _ = dataset.load(split)
+        np.testing.assert_array_equal(part.images[3:5], whole[part.index[3:5]])
 
 
 def test_tfds_reads_what_was_prepared(tmp_path, imagenet):
     write_imagenet(tmp_path / "source", imagenet, "folders")
     data = section("imagenet100", tmp_path)
-    prepare(data)
-    source = tfds.builder_from_directory(pictures.prepared_folder(data)).as_data_source(
+    dataset, _ = prepared(data)
+    source = tfds.builder_from_directory(dataset.folder).as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}
     )
     expected = imagenet[0]["train"]
@@ -179,8 +159,8 @@ def test_tfds_reads_what_was_prepared(tmp_path, imagenet):
 def test_imagenet_lacks_a_class(tmp_path, imagenet):
     write_imagenet(tmp_path / "source", imagenet, "folders")
     shutil.rmtree(tmp_path / "source" / "train" / WNIDS[5])
-    with pytest.raises(DataError, match=f"train has no picture of 1 of .* first {WNIDS[5]}"):
-        prepare(section("imagenet100", tmp_path))
+    with pytest.raises(InputError, match=f"train has no picture of 1 of .* first {WNIDS[5]}"):
+        prepared(section("imagenet100", tmp_path))
 
 
 def test_the_class_list_is_the_fields():
@@ -188,7 +168,7 @@ def test_the_class_list_is_the_fields():
     assert (WNIDS[0], WNIDS[99]) == ("n02869837", "n02090622")
     truth = imagenet100._validation_labels()
     assert len(truth) == 50_000
-    assert sum(wnid in set(WNIDS) for wnid in truth) == imagenet100.NUM_TEST
+    assert sum(wnid in set(WNIDS) for wnid in truth) == imagenet100.Imagenet100.NUM_TEST
 
 
 # --- Stanford Cars --------------------------------------------------------------------------------
@@ -237,10 +217,10 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
     (tmp_path / "source" / devkit).mkdir(parents=True)
     expected = write_cars(tmp_path / "source", nested=nested, devkit=devkit)
     data = section("stanford_cars", tmp_path)
-    prepare(data)
+    prepared(data)
     assert_holds(data, "train", expected["train"])
     assert_holds(data, "test", expected["test"])
-    assert catalogue.dataset_info(data).class_names == CARS
+    assert registry.dataset(data).info().class_names == CARS
 
 
 @pytest.mark.parametrize(
@@ -276,8 +256,8 @@ def test_cars_that_do_not_fit_together_are_refused(tmp_path, spoil, message):
     (tmp_path / "source").mkdir()
     write_cars(tmp_path / "source")
     spoil(tmp_path / "source")
-    with pytest.raises(DataError, match=message) as caught:
-        prepare(section("stanford_cars", tmp_path))
+    with pytest.raises(InputError, match=message) as caught:
+        prepared(section("stanford_cars", tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists()
 
@@ -322,10 +302,10 @@ def test_food_comes_back_from_every_form(tmp_path, form):
     members, expected = food_members()
     write_food(tmp_path / "source", members, form)
     data = section("food101", tmp_path)
-    prepare(data)
+    prepared(data)
     assert_holds(data, "train", expected["train"])
     assert_holds(data, "test", expected["test"])
-    assert catalogue.dataset_info(data).class_names == DISHES
+    assert registry.dataset(data).info().class_names == DISHES
     assert not list((tmp_path / "data").glob("incomplete*"))  # the decompressed archive too
 
 
@@ -342,12 +322,12 @@ def test_food_that_is_damaged_is_refused(tmp_path):
         folder.mkdir()
         write_food(folder / "source", members, form)
         change(folder / "source" / f"food-101.{form}")
-        with pytest.raises(DataError, match=message):
-            prepare(section("food101", folder))
+        with pytest.raises(InputError, match=message):
+            prepared(section("food101", folder))
     del members["food-101/images/apple_pie/1000007.jpg"]
     write_food(tmp_path / "source", members, "tar")
-    with pytest.raises(DataError, match=r"has no images/apple_pie/1000007\.jpg"):
-        prepare(section("food101", tmp_path))
+    with pytest.raises(InputError, match=r"has no images/apple_pie/1000007\.jpg"):
+        prepared(section("food101", tmp_path))
 
 
 def test_an_archive_that_expands_without_end_is_stopped(tmp_path, monkeypatch):
@@ -357,8 +337,8 @@ def test_an_archive_that_expands_without_end_is_stopped(tmp_path, monkeypatch):
         member = tarfile.TarInfo("food-101/zeros")
         member.size = 1_000_000
         archive.addfile(member, io.BytesIO(bytes(1_000_000)))
-    with pytest.raises(DataError, match="expands to more than photographs do"):
-        prepare(section("food101", tmp_path))
+    with pytest.raises(InputError, match="expands to more than photographs do"):
+        prepared(section("food101", tmp_path))
 
 
 # --- Archives -------------------------------------------------------------------------------------
@@ -381,7 +361,7 @@ def test_unsafe_members_are_refused(tmp_path, name, kind, message):
         member = tarfile.TarInfo(name)
         member.type, member.linkname = kind, "/etc/passwd"
         archive.addfile(member)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(InputError, match=message):
         list(tar_members(path))
 
 
@@ -406,19 +386,19 @@ def test_without_data_one_message_says_what_and_how(tmp_path):
         ("food101", "food-101.tar.gz.*data.vision.ee.ethz.ch"),
     ):
         data = section(name, tmp_path, source="")
-        with pytest.raises(DataError, match=words) as caught:
-            catalogue.make_ready(data, str)
+        with pytest.raises(InputError, match=words) as caught:
+            prepared(data)
         text = str(caught.value)
         assert f"--config=configs/{name}.py --mode=prepare --config.data.data_dir=" in text
         assert "--config.data.source=FOLDER" in text
         assert "\n" not in text
         data.source = str(tmp_path / "nowhere")
-        with pytest.raises(DataError, match="nowhere' does not exist; it must hold"):
-            catalogue.make_ready(data, str)
+        with pytest.raises(InputError, match="nowhere' does not exist; it must hold"):
+            prepared(data)
         (tmp_path / "empty").mkdir(exist_ok=True)
         data.source = str(tmp_path / "empty")
-        with pytest.raises(DataError, match=r"empty (does not hold|has no) "):
-            catalogue.make_ready(data, str)
+        with pytest.raises(InputError, match=r"empty (does not hold|has no) "):
+            prepared(data)
     assert not (tmp_path / "data").exists()
 
 
@@ -427,14 +407,14 @@ def test_bad_pictures_are_listed_by_name_and_left_out(tmp_path):
     members["food-101/images/baby_back_ribs/1000014.jpg"] = jpeg(0)[:300]
     write_food(tmp_path / "source", members, "tar")
     data = section("food101", tmp_path)
-    lines = prepare(data)
+    dataset, lines = prepared(data)
     bad = [line for line in lines if "left out" in line]
     assert bad[0].startswith("food101: cannot be read, left out: baby_back_ribs/1000014.jpg: ")
     assert bad[1] == "food101: 1 of 16 pictures left out; all are in bad_files.txt"
-    listed = (pictures.prepared_folder(data) / "bad_files.txt").read_text()
+    listed = (dataset.folder / "bad_files.txt").read_text()
     assert listed.startswith("baby_back_ribs/1000014.jpg: ")
     assert_holds(data, "train", [x for i, x in enumerate(expected["train"]) if i != 7])
-    assert catalogue.dataset_info(data).num_train == 9
+    assert registry.dataset(data).info().num_train == 9
 
 
 def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -453,17 +433,17 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
                 raise Stopped
         return read(self)
 
-    monkeypatch.setattr(listing.Picture, "read", read_some)
+    monkeypatch.setattr(Picture, "read", read_some)
     with pytest.raises(Stopped):
-        prepare(data)
-    assert not pictures.is_prepared(data)
+        prepared(data)
+    assert not registry.dataset(data).is_prepared()
     (work,) = (
         p for p in (tmp_path / "data").glob("incomplete-food101-*") if "unpacked" not in p.name
     )
     finished = sorted(path.name for path in work.glob("*.json"))
     assert finished == ["train-00000.json", "train-00001.json"]
     count[0], limit = 0, 100
-    lines = prepare(data)
+    _, lines = prepared(data)
     assert "food101: going on with a preparation that was stopped" in lines
     assert count[0] == 10  # of 16: the first six were not read again
     assert_holds(data, "train", expected["train"])
@@ -472,11 +452,11 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("sync_jax.data.squares._AT_ONCE", 4)
+    monkeypatch.setattr("sync_jax.data.prepare.squares._AT_ONCE", 4)
     members, expected = food_members()
     write_food(tmp_path / "source", members, "tar")
     data = section("food101", tmp_path)
-    catalogue.make_ready(data, str)
+    dataset, _ = prepared(data)
     asked, get = [], records.Records.__getitem__
 
     def get_some(self, position):
@@ -488,26 +468,24 @@ def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(records.Records, "__getitem__", get_some)
     limit = 6
     with pytest.raises(Stopped):
-        pictures.prepare_squares(data, str)
-    with pytest.raises(DataError, match=r"there is no .*train\.npy; --mode=prepare makes it"):
-        catalogue.load(data, "train")
+        dataset.load("train")
     asked.clear()
     limit = 0
-    pictures.prepare_squares(data, str)
+    dataset.load("train")
     assert min(position for split, position in asked if split == "train") == 4
-    assert_holds(data, "train", expected["train"])
     asked.clear()
-    pictures.prepare_squares(data, str)
+    dataset.load("train")
     assert not asked
+    assert_holds(data, "train", expected["train"])
 
 
 def test_the_middle_of_a_larger_square(tmp_path):
     members, expected = food_members()
     write_food(tmp_path / "source", members, "tar")
     data = section("food101", tmp_path, image_size=6, short_side=12, stored_size=10)
-    prepare(data)
+    prepared(data)
     for decode in (False, True):
-        images, _ = catalogue.load(data, "test", decode=decode)
+        images, _ = registry.dataset(data).load("test", decode=decode)
         assert images.shape == (6, 6, 6, 3)
         np.testing.assert_array_equal(
             images[:], [decoded(encoded)[3:9, 3:9] for encoded, _ in expected["test"]]

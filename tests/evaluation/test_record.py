@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
-from sync_jax.data.parts import Part
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.evaluation.inference import predict
 from sync_jax.evaluation.predictions import Predictions

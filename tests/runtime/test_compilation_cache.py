@@ -9,7 +9,8 @@ import pytest
 from jax._src.compilation_cache import compress_executable
 from jax.experimental.compilation_cache import compilation_cache as cc
 
-from sync_jax.data.parts import load_train_and_calibration
+from sync_jax.data import registry
+from sync_jax.data.splits import load_train_and_calibration
 from sync_jax.runtime import compilation_cache, sharding
 from sync_jax.trainer import Run
 from tests import tiny
@@ -141,7 +142,7 @@ def test_a_program_from_the_cache_computes_the_same_bits(tmp_path, monkeypatch):
 
     def three_steps():
         run = Run(config, sharding.make_mesh(jax.devices()[:1]), train_size=190)
-        part, _ = load_train_and_calibration(config.data, decode=False)
+        part, _ = load_train_and_calibration(registry.dataset(config.data), config.data)
         feed, state = run.feed(part, 0), run.create_state()
         hits = events.count("/jax/compilation_cache/cache_hits")
         for _ in range(3):

@@ -1,6 +1,3 @@
-import errno
-import fcntl
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +6,7 @@ import time
 
 import pytest
 
-from sync_jax.runtime.signals import exclusive, watchdog
+from sync_jax.runtime.signals import watchdog
 
 
 def test_the_watchdog_prints_stacks_when_nothing_happens_for_too_long(capfd):
@@ -49,17 +46,6 @@ def test_the_watchdog_ends_with_its_block():
     with watchdog(5.0):
         assert watched()
     assert not watched()
-
-
-def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
-    def flock(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with exclusive(tmp_path):
-        assert capsys.readouterr().out == (
-            f"{tmp_path} cannot be locked there: see that no other run uses it meanwhile\n"
-        )
 
 
 COLLECTING = """

@@ -19,6 +19,7 @@ import pytest
 from jax._src import distributed as jax_distributed
 
 from sync_jax import train
+from sync_jax.data import registry
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError
 from sync_jax.runtime import roll_call as roll_call_lib
@@ -136,7 +137,9 @@ def test_a_sharded_optimiser_takes_a_part_of_the_memory_and_does_the_same(data_d
     for sharded in (False, True):
         config = tiny.config(data_dir, method="ce", optimizer__sharded=sharded)
         run = Run(config, MAKE_MESH(), train_size=tiny.NUM_TRAIN - tiny.NUM_CALIBRATION)
-        _, part, _ = load_data(config, run.mesh, tmp_path, Processes())
+        _, part, _ = load_data(
+            config, registry.dataset(config.data), run.mesh, tmp_path, Processes()
+        )
         state, _ = run.step(run.create_state(), next(run.feed(part, 0)))
         states.append(state)
     momentum = [max(jax.tree.leaves(state.opt_state), key=lambda x: x.size) for state in states]

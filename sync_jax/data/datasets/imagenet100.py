@@ -9,41 +9,39 @@ import os
 import re
 from pathlib import Path
 
-import tensorflow_datasets as tfds
+from sync_jax.data.prepare.archives import Listing, Picture, is_picture, tar_members
+from sync_jax.data.prepare.pictures import PublishedPictures
+from sync_jax.data.prepare.staging import Log
+from sync_jax.errors import InputError
 
-from sync_jax.data.listing import Listing, Picture, is_picture, tar_members
-from sync_jax.data.records import PictureBuilder
-from sync_jax.data.sources import DataError
-
-NUM_TRAIN, NUM_TEST = 126_689, 5_000
-NEEDED = (
-    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or folders train/<wnid>/*.JPEG and val/"
-    "<wnid>/*.JPEG or val/*.JPEG (also as the ILSVRC/Data/CLS-LOC of Kaggle)"
-)
-HOW = "image-net.org gives them out after registration, for research that is not commercial"
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 def class_names() -> tuple[str, ...]:
     """The classes' WordNet ids; a label is a position here."""
-    text = importlib.resources.files("sync_jax.data").joinpath("imagenet100.txt").read_text()
+    data = importlib.resources.files("sync_jax.data.datasets")
+    text = data.joinpath("imagenet100.txt").read_text()
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 
-class Imagenet100(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
+class Imagenet100(PublishedPictures):
     """ImageNet-100."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    HOMEPAGE = "https://image-net.org/"
+    NUM_CLASSES, NUM_TRAIN, NUM_TEST = 100, 126_689, 5_000
+    NEEDED = (
+        "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or folders train/<wnid>/*.JPEG and "
+        "val/<wnid>/*.JPEG or val/*.JPEG (also as the ILSVRC/Data/CLS-LOC of Kaggle)"
+    )
+    HOW = "image-net.org gives them out after registration, for research that is not commercial"
+
+    def find(self, folder: Path, log: Log) -> Listing:
+        """See `PublishedPictures.find`."""
+        del log
+        return _find(folder, self.NEEDED)
 
 
-def find(folder: Path) -> Listing:
-    """The pictures of the 100 classes in a folder that holds `NEEDED`.
-
-    Raises:
-        DataError: it does not, or a class has none.
-    """
+def _find(folder: Path, needed: str) -> Listing:
     names = class_names()
     label = {wnid: number for number, wnid in enumerate(names)}
     for root in (folder, folder / "ILSVRC" / "Data" / "CLS-LOC", folder / "Data" / "CLS-LOC"):
@@ -59,13 +57,13 @@ def find(folder: Path) -> Listing:
         if len(splits) == 2:
             break
     else:
-        raise DataError(f"{folder} does not hold {NEEDED}")
+        raise InputError(f"{folder} does not hold {needed}")
     for split, pictures in splits.items():
         missing = sorted(set(range(len(names))) - {picture.label for picture in pictures})
         if missing:
-            raise DataError(
+            raise InputError(
                 f"{folder}: {split} has no picture of {len(missing)} of the {len(names)} classes, "
-                f"the first {names[missing[0]]}; it must hold {NEEDED}"
+                f"the first {names[missing[0]]}; it must hold {needed}"
             )
     return Listing(names, splits)
 
@@ -109,7 +107,7 @@ def _from_folder(folder: Path, label: dict[str, int]) -> list[Picture]:
                 if wnid in label:
                     pictures.append(Picture(f"{wnid}/{name}", label[wnid], folder / name))
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     return _in_order(pictures)
 
 

@@ -2,10 +2,10 @@
 
 A prepared folder holds, beside what TFDS puts there:
 
-    sync_jax.json           what `DatasetInfo` says of it, written last
+    sync_jax.json           what `DatasetInfo` says of it, and the digest of what it was made from
     labels_<split>.npy      all labels, for reading every record for them would take minutes
     bad_files.txt           pictures that cannot be decoded, and why; only if there are any
-    squares_*/              see data.squares
+    squares_*/              see prepare.squares
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,10 +29,11 @@ from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
-from sync_jax.data.info import DatasetInfo
-from sync_jax.data.listing import Listing, Picture
-from sync_jax.data.sources import DataError
+from sync_jax.data.info import Pictures
+from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.errors import InputError
 from sync_jax.runtime.console import printable
+from sync_jax.runtime.files import flush, write_atomically
 
 INFO = "sync_jax.json"
 BAD_FILES = "bad_files.txt"
@@ -55,7 +56,7 @@ class Shard:
     path: Path
     labels: list[int]
     bad: list[str]
-    sums: np.ndarray
+    sums: list[list[float]]
     num_bytes: int
 
 
@@ -68,14 +69,33 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
     temporary files that are read with TensorFlow.
     """
 
-    HOMEPAGE = ""
-    largest_side: int | None = None  # pictures with a longer short side are made smaller
+    def __init__(
+        self,
+        *,
+        name: str,
+        version: str,
+        listing: Listing,
+        digest: str,
+        work: Path,
+        largest_side: int | None,
+        data_dir: str,
+    ):
+        """Takes what to write.
 
-    def __init__(self, *, listing: Listing, work: Path, **kwargs: Any):
-        """Takes the pictures, the folder for finished files, and what TFDS takes."""
-        self._listing, self._work = listing, work
-        self.shards: dict[str, list[Shard]] = {}
-        super().__init__(**kwargs)
+        Args:
+            name: of the dataset.
+            version: of the prepared format.
+            listing: the pictures.
+            digest: of the listing, kept in `INFO`.
+            work: the folder for finished files.
+            largest_side: pixels; of pictures with a longer short side this is made of it.
+            data_dir: where TFDS builds.
+        """
+        self.name, self.VERSION = name, tfds.core.Version(version)
+        self._listing, self._digest, self._work = listing, digest, work
+        self._largest_side = largest_side
+        self._shards: dict[str, list[Shard]] = {}
+        super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -85,10 +105,9 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description=self.__doc__,
+            description=self.name,
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
-            homepage=self.HOMEPAGE,
             disable_shuffling=True,
         )
 
@@ -101,26 +120,24 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         with ThreadPool(os.cpu_count()) as pool, progress_bar() as progress:
             for split, pictures in self._listing.splits.items():
                 task = progress.add_task(f"{split}: reading", total=len(pictures))
-                shards = []
+                self._shards[split] = []
                 for number, start in enumerate(range(0, len(pictures), SHARD)):
                     part = pictures[start : start + SHARD]
                     path = self._work / f"{split}-{number:05}"
-                    shard = _finished(path)
-                    if shard is None:
-                        shard = self._write(path, part, pool, serializer)
-                    shards.append(shard)
+                    shard = _finished(path) or self._write(path, part, pool, serializer)
+                    self._shards[split].append(shard)
                     progress.update(task, advance=len(part))
-                self.shards[split] = shards
                 splits.append(self._adopt(split))
         self.info.set_splits(tfds.core.SplitDict(splits))
+        self._write_info()
 
     def _write(
-        self, path: Path, pictures: list[Picture], pool: ThreadPool, serializer: Any
+        self, path: Path, pictures: Sequence[Picture], pool: ThreadPool, serializer: Any
     ) -> Shard:
         labels, bad, sums, num_bytes = [], [], np.zeros((2, 3)), 0
         temporary = path.with_suffix(".incomplete")
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-        load = functools.partial(load_picture, largest_side=self.largest_side)
+        load = functools.partial(load_picture, largest_side=self._largest_side)
         for picture, loaded in zip(pictures, pool.map(load, pictures, chunksize=8), strict=True):
             if isinstance(loaded, str):
                 bad.append(f"{picture.name}: {loaded}")
@@ -136,11 +153,11 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         writer.close()
         flush(temporary)
         temporary.replace(path)
-        known = {"labels": labels, "bad": bad, "sums": sums.tolist(), "num_bytes": num_bytes}
-        temporary.write_text(json.dumps(known))
-        flush(temporary)
-        temporary.replace(path.with_suffix(".json"))  # from now on it is finished
-        return Shard(path, labels, bad, sums, num_bytes)
+        shard = Shard(path, labels, bad, sums.tolist(), num_bytes)
+        known = dataclasses.asdict(shard) | {"path": str(path)}
+        # From now on it is finished.
+        write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(known).encode()))
+        return shard
 
     def _adopt(self, split: str) -> tfds.core.SplitInfo:
         """Takes a split's finished files into TFDS's folder, under its names."""
@@ -151,7 +168,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             filetype_suffix="array_record",
         )
         # A file without a record is left out; TFDS knows none such.
-        shards = [shard for shard in self.shards[split] if shard.labels]
+        shards = [shard for shard in self._shards[split] if shard.labels]
         for number, shard in enumerate(shards):
             target = template.sharded_filepath(shard_index=number, num_shards=len(shards))
             os.replace(shard.path, target)
@@ -160,8 +177,8 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         lost = sorted(set(range(len(self._listing.class_names))) - set(labels))
         if lost:
             shutil.rmtree(self._work)  # files must change, and then nothing here can be used
-            bad = [line for shard in self.shards[split] for line in shard.bad]
-            raise DataError(
+            bad = [line for shard in self._shards[split] for line in shard.bad]
+            raise InputError(
                 f"{split} has no readable picture of {self._listing.class_names[lost[0]]!r}"
                 f"{'; ' if bad else ''}{'; '.join(bad[-3:])}"
             )
@@ -172,19 +189,11 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             filename_template=template,
         )
 
-    def write_info(self, folder: Path, **more: Any) -> list[str]:
-        """Writes the list of bad files, and last what `read_info` reads.
-
-        Args:
-            folder: the prepared one.
-            **more: kept beside it.
-
-        Returns:
-            What to say of bad files: a line each for the first, and how many there are.
-        """
-        counts = {split: sum(len(s.labels) for s in self.shards[split]) for split in self.shards}
-        mean, squares = np.sum([s.sums for s in self.shards["train"]], axis=0) / counts["train"]
-        bad = [line for shards in self.shards.values() for shard in shards for line in shard.bad]
+    def _write_info(self) -> None:
+        folder, shards = Path(self.data_path), self._shards
+        counts = {split: sum(len(s.labels) for s in shards[split]) for split in shards}
+        mean, squares = np.sum([s.sums for s in shards["train"]], axis=0) / counts["train"]
+        bad = self.bad_files
         if bad:
             (folder / BAD_FILES).write_text("".join(f"{printable(line)}\n" for line in bad))
         names = [os.fsencode(n).decode(errors="replace") for n in self._listing.class_names]
@@ -195,13 +204,14 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             "num_train": counts["train"],
             "num_test": counts["test"],
             "bad_files": len(bad),
+            "digest": self._digest,
         }
-        (folder / INFO).write_text(json.dumps(known | more, indent=1) + "\n")
-        if not bad:
-            return []
-        total = sum(map(len, self._listing.splits.values()))
-        said = [f"cannot be read, left out: {line}" for line in bad[:5]]
-        return [*said, f"{len(bad):,} of {total:,} pictures left out; all are in {BAD_FILES}"]
+        (folder / INFO).write_text(json.dumps(known, indent=1) + "\n")
+
+    @property
+    def bad_files(self) -> list[str]:
+        """A line for each picture that was left out."""
+        return [line for shards in self._shards.values() for shard in shards for line in shard.bad]
 
 
 def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, np.ndarray] | str:
@@ -216,7 +226,7 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
         Its bytes, and `[2, 3]` the mean of each channel and of its square; or what is wrong.
 
     Raises:
-        DataError: the file that holds it cannot be read.
+        InputError: the file that holds it cannot be read.
     """
     try:
         data = picture.read()
@@ -226,7 +236,7 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
     except PermissionError as error:
         return error.strerror or str(error)
     except OSError as error:  # a disk that fails must not pass for thousands of bad pictures
-        raise DataError(f"{picture.path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{picture.where} cannot be read: {error.strerror or error}") from error
     short = min(image.size)
     size = min(short, _MEASURED)
     pixels = square(image, size, size) / 255.0
@@ -246,36 +256,9 @@ def _finished(path: Path) -> Shard | None:
         return None
     try:
         known = json.loads(path.with_suffix(".json").read_text())
-        sums = np.asarray(known["sums"])
-        return Shard(path, known["labels"], known["bad"], sums, known["num_bytes"])
+        return Shard(**known | {"path": path})
     except FileNotFoundError:
         return None
-
-
-def read_info(prepared: Path, name: str, image_size: int) -> tuple[DatasetInfo, str] | None:
-    """What is known of a prepared folder, and the digest it was made from; None where it is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    path = prepared / INFO
-    if not path.is_file():
-        return None
-    try:
-        known = json.loads(path.read_text())
-        info = DatasetInfo(
-            name=name,
-            num_classes=len(known["class_names"]),
-            image_shape=(image_size, image_size, 3),
-            class_names=tuple(known["class_names"]),
-            mean=tuple(known["mean"]),
-            std=tuple(known["std"]),
-            num_train=known["num_train"],
-            num_test=known["num_test"],
-        )
-        return info, known["digest"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete {prepared}") from error
 
 
 class Records:
@@ -293,7 +276,7 @@ class Records:
         """`[n]` int32.
 
         Raises:
-            DataError: the prepared folder is damaged.
+            InputError: the prepared folder is damaged.
         """
         return self._guarded(self._read_labels)
 
@@ -307,7 +290,7 @@ class Records:
         """A picture's bytes.
 
         Raises:
-            DataError: the prepared folder is damaged.
+            InputError: the prepared folder is damaged.
         """
         return self._guarded(lambda: self._read(int(position)))
 
@@ -327,7 +310,7 @@ class Records:
         try:
             return read()
         except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
-            raise DataError(
+            raise InputError(
                 f"{self.prepared} cannot be read ({type(error).__name__}: "
                 f"{' '.join(str(error).split())}); if it is damaged, delete it and prepare again"
             ) from error
@@ -336,29 +319,20 @@ class Records:
         return {"prepared": self.prepared, "split": self.split, "_source": None}
 
 
-class DecodedPictures:
-    """Pictures as squares, decoded when they are asked for; a slice gives an array.
+@dataclasses.dataclass(frozen=True)
+class DecodedPictures(Pictures):
+    """Pictures as squares, decoded when they are asked for.
 
     Attributes:
         records: of the split.
-        rows: `[n]`, the positions there.
         layout: of the squares, of which the middle is wanted.
-        shape: `[n, size, size, 3]`.
     """
 
-    def __init__(self, records: Records, rows: np.ndarray, layout: Layout):
-        """Args: see the attributes."""
-        self.records, self.rows, self.layout = records, rows, layout
-        self.shape = (len(rows), layout.size, layout.size, 3)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def subset(self, rows: np.ndarray) -> "DecodedPictures":
-        """Some of them, by position."""
-        return DecodedPictures(self.records, self.rows[rows], self.layout)
+    records: Records
+    layout: Layout
 
     def __getitem__(self, wanted: Any) -> np.ndarray:
+        """`[..., size, size, 3]`, decoded by threads."""
         with ThreadPool(os.cpu_count()) as pool:
             positions = np.arange(len(self.rows))[wanted].tolist()
             images = pool.map(self.square, positions, chunksize=4)
@@ -368,22 +342,22 @@ class DecodedPictures:
         """One of them as it is, RGB.
 
         Raises:
-            DataError: it can no longer be read.
+            InputError: it can no longer be read.
         """
         row = int(self.rows[position])
         try:
             return decode(self.records[row])
         except BadImageError as error:
-            raise DataError(f"{self.records.prepared}: picture {row}: {error}") from error
+            raise InputError(f"{self.records.prepared}: picture {row}: {error}") from error
 
     def square(self, position: int) -> np.ndarray:
         """The middle of one of them: `[size, size, 3]` uint8.
 
         Raises:
-            DataError: it can no longer be read.
+            InputError: it can no longer be read.
         """
         image = square(self.picture(position), self.layout.short_side, self.layout.stored)
-        return centre(image, self.layout.size)
+        return centre(image, self.size)
 
 
 def progress_bar() -> rich.progress.Progress:
@@ -396,26 +370,3 @@ def progress_bar() -> rich.progress.Progress:
         transient=True,
         disable=not console.is_terminal,  # into a file it would write empty lines
     )
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk, so that a power cut cannot undo it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Makes sure that there is room.
-
-    Raises:
-        DataError: there is not; says how much is needed and how much is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DataError(
-            f"data.data_dir={str(folder)!r} needs {needed / 1e6:,.1f} MB {what}, "
-            f"{free / 1e6:,.1f} MB are free"
-        )

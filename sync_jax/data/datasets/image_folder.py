@@ -7,59 +7,110 @@
 Where there are train, val and test, val joins train: the calibration split is held out of both.
 """
 
-import dataclasses
+import functools
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from sync_jax.data.images import SUFFIXES
-from sync_jax.data.listing import Listing, Picture, is_picture
-from sync_jax.data.records import PictureBuilder
-from sync_jax.data.sources import DataError
+from sync_jax.data.info import DatasetInfo
+from sync_jax.data.prepare.archives import Listing, Picture, is_picture
+from sync_jax.data.prepare.download import check_folder
+from sync_jax.data.prepare.pictures import PictureDataset
+from sync_jax.data.prepare.staging import Log, expand
 from sync_jax.data.splits import stratified_split
+from sync_jax.errors import InputError
 
-NAME = "image_folder"
 _TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 _TEST_SHARE = 5  # one in so many, where the tree has no split folders
 
 
-@dataclasses.dataclass(frozen=True)
-class Tree:
+class ImageFolder(PictureDataset):
+    """Pictures of a folder per class, prepared in `data_dir/image_folder/<folder>/<version>`.
+
+    Attributes:
+        pictures: the folder.
+    """
+
+    VERSION = "2.0.0"
+    LARGEST_SIDE = 512  # photographs of a telephone's size would take minutes an epoch to decode
+
+    def __init__(self, section: ConfigDict):
+        """See `PictureDataset`; raises an InputError where the section names no folder."""
+        if not section.folder:
+            raise InputError(
+                "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one "
+                "folder of pictures per class"
+            )
+        super().__init__(section)
+        self.pictures = expand(section.folder)
+        word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.pictures.name)[:40] or "root"
+        path = os.fsencode(os.path.realpath(self.pictures))
+        self.key = f"{word}-{hashlib.sha256(path).hexdigest()[:8]}"
+        self.folder = self.root / self.name / self.key / self.VERSION
+
+    @functools.cached_property
+    def _tree(self) -> "Tree":
+        """The pictures: found once, however often they are asked for."""
+        return scan(self.pictures)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self._tree.listing.digest()
+
+    def _expected(self) -> DatasetInfo | None:
+        """Upper bounds of the sizes, for a file may turn out to be no picture."""
+        if not os.path.isdir(self.pictures):
+            return None
+        listing = self._tree.listing
+        counts = {split: len(pictures) for split, pictures in listing.splits.items()}
+        return self._describe(listing.class_names, counts)
+
+    def _check_source(self, digest: str) -> None:
+        # The pictures need not be there any more; if they are, they must be the same.
+        if os.path.isdir(self.pictures) and self._digest != digest:
+            raise InputError(
+                f"the pictures in {self.pictures} have changed since they were prepared; delete "
+                f"{self.folder} to prepare them again, or name another --config.data.data_dir"
+            )
+
+    def _find(self, log: Log) -> Listing:
+        tree = self._tree
+        counts = ", ".join(f"{len(files):,} for {x}" for x, files in tree.listing.splits.items())
+        ignored = f"; {tree.ignored:,} other files ignored" if tree.ignored else ""
+        log(f"{len(tree.listing.class_names)} classes in {self.pictures}: {counts}{ignored}")
+        return tree.listing
+
+    def _absent(self) -> str:
+        return f"`{self.command} --config.data.folder=FOLDER` prepares it"
+
+
+class Tree(NamedTuple):
     """The pictures of a folder.
 
     Attributes:
-        folder: absolute.
         listing: the pictures; classes are the folders' names, sorted; paths in each split too.
-        ignored: files that are no pictures by their names.
+        ignored: number of files that are no pictures by their names.
     """
 
-    folder: Path
     listing: Listing
     ignored: int
-
-    def describe(self) -> str:
-        """One line."""
-        splits = self.listing.splits
-        counts = ", ".join(f"{len(files):,} for {split}" for split, files in splits.items())
-        ignored = f"; {self.ignored:,} other files ignored" if self.ignored else ""
-        return f"{len(self.listing.class_names)} classes in {self.folder}: {counts}{ignored}"
 
 
 def scan(folder: Path) -> Tree:
     """Finds the pictures of a folder; opens none.
 
     Raises:
-        DataError: it cannot be read, or is not laid out as above; says what was found.
+        InputError: it cannot be read, or is not laid out as above; says what was found.
     """
     where = f"config.data.folder={str(folder)!r}"
-    if not os.path.isdir(folder):  # unlike Path's, these never raise
-        exists = os.path.exists(folder)
-        raise DataError(f"{where} {'is not a folder' if exists else 'does not exist'}")
+    check_folder(folder, where)
     try:
         splits, stray = _split_folders(folder)
         found = {
@@ -67,7 +118,7 @@ def scan(folder: Path) -> Tree:
             for split, paths in splits.items()
         }
     except OSError as error:
-        raise DataError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
+        raise InputError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
     classes = sorted({name for entries in found.values() for name, *_ in entries})
     pictures = {
         split: sorted((path, name) for name, path, _ in entries if path)
@@ -76,14 +127,14 @@ def scan(folder: Path) -> Tree:
     ignored = sum(count for entries in found.values() for *_, count in entries)
     if len(classes) < 2:
         loose = f"{stray} pictures directly in it and " if stray else ""
-        raise DataError(
+        raise InputError(
             f"{where} has {loose}{len(classes)} folder{'s' * (len(classes) != 1)} of pictures; it "
             "must hold one per class, of two classes or more: FOLDER/<class>/<picture>"
         )
     for split, entries in pictures.items():
         empty = sorted(set(classes) - {name for _, name in entries})
         if empty:
-            raise DataError(
+            raise InputError(
                 f"{where}: {split} has no picture of {', '.join(map(repr, empty[:5]))}"
                 f"{' and others' if len(empty) > 5 else ''}; known are {', '.join(SUFFIXES)}"
             )
@@ -95,7 +146,7 @@ def scan(folder: Path) -> Tree:
         split: [Picture(path, number, folder / path) for path, number in entries]
         for split, entries in files.items()
     }
-    return Tree(folder, Listing(tuple(classes), listed), ignored)
+    return Tree(Listing(tuple(classes), listed), ignored)
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, list[Path]], int]:
@@ -140,23 +191,9 @@ def _hold_out(
     labels = np.asarray([label for _, label in files])
     smallest = int(np.bincount(labels, minlength=num_classes).min())
     if smallest < _TEST_SHARE:
-        raise DataError(
+        raise InputError(
             f"{where}: a class has {smallest} pictures; at least {_TEST_SHARE} of each are needed "
             "to hold some out for test, or give train and test folders of your own"
         )
     kept, held_out = stratified_split(labels, holdout=len(files) // _TEST_SHARE, seed=0)
     return {"train": [files[i] for i in kept], "test": [files[i] for i in held_out]}
-
-
-def key(folder: Path) -> str:
-    """The name under which a folder's pictures are prepared."""
-    word = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:40] or "root"
-    path = os.fsencode(os.path.realpath(folder))
-    return f"{word}-{hashlib.sha256(path).hexdigest()[:8]}"
-
-
-class ImageFolder(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Pictures of a folder per class."""
-
-    VERSION = tfds.core.Version("2.0.0")
-    largest_side = 512  # photographs of a telephone's size would take minutes an epoch to decode

@@ -4,71 +4,60 @@
 """
 
 import contextlib
+import functools
 import gzip
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import tensorflow_datasets as tfds
+from sync_jax.data.prepare.archives import Listing, Member, Picture, tar_members
+from sync_jax.data.prepare.pictures import PublishedPictures
+from sync_jax.data.prepare.records import progress_bar
+from sync_jax.data.prepare.staging import Log, check_disk, exclusive
+from sync_jax.errors import InputError
 
-from sync_jax.data.listing import Listing, Member, Picture, tar_members
-from sync_jax.data.preparing import exclusive
-from sync_jax.data.records import PictureBuilder, check_disk, progress_bar
-from sync_jax.data.sources import DataError
-
-NUM_CLASSES, NUM_TRAIN, NUM_TEST = 101, 75_750, 25_250
-NEEDED = "food-101.tar.gz or food-101.tar, or the folder food-101/ with images/ and meta/"
-HOW = "the authors' address is http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz (5 GB)"
 _ARCHIVE, _TAR = "food-101.tar.gz", "food-101.tar"
 _CHUNK = 1 << 22
 _EXPANSION = 1.1  # JPEGs compress by less
 _MOST = 5  # times its size that an archive may expand to
 
 
-class Food101(PictureBuilder, skip_registration=True):  # type: ignore[call-arg]
+class Food101(PublishedPictures):
     """Food-101."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    HOMEPAGE = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
+    NUM_CLASSES, NUM_TRAIN, NUM_TEST = 101, 75_750, 25_250
+    NEEDED = "food-101.tar.gz or food-101.tar, or the folder food-101/ with images/ and meta/"
+    HOW = "the authors' address is http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz (5 GB)"
+
+    def find(self, folder: Path, log: Log) -> Listing:
+        """See `PublishedPictures.find`; in the order of the authors' lists.
+
+        A compressed archive is decompressed as one file, for its pictures to have places.
+        """
+        for root in (folder / "food-101", folder):
+            if (root / "images").is_dir() and (root / "meta").is_dir():
+                return _listing(root, functools.partial(_beside, root))
+        tar = folder / _TAR
+        if not tar.is_file():
+            if not (folder / _ARCHIVE).is_file():
+                raise InputError(f"{folder} does not hold {self.NEEDED}")
+            with exclusive(self.root, self.key, log):
+                tar = _decompress(folder / _ARCHIVE, self.scratch / _TAR)
+        places: dict[str, Member] = {}
+        for member in tar_members(tar):
+            places[member.name.removeprefix("./").removeprefix("food-101/")] = member
+
+        def place(name: str) -> tuple[Path, int, int]:
+            if name not in places:
+                raise InputError(f"{tar} has no {name}")
+            return tar, places[name].offset, places[name].size
+
+        return _listing(tar, place)
 
 
-def find(folder: Path, scratch: Path, log: Callable[[str], None]) -> Listing:
-    """The pictures in a folder that holds `NEEDED`, in the order of the authors' lists.
-
-    Args:
-        folder: yours.
-        scratch: where a compressed archive is decompressed, as one file, for its pictures to have
-            places; the caller removes it.
-        log: told a line if another process is at it.
-
-    Raises:
-        DataError: it does not hold them.
-        OSError: `scratch` cannot be written.
-    """
-    for root in (folder / "food-101", folder):
-        if (root / "images").is_dir() and (root / "meta").is_dir():
-            return _listing(root, _in_folder(root))
-    tar = folder / _TAR
-    if not tar.is_file():
-        if not (folder / _ARCHIVE).is_file():
-            raise DataError(f"{folder} does not hold {NEEDED}")
-        with exclusive(scratch.parent, "food101", log):
-            tar = _decompress(folder / _ARCHIVE, scratch / _TAR)
-    places: dict[str, Member] = {}
-    for member in tar_members(tar):
-        places[member.name.removeprefix("./").removeprefix("food-101/")] = member
-
-    def place(name: str) -> tuple[Path, int, int]:
-        if name not in places:
-            raise DataError(f"{tar} has no {name}")
-        return tar, places[name].offset, places[name].size
-
-    return _listing(tar, place)
-
-
-def _in_folder(root: Path) -> Callable[[str], tuple[Path, int, int]]:
-    return lambda name: (root / name, 0, -1)
+def _beside(root: Path, name: str) -> tuple[Path, int, int]:
+    return root / name, 0, -1
 
 
 def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> Listing:
@@ -79,23 +68,23 @@ def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> List
         try:
             return Picture(name, 0, path, offset, size).read().decode().split()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{name} of {where} cannot be read: {error}") from error
+            raise InputError(f"{name} of {where} cannot be read: {error}") from error
 
     names = lines("meta/classes.txt")
     label = {name: number for number, name in enumerate(names)}
     if not names or len(label) < len(names) or any("/" in x or x.startswith(".") for x in names):
-        raise DataError(f"meta/classes.txt of {where} is no list of classes")
+        raise InputError(f"meta/classes.txt of {where} is no list of classes")
     splits: dict[str, list[Picture]] = {}
     for split in ("train", "test"):
         splits[split] = []
         for entry in lines(f"meta/{split}.txt"):
             name, _, rest = entry.partition("/")
             if name not in label or not rest or not rest.isalnum():
-                raise DataError(f"meta/{split}.txt of {where} has the line {entry!r}")
+                raise InputError(f"meta/{split}.txt of {where} has the line {entry!r}")
             path, offset, size = place(f"images/{entry}.jpg")
             splits[split].append(Picture(f"{entry}.jpg", label[name], path, offset, size))
         if not splits[split]:
-            raise DataError(f"meta/{split}.txt of {where} is empty")
+            raise InputError(f"meta/{split}.txt of {where} is empty")
     return Listing(tuple(names), splits)
 
 
@@ -114,11 +103,11 @@ def _decompress(archive: Path, target: Path) -> Path:
                     out.write(chunk)
                     if out.tell() > _MOST * total + _CHUNK:
                         _give_up(temporary)
-                        raise DataError(f"{archive} expands to more than photographs do")
+                        raise InputError(f"{archive} expands to more than photographs do")
                     progress.update(task, completed=compressed.tell())
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             _give_up(temporary)
-            raise DataError(f"{archive} is damaged or truncated: {error}") from error
+            raise InputError(f"{archive} is damaged or truncated: {error}") from error
     temporary.replace(target)
     return target
 

@@ -7,6 +7,7 @@ Reading it costs no decoding and no memory of the host: the system reads what is
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,40 +15,33 @@ from typing import Any
 import numpy as np
 
 from sync_jax.data.images import Layout, centre
-from sync_jax.data.records import DecodedPictures, Records, check_disk, flush, progress_bar
-from sync_jax.data.sources import DataError
+from sync_jax.data.info import Pictures
+from sync_jax.data.prepare.records import DecodedPictures, Records, progress_bar
+from sync_jax.data.prepare.staging import check_disk
+from sync_jax.errors import InputError
+from sync_jax.runtime.files import flush
 
 _AT_ONCE = 512  # pictures between two notes of how far it is
 _HEADER = 128  # bytes of an .npy file's header, or more
 
 
-class Squares:
-    """The rows of a memory-mapped array that a part has; a slice gives an array.
+@dataclasses.dataclass(frozen=True)
+class Squares(Pictures):
+    """Rows of a memory-mapped array, and the middle of each.
 
     Attributes:
         mapped: `[m, stored, stored, 3]` uint8, all of the split.
-        rows: `[n]`, positions in it.
-        shape: `[n, size, size, 3]`.
     """
 
-    def __init__(self, mapped: np.ndarray, rows: np.ndarray, size: int):
-        """Args: size: pixels of a side of the middle that is wanted."""
-        self.mapped, self.rows, self._size = mapped, rows, size
-        self.shape = (len(rows), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    mapped: np.ndarray
 
     def __getitem__(self, wanted: Any) -> np.ndarray:
-        return centre(np.asarray(self.mapped[self.rows[wanted]]), self._size)
-
-    def subset(self, rows: np.ndarray) -> "Squares":
-        """Some of them, by position."""
-        return Squares(self.mapped, self.rows[rows], self._size)
+        """`[..., size, size, 3]`."""
+        return centre(np.asarray(self.mapped[self.rows[wanted]]), self.size)
 
     def uncut(self) -> "Squares":
         """The same rows as they are stored."""
-        return Squares(self.mapped, self.rows, self.mapped.shape[1])
+        return dataclasses.replace(self, size=self.mapped.shape[1])
 
 
 def squares_path(prepared: Path, layout: Layout, split: str) -> Path:
@@ -59,19 +53,34 @@ def open_squares(prepared: Path, layout: Layout, split: str) -> np.ndarray:
     """The squares of a split, memory-mapped and read-only.
 
     Raises:
-        DataError: they were not made, or are damaged.
+        InputError: they were not made, or are damaged.
     """
     path = squares_path(prepared, layout, split)
     try:
         mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise DataError(f"there is no {path}; --mode=prepare makes it") from None
+        raise InputError(f"there is no {path}; --mode=prepare makes it") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it") from error
+        raise InputError(f"{path} is damaged ({error}); delete it") from error
     expected = (len(Records(prepared, split).labels()), layout.stored, layout.stored, 3)
     if mapped.shape != expected or mapped.dtype != np.uint8:
-        raise DataError(f"{path} holds {mapped.dtype} {mapped.shape}, expected uint8 {expected}")
+        raise InputError(f"{path} holds {mapped.dtype} {mapped.shape}, expected uint8 {expected}")
     return mapped
+
+
+def missing_bytes(prepared: Path, layout: Layout, counts: dict[str, int]) -> int:
+    """Bytes that the squares of some splits have yet to take.
+
+    Args:
+        prepared: the folder of records.
+        layout: of the squares.
+        counts: pictures by split.
+    """
+    return sum(
+        3 * count * layout.stored**2 + _HEADER
+        for split, count in counts.items()
+        if not squares_path(prepared, layout, split).exists()
+    )
 
 
 def make_squares(
@@ -88,7 +97,7 @@ def make_squares(
         log: told a line when there is something to do.
 
     Raises:
-        DataError: there is no room, or a picture that could be decoded no longer can.
+        InputError: there is no room, or a picture that could be decoded no longer can.
         OSError: the folder cannot be written.
     """
     for split in splits:
@@ -103,13 +112,13 @@ def make_squares(
         if not done:
             check_disk(
                 target.parent,
-                layout.num_bytes(shape[0]) + _HEADER,
+                math.prod(shape) + _HEADER,
                 f"for squares of {layout.stored} pixels",
             )
         log(f"making {shape[0]:,} squares of {layout.stored} pixels in {target.parent}")
         try:
             _fill(temporary, note, records, shape, layout, done)
-        except DataError:  # the records are damaged
+        except InputError:  # the records are damaged
             if not done:
                 for path in (temporary, note):
                     path.unlink(missing_ok=True)
@@ -133,8 +142,7 @@ def _fill(
     """Decodes what is not done yet into the file, and notes how far it is."""
     mode = "r+" if done else "w+"
     mapped = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.uint8, shape=shape)
-    uncut = dataclasses.replace(layout, size=layout.stored)
-    decoded = DecodedPictures(records, np.arange(shape[0]), uncut)
+    decoded = DecodedPictures(np.arange(shape[0]), layout.stored, records, layout)
     with progress_bar() as progress:
         task = progress.add_task(f"{records.split}: squares", total=shape[0], completed=done)
         for start in range(done, shape[0], _AT_ONCE):

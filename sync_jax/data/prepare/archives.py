@@ -9,12 +9,12 @@ import dataclasses
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sync_jax.data.images import SUFFIXES
-from sync_jax.data.sources import DataError
+from sync_jax.errors import InputError
 
 
 class Picture(NamedTuple):
@@ -33,6 +33,11 @@ class Picture(NamedTuple):
     path: Path
     offset: int = 0
     size: int = -1
+
+    @property
+    def where(self) -> Path:
+        """What a failing disk is reported of."""
+        return self.path
 
     def read(self) -> bytes:
         """Its bytes.
@@ -62,11 +67,12 @@ class Listing:
 
     Attributes:
         class_names: a label is a position here.
-        splits: "train" and "test", each in the order in which it is to be kept.
+        splits: "train" and "test": `Picture`s, or what has their name, label, where and read(), in
+            the order in which they are to be kept.
     """
 
     class_names: tuple[str, ...]
-    splits: dict[str, list[Picture]]
+    splits: Mapping[str, Sequence[Any]]
 
     def digest(self) -> str:
         """Of all names, labels, places, sizes and times of change."""
@@ -102,8 +108,8 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Memb
         size: bytes, of an archive in an archive.
 
     Raises:
-        DataError: it is damaged or truncated, or a member is unsafe: a link, a device, or of a name
-            that leads out of the folder it would be unpacked to.
+        InputError: it is damaged or truncated, or a member is unsafe: a link, a device, or of a
+            name that leads out of the folder it would be unpacked to.
     """
     end = offset + size if size >= 0 else os.stat(path).st_size
     try:
@@ -114,15 +120,15 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Memb
                 for member in archive:
                     name = member.name
                     if name.startswith("/") or ".." in name.split("/"):
-                        raise DataError(f"{path} is unsafe: it has a member named {name!r}")
+                        raise InputError(f"{path} is unsafe: it has a member named {name!r}")
                     if not (member.isfile() or member.isdir()):
-                        raise DataError(f"{path} is unsafe: its member {name!r} is no plain file")
+                        raise InputError(f"{path} is unsafe: its member {name!r} is no plain file")
                     if member.isdir():
                         continue
                     if member.offset_data + member.size > end:
-                        raise DataError(f"{path} is truncated: it ends in the middle of {name!r}")
+                        raise InputError(f"{path} is truncated: it ends in the middle of {name!r}")
                     yield Member(name, member.offset_data, member.size)
                     if offset and member.offset_data + member.size + 512 > end:
                         return  # the next header would be of the archive around this one
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+        raise InputError(f"{path} cannot be read as a tar archive: {error}") from error

@@ -1,0 +1,204 @@
+"""Any image classification dataset of TensorFlow Datasets (TFDS), without TensorFlow.
+
+TFDS's encoded pictures are read once and kept as our own records, so that squares, decoding and
+placement are those of all pictures. TFDS prepares many datasets with TensorFlow only; those that
+lie in `data_dir` as ArrayRecord files need none.
+"""
+
+import functools
+import hashlib
+import re
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from sync_jax.data.images import BadImageError
+from sync_jax.data.info import DatasetInfo
+from sync_jax.data.prepare.archives import Listing
+from sync_jax.data.prepare.pictures import PictureDataset
+from sync_jax.data.prepare.staging import Log, quiet_tfds
+from sync_jax.errors import InputError, suggestion
+
+PREFIX = "tfds:"
+_SPEC = re.compile(r"(\w+)(/[\w.+-]+)?(:[\w.*]+)?")  # NAME/CONFIG:VERSION
+
+
+class TfdsDataset(PictureDataset):
+    """A dataset of TFDS, kept in `data_dir/tfds/<name>/<version>`; grey pictures become RGB."""
+
+    def __init__(self, section: ConfigDict):
+        """See `PictureDataset`; raises an InputError where the name can be none of TFDS's."""
+        super().__init__(section)
+        self._spec = self.name.removeprefix(PREFIX)
+        match = _SPEC.fullmatch(self._spec)
+        if match is None:
+            raise InputError(
+                f"config.data.name={self.name!r} must be {PREFIX}NAME, NAME/CONFIG or NAME:VERSION"
+            )
+        self._plain = match[1]
+        self.key = "tfds-" + self._spec.replace("/", "+").replace(":", "@")
+        self.folder = self.root / "tfds" / self.key.removeprefix("tfds-") / self.VERSION
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        try:
+            return tfds.builder(self._spec, data_dir=self.root, file_format="array_record")
+        except tfds.core.DatasetNotFoundError:
+            close = suggestion(self._plain, tfds.list_builders(with_community_datasets=False))
+            raise InputError(
+                f"config.data.name={self.name!r}: TFDS has no dataset {self._plain!r}{close}, and "
+                f"none lies in {self.root}"
+            ) from None
+        except Exception as error:  # a dataset's module can raise anything
+            raise InputError(f"config.data.name={self.name!r}: {_one_line(error)}") from error
+
+    def _keys(self) -> tuple[str, str]:
+        """The names of the image and of the label.
+
+        Raises:
+            InputError: it has none.
+        """
+        info = self._builder.info
+        image, label = (info.supervised_keys or ("image", "label"))[:2]
+        features = dict(info.features.items())
+        if isinstance(image, str) and isinstance(label, str):
+            picture, kind = features.get(image), features.get(label)
+            if (
+                isinstance(picture, tfds.features.Image)
+                and picture.np_dtype == np.uint8
+                and picture.shape[-1] in (1, 3)
+                and isinstance(kind, tfds.features.ClassLabel)
+            ):
+                return image, label
+        raise InputError(
+            f"{self.name} is not for image classification: it needs an Image of 8 bits and a "
+            f"ClassLabel, its features are {', '.join(sorted(features))}"
+        )
+
+    def _splits(self) -> dict[str, Any]:
+        """TFDS's splits, as "train" and "test".
+
+        Raises:
+            InputError: one is missing.
+        """
+        splits = self._builder.info.splits
+        test = "test" if "test" in splits else "validation"
+        if "train" not in splits or test not in splits:
+            raise InputError(
+                f"{self.name} has the splits {', '.join(splits) or 'none'}; it needs 'train', and "
+                "'test' or 'validation'"
+            )
+        return {"train": splits["train"], "test": splits[test]}
+
+    def _expected(self) -> DatasetInfo | None:
+        _, label = self._keys()
+        if not self._builder.is_prepared():
+            return None
+        counts = {split: known.num_examples for split, known in self._splits().items()}
+        return self._describe(tuple(self._builder.info.features[label].names), counts)
+
+    def _check_source(self, digest: str) -> None:
+        try:
+            listing = TfdsListing(self._builder, self._splits(), *self._keys())
+        except InputError:  # the records are all that is needed
+            return
+        if listing.digest() != digest:
+            raise InputError(
+                f"TFDS's {self._builder.info.full_name} is not what {self.folder} was made from; "
+                "delete that to prepare it again, or name another --config.data.data_dir"
+            )
+
+    def _find(self, log: Log) -> None:
+        image, label = self._keys()
+        log(f"{self._builder.info.full_name} of TFDS: {image!r} and {label!r}")
+
+    def _build(self, source: Any, log: Log) -> None:
+        if not self._builder.is_prepared():
+            log(f"TFDS prepares it in {self._builder.data_dir}")
+            try:
+                with quiet_tfds():
+                    self._builder.download_and_prepare(file_format="array_record")
+            except (Exception, SystemExit) as error:
+                raise InputError(
+                    f"TFDS cannot prepare {self._builder.info.full_name}: {_one_line(error)}; "
+                    "prepare it where it can, with TensorFlow installed, by `tfds build "
+                    f"--file_format=array_record`, and copy it to {self._builder.data_dir}"
+                ) from error
+        try:
+            listing = TfdsListing(self._builder, self._splits(), *self._keys())
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"{self._builder.data_dir} is not there as ArrayRecord files ({_one_line(error)}); "
+                "`tfds convert_format --out_file_format=array_record` makes them"
+            ) from error
+        super()._build(listing, log)
+
+    def _absent(self) -> str:
+        return "--mode=prepare makes it from what TFDS has or can prepare"
+
+
+class TfdsPicture:
+    """A picture of TFDS; its label is known once it has been read.
+
+    Attributes:
+        name: what a user knows it by.
+        label: of its class.
+        where: what a failing disk is reported of.
+    """
+
+    def __init__(self, source: Any, position: int, keys: tuple[str, str], where: str):
+        """Args: source: TFDS's records; position: in them; keys: of image and label."""
+        self._source, self._position, self._keys = source, position, keys
+        self.name, self.label, self.where = f"{where}[{position}]", -1, where
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            BadImageError: it has no label.
+        """
+        record = self._source[self._position]
+        image, label = self._keys
+        self.label = int(record[label])
+        if self.label < 0:
+            raise BadImageError("it has no label")
+        data: bytes = record[image]
+        return data
+
+
+class TfdsListing(Listing):
+    """The pictures of TFDS's splits, in its order."""
+
+    def __init__(self, builder: Any, splits: dict[str, Any], image: str, label: str):
+        """Opens TFDS's records.
+
+        Raises:
+            NotImplementedError, ValueError: they are not ArrayRecord files.
+        """
+        self._full_name, self._known = builder.info.full_name, splits
+        pictures = {}
+        for split, known in splits.items():
+            source = builder.as_data_source(
+                known.name, decoders={image: tfds.decode.SkipDecoding()}
+            )
+            where = f"{self._full_name}/{known.name}"
+            pictures[split] = [
+                TfdsPicture(source, i, (image, label), where) for i in range(len(source))
+            ]
+        names = tuple(map(str, builder.info.features[label].names))
+        super().__init__(names, pictures)
+
+    def digest(self) -> str:
+        """Of the version and the sizes of all files."""
+        lengths = [(x.name, x.num_bytes, *x.shard_lengths) for x in self._known.values()]
+        return hashlib.sha256(repr((self._full_name, lengths)).encode()).hexdigest()
+
+    def num_bytes(self) -> int:
+        """Of all records."""
+        return sum(split.num_bytes for split in self._known.values())
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,1 @@
+"""From published files to prepared folders: downloads, archives, records and squares."""

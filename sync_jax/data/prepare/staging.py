@@ -1,0 +1,230 @@
+"""Preparing once: the folder, the lock, and building beside the place where the result goes.
+
+data_dir/<name>/<version>/      the prepared dataset; there if and only if it is complete
+data_dir/downloads/<name>/      what was fetched
+data_dir/incomplete-*/          a preparation in progress, or what is left of a killed one
+"""
+
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from sync_jax.errors import InputError
+from sync_jax.runtime.console import say
+from sync_jax.runtime.files import flush, locked
+
+Log = Callable[[str], None]
+
+
+class Prepared:
+    """A dataset that is prepared once, in a folder of `data_dir`.
+
+    Subclasses find its source and build the folder.
+
+    Attributes:
+        name: as in `config.data.name`.
+        section: the `data` section of a config.
+        root: its `data_dir`, absolute.
+        key: the name of the lock and of temporary folders.
+        folder: the prepared one.
+    """
+
+    VERSION: ClassVar[str] = "1.0.0"
+    LAST: ClassVar[str]  # the file that a prepared folder has
+
+    def __init__(self, section: ConfigDict):
+        """Reads nothing yet.
+
+        Raises:
+            InputError: `data_dir` can be no path.
+        """
+        self.section, self.name, self.key = section, str(section.name), str(section.name)
+        self.root = expand(section.data_dir)
+        self.folder = self.root / self.name / self.VERSION
+
+    def is_prepared(self) -> bool:
+        """See `Dataset.is_prepared`."""
+        # A finished preparation is moved here in one step, its files already on the disk.
+        return os.path.isfile(self.folder / self.LAST)
+
+    def prepare(self, log: Log = say) -> None:
+        """See `Dataset.prepare`."""
+
+        def tell(line: str) -> None:
+            log(f"{self.name}: {line}")
+
+        if self.is_prepared():
+            tell(f"already prepared in {self.folder}")
+            return
+        # Before anything is written: a folder named by mistake leaves no trace.
+        source = self._find(tell)
+        with exclusive(self.root, self.key, tell):
+            if self.is_prepared():
+                tell(f"prepared in {self.folder} by another process")
+                return
+            self._build(source, tell)
+        tell(f"prepared in {self.folder}")
+
+    def _find(self, log: Log) -> Any:
+        """Finds what the user names; nothing is written yet.
+
+        Raises:
+            InputError: it is not what it must be.
+        """
+        raise NotImplementedError
+
+    def _build(self, source: Any, log: Log) -> None:
+        """Builds the folder from what `_find` has found, or from what can be fetched."""
+        raise NotImplementedError
+
+    def _absent(self) -> str:
+        """Says what to do about a dataset that is not prepared."""
+        raise NotImplementedError
+
+    def _require(self) -> None:
+        if not self.is_prepared():
+            raise InputError(
+                f"{self.name} is not prepared: there is no {self.folder}; {self._absent()}"
+            )
+
+    @property
+    def command(self) -> str:
+        """The command line that prepares it."""
+        return (
+            f"python -m sync_jax.main --config=configs/{self.name}.py --mode=prepare "
+            f"--config.data.data_dir={shlex.quote(os.fspath(self.section.data_dir))}"
+        )
+
+
+def expand(path: str | os.PathLike) -> Path:
+    """Absolute, `~` expanded.
+
+    Raises:
+        InputError: it can be no path, or begins with a home folder that is not known.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise InputError(f"{text!r} cannot be a path: it holds a null character")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise InputError(f"{text!r} names a home folder that is not known; write it out")
+    return Path(os.path.abspath(expanded))
+
+
+@contextlib.contextmanager
+def exclusive(root: Path, name: str, log: Log) -> Iterator[None]:
+    """Holds the lock of a dataset.
+
+    Where what is done meanwhile fails with an InputError, the lock and the folders that were made
+    for it go again, if nothing else is in them.
+
+    Raises:
+        InputError: `root` is not a folder, or cannot be written.
+    """
+    path = root / f"{name}.lock"
+    with disk_errors(root):
+        if root.exists() and not root.is_dir():
+            raise InputError(f"data.data_dir={str(root)!r} is not a folder")
+        made = [x for x in (path, root / "downloads", root, *root.parents) if not x.exists()]
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(path, waiting=lambda: log("waiting for another process that prepares it")):
+                yield
+        except (InputError, OSError):
+            for leftover in made:
+                with contextlib.suppress(OSError):
+                    leftover.unlink() if leftover == path else leftover.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Errors of the disk in one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        place = f" ({error.filename})" if error.filename else ""
+        raise InputError(f"data.data_dir={str(root)!r} cannot be used: {reason}{place}") from error
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Makes sure that there is room.
+
+    Raises:
+        InputError: there is not; says how much is needed and how much is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"data.data_dir={str(folder)!r} needs {needed / 1e6:,.1f} MB {what}, "
+            f"{free / 1e6:,.1f} MB are free"
+        )
+
+
+def incomplete_prefix(name: str) -> str:
+    """How the names of a dataset's temporary folders begin; a killed process leaves its own."""
+    return f"incomplete-{name}-"
+
+
+def remove_leftovers(root: Path, name: str, *, keep: tuple[Path, ...] = ()) -> None:
+    """Removes what killed processes left; only while holding the lock, for then none is alive."""
+    for parent in (root, root / "downloads"):
+        for leftover in parent.glob(f"{incomplete_prefix(name)}*"):
+            if leftover not in keep:
+                shutil.rmtree(leftover)
+
+
+def build(dataset: Prepared, make_builder: Callable[[str], Any]) -> Any:
+    """Builds beside the prepared folder, and moves there in one step what is complete.
+
+    Args:
+        dataset: whose folder it is.
+        make_builder: makes a TFDS builder, given its data_dir.
+
+    Returns:
+        The builder.
+
+    Raises:
+        InputError: the folder cannot be written, or what the builder raises.
+    """
+    prefix, target = incomplete_prefix(dataset.key), dataset.folder
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=dataset.root) as staging:
+        builder = make_builder(staging)
+        try:
+            with quiet_tfds():
+                builder.download_and_prepare(file_format="array_record")
+        except RuntimeError as error:  # what ArrayRecord makes of a disk that fills up
+            raise InputError(
+                f"data.data_dir={str(dataset.root)!r} cannot be written: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        built = Path(builder.data_dir)
+        for path in (*built.iterdir(), built):
+            flush(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():  # not a finished preparation, or we would not be here
+            shutil.rmtree(target)
+        built.rename(target)
+        flush(target.parent)
+    return builder
+
+
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS from drawing progress bars and printing where it builds."""
+    tfds.display_progress_bar(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
