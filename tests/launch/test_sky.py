@@ -58,6 +58,7 @@ def test_skypilot_reads_it(tmp_path):
     ]
     assert TEXT not in broken
     good, *bad = read(tmp_path, TEXT, *broken)
+    assert isinstance(good, list), good
     nodes, resources, storage, overridden = good
     assert nodes == 1
     assert resources["accelerators"] == {"tpu-v5litepod-8": 1}

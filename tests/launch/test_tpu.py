@@ -131,6 +131,9 @@ def test_arguments_and_secrets_arrive_on_every_host_and_secrets_are_shown_nowher
     for worker in range(3):
         assert f"worker {worker}: ended with exit status 0; " in shown
         assert f"worker {worker}: I am t1v-n-0123abcd-w-{worker}\n" in shown
+    for worker, status in ((1, 75), (2, 1)):  # the worst decides
+        cloud.notes("exit", worker).write_text(f"{status}\n")
+        cloud.tpu("status", status=status)
     dry = cloud.tpu("run", workdir, CONFIG, "--env=SECRET", "--dry-run", SECRET=secret)
     assert cloud.get("modes") == ["0o600"] * 3
     assert "hunter2" not in shown + dry + (cloud.root / "calls").read_text()
