@@ -74,54 +74,50 @@ def test_skypilot_reads_it(tmp_path):
         assert word in error
 
 
-GPUS = {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.3\n10.0.0.7"}
-
-
 def meet(rank: int) -> list[str]:
     return ["--coordinator=10.0.0.3:8476", "--processes=2", f"--process={rank}"]
 
 
 @pytest.mark.parametrize(
-    ("variables", "platforms", "options"),
+    ("nodes", "gpus", "rank", "options"),
     [
-        ({**GPUS, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, "cuda,cpu", []),
-        ({**GPUS, "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0"}, "cuda,cpu", meet(0)),
-        ({**GPUS, "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}, "cuda,cpu", meet(1)),
+        (1, 8, 0, []),
+        (2, 8, 0, meet(0)),
+        (2, 8, 1, meet(1)),
         # The hosts of a TPU slice count as nodes here, and JAX knows of them by itself.
-        (
-            {**GPUS, "SKYPILOT_NUM_GPUS_PER_NODE": "0", "SKYPILOT_NUM_NODES": "2"}
-            | {"SKYPILOT_NODE_RANK": "1"},
-            "tpu,cpu",
-            [],
-        ),
+        (2, 0, 1, []),
     ],
-    ids=["one node", "rank 0 of 2", "rank 1 of 2", "a TPU slice"],
 )
 def test_nodes_with_gpus_meet_and_hosts_of_a_slice_are_left_to_jax(
-    variables, platforms, options, tmp_path
+    nodes, gpus, rank, options, tmp_path
 ):
     """As SkyPilot runs both scripts: by bash, in the copy of the checkout."""
+    extra = "cuda" if gpus else "tpu"
     programs = {
         ".venv/bin/python": 'printf "%s\\0" "$JAX_PLATFORMS" "$@" >argv\nexit 75',
         "launch/venv.sh": 'echo "$PYTHON $1" >installed',
         "home/.local/bin/uv": 'case $2 in find) echo "/opt/python$4" ;; esac',
-        "bin/nvidia-smi": f"[ {platforms} = cuda,cpu ]",
+        "bin/nvidia-smi": f"[ {gpus} -gt 0 ]",
     }
     for name, text in programs.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "home")}
-    arguments = {"BUCKET": "b", "CONFIG": "configs/cifar10.py", "RUN": "a run"}
-    arguments["ARGS"] = "--config.seed=1 --config.x='a b'"
+    environment = {
+        **{"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "home")},
+        **{"BUCKET": "b", "CONFIG": "configs/cifar10.py", "RUN": "a run"},
+        "ARGS": "--config.seed=1 --config.x='a b'",
+        "SKYPILOT_NODE_IPS": "10.0.0.3\n10.0.0.7",
+        "SKYPILOT_NUM_NODES": str(nodes),
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus),
+    }
     for script, status in {"setup": 0, "run": 75}.items():
-        command = ["bash", "-c", TASK[script]]
-        result = subprocess.run(command, env=environment | arguments | variables, cwd=tmp_path)
+        result = subprocess.run(["bash", "-c", TASK[script]], env=environment, cwd=tmp_path)
         assert result.returncode == status
-    extra = platforms.partition(",")[0]
     assert (tmp_path / "installed").read_text() == f"/opt/python3.11 {extra}\n"
     assert (tmp_path / "argv").read_text().split("\0")[:-1] == [
-        *(platforms, "-u", "-m", "sync_jax.main", "--config=configs/cifar10.py"),
+        *(f"{extra},cpu", "-u", "-m", "sync_jax.main", "--config=configs/cifar10.py"),
         *("--workdir=/mnt/sync_jax/a run", "--config.seed=1", "--config.x=a b", *options),
     ]

@@ -41,7 +41,7 @@ exit $((74 + asked))
 
 
 class Job:
-    """A job in a checkout of its own."""
+    """A job in a checkout of its own, by default with a config and a workdir."""
 
     def __init__(self, cloud: Cloud, tmp_path: Path):
         self.cloud = cloud
@@ -172,9 +172,6 @@ def test_the_dry_run_is_the_command_and_arguments_arrive(job: Job):
     assert (job.cloud.root / "argv").read_text().split("\0")[:-1] == words
 
 
-def test_what_the_head_of_the_file_asks_of_slurm():
-    text = (REPOSITORY / "launch" / "slurm.sbatch").read_text()
-    options = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
-    assert {"--requeue", "--signal=TERM@300", "--open-mode=append"} <= set(options)
-    # Slurm reads such lines only above the first command.
-    assert text.index("set -uo pipefail") > text.rindex("#SBATCH")
+def test_slurm_is_asked_to_queue_again_and_to_warn_above_the_first_command():
+    head, *_ = (REPOSITORY / "launch" / "slurm.sbatch").read_text().split("\nset -uo")
+    assert {"#SBATCH --requeue", "#SBATCH --signal=TERM@300"} <= set(head.splitlines())

@@ -16,18 +16,7 @@ DELETE = f"  {TPU} delete {' '.join(WHERE)}\n"
 STEPS = 18
 # Scripts in the place of the trainer.
 PATIENT = "trap 'exit 75' TERM\necho begun\nfor i in $(seq 9999); do sleep 0.05; done"
-STUBBORN = "trap '' TERM\nsleep 300 & echo begun\nwait"
-
-
-def saved(run: Path) -> int:
-    names = [p.name for p in run.glob("checkpoints/*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
-
-
-def is_asked(pid: int) -> bool:
-    """Whether a SIGTERM waits for a process that is paused."""
-    (pending,) = re.findall(r"^ShdPnd:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
-    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+STUBBORN = "trap '' TERM\nsleep 300 & echo $! >$HOME/child; echo begun\nwait"
 
 
 def begin(cloud: Cloud, trainer: str) -> None:
@@ -70,15 +59,13 @@ def test_every_verb_with_the_real_trainer(cloud: Cloud, tmp_path):
     assert "another run, or a setup, is going on here; stop ends it" in other
     assert "a run, or a setup, is going on here" in cloud.tpu("setup", WORKDIR, status=1)
     stop = cloud.start(TPU, "stop", *WHERE, "--grace=600")
-    pid = cloud.pid()
-    cloud.wait(lambda: is_asked(pid))
-    os.kill(pid, signal.SIGCONT)
+    cloud.wait(cloud.notes("asked").exists)
+    os.kill(cloud.pid(), signal.SIGCONT)
     output, errors = stop.communicate(timeout=600)
     assert (stop.returncode, output) == (0, "worker 0: stopped\n"), errors
-    step = saved(run)
-    assert 0 < step < STEPS
-    status = cloud.tpu("status", status=75)
-    assert f"worker 0: ended with exit status 75; last checkpoint: {step}\n" in status
+    ended_with = r"worker 0: ended with exit status 75; last checkpoint: (\d+)\n"
+    (step,) = re.findall(ended_with, cloud.tpu("status", status=75))
+    assert 0 < int(step) < STEPS
     assert f"worker 0: sync_jax: stopped by SIGTERM, saved at step {step}" in cloud.tpu("logs")
 
     cloud.tpu("run", *command)
@@ -154,14 +141,9 @@ def test_stop_kills_after_the_grace_and_nothing_but_the_run(cloud: Cloud):
     assert ended(cloud) == "137"
     assert "ended with exit status 137" in cloud.tpu("status", status=1)
     assert bystander.poll() is None
-    left = subprocess.run(["pgrep", "-f", "^sleep 300"], capture_output=True, text=True).stdout
-    ours = [pid for pid in left.split() if is_of(cloud, int(pid))]
-    assert ours == [str(bystander.pid)]  # nor the sleep that the run had started
+    child = (cloud.home() / "child").read_text().strip()  # which the run had started
+    cloud.wait(lambda: not Path(f"/proc/{child}/exe").exists())
     begin(cloud, PATIENT)
-
-
-def is_of(cloud: Cloud, pid: int) -> bool:
-    return str(cloud.root).encode() in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def test_notes_of_a_process_that_is_gone_decide_nothing(cloud: Cloud):
