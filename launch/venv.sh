@@ -10,10 +10,7 @@ pinned=${PINNED:-1}
 python=${PYTHON:-python3}
 stamp=.venv/.installed # "incomplete", or what is installed (written last)
 
-die() {
-  echo "launch/venv.sh: $*" >&2
-  exit 1
-}
+die() { echo "launch/venv.sh: $*" >&2 && exit 1; }
 
 identity() { # which Python this is, the same from outside a virtual environment and inside
   "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)'

@@ -1,47 +1,123 @@
-"""sky.yaml: of the form that SkyPilot documents; what it runs is ours and right."""
+"""sky.yaml: SkyPilot reads it, and what it runs is the trainer with the options that it needs."""
 
+import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.launch.cloud import REPOSITORY
 
-TASK = yaml.safe_load((REPOSITORY / "launch" / "sky.yaml").read_text())
+TEXT = (REPOSITORY / "launch" / "sky.yaml").read_text()
+TASK = yaml.safe_load(TEXT)
+
+# As `sky jobs launch` reads a file. In a process of its own, for it sets up logging and a database.
+READ = """
+import json, sys
+from sky.utils import dag_utils
+found = []
+for path in sys.argv[1:]:
+    try:
+        env = [("BUCKET", "my-bucket"), ("CONFIG", "c"), ("RUN", "r")]
+        (task,) = dag_utils.load_chain_dag_from_yaml(path, env_overrides=env).tasks
+        (resources,) = task.resources
+        storage = {k: [v.source, v.mode.value] for k, v in task.storage_mounts.items()}
+        task.set_resources_override({"accelerators": "H100:8"})  # as --gpus does
+        (overridden,) = task.resources
+        found.append([task.num_nodes, resources.to_yaml_config(), storage, str(overridden)])
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+print(json.dumps(found))
+"""
 
 
-def test_the_fields_are_skypilots():
-    """Its own parser (0.14.1) accepted the file; this notices a misspelling since."""
-    assert set(TASK) == {"name", "workdir", "resources", "envs", "file_mounts", "setup", "run"}
-    assert TASK["resources"] == {
-        "infra": "gcp",
-        "accelerators": "tpu-v5litepod-8",
-        "accelerator_args": {"runtime_version": "v2-alpha-tpuv5-lite"},
-        "use_spot": True,
-        "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [75]},
+def read(folder: Path, *texts: str) -> list:
+    paths = [folder / f"{i}.yaml" for i in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    environment["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
+    command = [sys.executable, "-c", READ, *map(str, paths)]
+    result = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_skypilot_reads_it(tmp_path):
+    """And nothing that it does not understand."""
+    broken = [
+        TEXT.replace("use_spot", "use_spto"),
+        TEXT.replace("recover_on_exit_codes: [75]", "recover_on_exit_codes: [seventy-five]"),
+        TEXT.replace("mode: MOUNT", "mode: AMOUNT"),
+        TEXT.replace("BUCKET: null", "BUCKET_: null"),
+    ]
+    assert TEXT not in broken
+    good, *bad = read(tmp_path, TEXT, *broken)
+    assert isinstance(good, list), good
+    nodes, resources, storage, overridden = good
+    assert nodes == 1
+    assert resources["accelerators"] == {"tpu-v5litepod-8": 1}
+    assert resources["accelerator_args"] == {"runtime_version": "v2-alpha-tpuv5-lite"}
+    assert resources["use_spot"] is True
+    recovery = {"max_restarts_on_errors": 3, "recover_on_exit_codes": [75]}
+    assert resources["job_recovery"].items() >= recovery.items()
+    assert storage == {"/mnt/sync_jax": ["gs://my-bucket", "MOUNT"]}
+    assert "H100" in overridden
+    for error, word in zip(bad, ["use_spto", "seventy-five", "AMOUNT", "BUCKET_"], strict=True):
+        assert isinstance(error, str), error
+        assert "Error" in error
+        assert word in error
+
+
+def meet(rank: int) -> list[str]:
+    return ["--coordinator=10.0.0.3:8476", "--processes=2", f"--process={rank}"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "rank", "options"),
+    [
+        (1, 8, 0, []),
+        (2, 8, 0, meet(0)),
+        (2, 8, 1, meet(1)),
+        # The hosts of a TPU slice count as nodes here, and JAX knows of them by itself.
+        (2, 0, 1, []),
+    ],
+)
+def test_nodes_with_gpus_meet_and_hosts_of_a_slice_are_left_to_jax(
+    nodes, gpus, rank, options, tmp_path
+):
+    """As SkyPilot runs both scripts: by bash, in the copy of the checkout."""
+    extra = "cuda" if gpus else "tpu"
+    programs = {
+        ".venv/bin/python": 'printf "%s\\0" "$JAX_PLATFORMS" "$@" >argv\nexit 75',
+        "launch/venv.sh": 'echo "$PYTHON $1" >installed',
+        "home/.local/bin/uv": 'case $2 in find) echo "/opt/python$4" ;; esac',
+        "bin/nvidia-smi": f"[ {gpus} -gt 0 ]",
     }
-    assert TASK["file_mounts"] == {"/mnt/sync_jax": {"source": "gs://${BUCKET}", "mode": "MOUNT"}}
-
-
-def test_its_scripts_set_up_and_start_the_trainer(tmp_path):
-    """As SkyPilot runs them: by bash, in a home with the checkout at sky_workdir."""
-    checkout = tmp_path / "sky_workdir"
-    (checkout / "launch").mkdir(parents=True)
-    (checkout / "launch" / "host.sh").write_text('echo "$@" >"$HOME/setup"')
-    python = checkout / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$JAX_PLATFORMS" "$@" >"$HOME/argv"\nexit 75\n')
-    python.chmod(0o755)
+    for name, text in programs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
     environment = {
-        **{"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "EXTRA": "tpu", "BUCKET": "b"},
-        **{"CONFIG": "configs/cifar10.py", "RUN": "a", "ARGS": "--config.seed=1 --config.x='a b'"},
+        **{"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "home")},
+        **{"BUCKET": "b", "CONFIG": "configs/cifar10.py", "RUN": "a run"},
+        "ARGS": "--config.seed=1 --config.x='a b'",
+        "SKYPILOT_NODE_IPS": "10.0.0.3\n10.0.0.7",
+        "SKYPILOT_NUM_NODES": str(nodes),
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus),
     }
-    status = []
-    for script in ("setup", "run"):
+    for script, status in {"setup": 0, "run": 75}.items():
         result = subprocess.run(["bash", "-c", TASK[script]], env=environment, cwd=tmp_path)
-        status.append(result.returncode)
-    assert status == [0, 75]
-    assert (tmp_path / "setup").read_text() == "setup tpu\n"
-    assert (tmp_path / "argv").read_text().splitlines() == [
-        *("tpu,cpu", "-u", "-m", "sync_jax.main", "--config=configs/cifar10.py"),
-        *("--workdir=/mnt/sync_jax/a", "--config.seed=1", "--config.x=a b"),
+        assert result.returncode == status
+    assert (tmp_path / "installed").read_text() == f"/opt/python3.11 {extra}\n"
+    assert (tmp_path / "argv").read_text().split("\0")[:-1] == [
+        *(f"{extra},cpu", "-u", "-m", "sync_jax.main", "--config=configs/cifar10.py"),
+        *("--workdir=/mnt/sync_jax/a run", "--config.seed=1", "--config.x=a b", *options),
     ]
