@@ -19,8 +19,6 @@ from sync_jax.methods import METHODS
 from sync_jax.models import BACKBONES
 from sync_jax.models.pretrained import check_weights_file
 from sync_jax.models.resnet import RESNETS
-from sync_jax.runtime.nonfinite import ACTIONS
-from sync_jax.runtime.tracing import parse_steps
 
 # The coverages of every published table, in percent.
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
@@ -136,8 +134,7 @@ def default_config() -> ConfigDict:
     # accelerators, 1 on CPUs, where it would gain nothing.
     config.train.steps_per_dispatch = 0
     # What a step does whose loss, gradient or parameters are not finite: "stop" the run; "skip":
-    # leave everything as it was and go on; "rollback": go back to the latest checkpoint, and leave
-    # that step out when it comes again. No more often than the budget allows.
+    # leave everything as it was and go on, no more often than the budget allows.
     config.train.on_nonfinite = "stop"
     config.train.nonfinite_budget = 10
 
@@ -203,7 +200,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.stem", ("cifar", "imagenet"))
     _choice(config, "loss.divergence", ("bce", "mse"))
     _choice(config, "optimizer.schedule", ("cosine", "linear", "step"))
-    _choice(config, "train.on_nonfinite", ACTIONS)
+    _choice(config, "train.on_nonfinite", ("stop", "skip"))
     _choice(config, "checkpoint.best_metric", ("aurc", "accuracy", "negative_log_likelihood"))
 
     _integer(config, "seed", low=0, high=2**31 - 1)
@@ -236,7 +233,6 @@ def validate(config: ConfigDict) -> None:
             "feature vector follows from config.model.width; leave it at 0"
         )
     check_weights_file(config.model.pretrained, config.model.name)
-    parse_steps(config.profile.steps)
     _integer(config, "model.dropout_samples", low=1, high=10_000)
     _integer(config, "loss.queue_size", low=1, high=1_000_000)
     _integer(config, "train.batch_size", low=1)

@@ -25,12 +25,11 @@ from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.console import say
-from sync_jax.runtime.nonfinite import NonFiniteSteps, RollbackError
+from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
 from sync_jax.runtime.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
 from sync_jax.runtime.signals import terminated, watchdog
-from sync_jax.runtime.timing import Stopwatch
-from sync_jax.runtime.tracing import Trace, parse_steps
 from sync_jax.runtime.workdir import (
     check_run,
     check_workdir,
@@ -96,15 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
             )  # fmt: skip
             processes.print(run.describe(len(calibration_part.labels)))
             processes.print(placement.reason)
-            fitted = None
-            while fitted is None:
-                start = begin(job)
-                try:
-                    fitted = fit(job, start)
-                except RollbackError as error:
-                    processes.print(str(error))
-                    checkpoints.wait()
-            finish(job, fitted)
+            finish(job, fit(job, begin(job)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +142,8 @@ class Fitted(NamedTuple):
 
     Attributes:
         state: after the last step.
-        steps: done by this process, or since the last checkpoint that was gone back to.
-        seconds: that they took, by phase; see `timing.Stopwatch`.
+        steps: done by this process.
+        seconds: that they took, by phase; see `profiling.Stopwatch`.
     """
 
     state: TrainState
@@ -189,7 +180,6 @@ def fit(job: Job, start: Start) -> Fitted:
     Raises:
         TerminatedError: `stopping` said so, on any process; the state is saved.
         NonFiniteError: training diverged.
-        RollbackError: it did, and is to be begun again from the latest checkpoint.
         WriteError: a checkpoint cannot be written.
     """
     run, config, processes, bad_steps = job.run, job.run.config, job.processes, job.bad_steps
@@ -226,7 +216,7 @@ def fit(job: Job, start: Start) -> Fitted:
             done = steps[-1]
             with watch.spent("data", busy=busy):
                 data = next(feed)
-            skips = [step in bad_steps.skipped for step in steps]
+            skips = [False] * len(steps)
             with trace.step(steps[0], done):
                 state, metrics = run.step(state, data, skips=skips, stopping=job.stopping())
             trace.done(done, metrics)
@@ -368,15 +358,13 @@ def check(
     """Fetches metrics; those of steps that were not finite are dealt with, and left out.
 
     Raises:
-        NonFiniteError, RollbackError: as `bad_steps` decides.
+        NonFiniteError: as `bad_steps` decides.
     """
     good = []
     # All copies are under way before the first is waited for.
     fetched = jax.device_get([metrics for _, metrics in unchecked])
     for (steps, _), metrics in zip(unchecked, fetched, strict=True):
         for step, values in zip(steps, metrics.fetch(), strict=True):
-            if step in bad_steps.skipped:
-                continue
             if all(map(math.isfinite, values.values())):
                 good.append((step, values))
             else:

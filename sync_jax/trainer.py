@@ -37,8 +37,8 @@ from sync_jax.metrics import aurc
 from sync_jax.models import make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
-from sync_jax.runtime import sharding, timing
-from sync_jax.runtime.tracing import parse_steps
+from sync_jax.runtime import profiling, sharding
+from sync_jax.runtime.profiling import parse_steps
 from sync_jax.steps import Batch, TrainState, create_train_state, eval_step, train_step
 
 _STEPS_PER_DISPATCH = 8  # of an accelerator
@@ -426,25 +426,25 @@ class Run:
         return {name: values[name] for name in names if name in values}
 
     def speed(self, steps: int, seconds: dict[str, float]) -> dict[str, Any] | None:
-        """How fast a training was, see `timing.speed`; None of no steps.
+        """How fast a training was, see `profiling.speed`; None of no steps.
 
         Measures the device, which must have nothing else to do.
 
         Args:
             steps: done.
-            seconds: that they took, by phase; see `timing.Stopwatch`.
+            seconds: that they took, by phase; see `profiling.Stopwatch`.
         """
         if not steps:
             return None
         # Simulated devices share a processor; other hosts and devices are taken to be as this one.
         devices = jax.process_count() if jax.default_backend() == "cpu" else self.mesh.size
-        return timing.speed(
+        return profiling.speed(
             seconds,
             steps=steps,
             batch_size=self.config.train.batch_size,
             train_size=self.train_size,
-            flops=timing.training_flops(self.network, self.info.image_shape),
-            peak=devices * timing.matmul_flops(self.config.model.dtype),
+            flops=profiling.training_flops(self.network, self.info.image_shape),
+            peak=devices * profiling.matmul_flops(self.config.model.dtype),
         )
 
     def describe(self, calibration_size: int) -> str:

@@ -83,13 +83,6 @@ def test_one_and_four_steps_at_once_end_with_the_same_bits(data_dir, tmp_path, m
         ("train", 5), ("train", 10), ("calibration", 12), ("train", 15), ("train", 18),
         ("calibration", 18),
     ]  # fmt: skip
-    # Steps that are left out when they come again, in a dispatch of four.
-    config = config_of(data_dir, 4, train__on_nonfinite="rollback")
-    train.train_and_evaluate(config, tmp_path / "rollback")
-    state, lines = left(config, tmp_path / "rollback")
-    chex.assert_trees_all_equal(state, found[1][0])
-    assert lines == found[1][1]
-    assert "going back, to leave it out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
