@@ -31,7 +31,7 @@ from sync_jax.data.resident import ResidentSplit
 from sync_jax.methods import METHODS
 from sync_jax.models import make_network
 from sync_jax.runtime.memory import aligned_empty, keep_freed_memory
-from sync_jax.runtime.timing import peak_device_bytes, peak_host_bytes, training_flops
+from sync_jax.runtime.profiling import peak_device_bytes, peak_host_bytes, training_flops
 
 _MARK = "memory: "
 

@@ -38,7 +38,7 @@ from sync_jax.models import make_network
 from sync_jax.models.vgg import LAYERS
 from sync_jax.optimizer import make_optimizer
 from sync_jax.runtime.memory import keep_freed_memory
-from sync_jax.runtime.timing import layer_flops, training_flops
+from sync_jax.runtime.profiling import layer_flops, training_flops
 from sync_jax.steps import create_train_state, train_step
 
 EXAMPLES = 10_000
@@ -203,7 +203,7 @@ def matmul_step(size: int, dtype: str) -> Step:
 
 
 def flops_of(name: str, width: int, classes: int = 10) -> tuple[int, int]:
-    """FLOP for an image: see `timing.training_flops`, and of the last layer alone."""
+    """FLOP for an image: see `profiling.training_flops`, and of the last layer alone."""
     pixels, channels, _ = INPUTS[name]
     network = make_network(
         model_config(name, "float32", width).model,

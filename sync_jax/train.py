@@ -21,15 +21,14 @@ from sync_jax.errors import NonFiniteError, TerminatedError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
-from sync_jax.runtime import sharding, timing
+from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.console import say
 from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
 from sync_jax.runtime.progress import read_metrics
 from sync_jax.runtime.signals import terminated, watchdog
-from sync_jax.runtime.timing import Stopwatch
-from sync_jax.runtime.tracing import Trace, parse_steps
 from sync_jax.runtime.training_log import TrainingLog
 from sync_jax.runtime.workdir import (
     check_run,
@@ -178,7 +177,7 @@ class Fitted(NamedTuple):
     Attributes:
         state: after the last step.
         steps: done by this process.
-        seconds: that they took, by phase; see `timing.Stopwatch`.
+        seconds: that they took, by phase; see `profiling.Stopwatch`.
     """
 
     state: TrainState
@@ -325,7 +324,7 @@ def finish(job: Job, fitted: Fitted) -> None:
 
 
 def measure_speed(trainer: Trainer, fitted: Fitted) -> dict[str, Any] | None:
-    """The speed of a training, see `timing.speed`; None of no steps.
+    """The speed of a training, see `profiling.speed`; None of no steps.
 
     Measures the device, which must have nothing else to do.
     """
@@ -333,13 +332,13 @@ def measure_speed(trainer: Trainer, fitted: Fitted) -> dict[str, Any] | None:
         return None
     # Simulated devices share a processor; other hosts and devices are taken to be as this one.
     devices = jax.process_count() if jax.default_backend() == "cpu" else trainer.mesh.size
-    return timing.speed(
+    return profiling.speed(
         fitted.seconds,
         steps=fitted.steps,
         batch_size=trainer.config.train.batch_size,
         train_size=trainer.train_size,
-        flops=timing.training_flops(trainer.settings.network, trainer.info.image_shape),
-        peak=devices * timing.matmul_flops(trainer.config.model.dtype),
+        flops=profiling.training_flops(trainer.settings.network, trainer.info.image_shape),
+        peak=devices * profiling.matmul_flops(trainer.config.model.dtype),
     )
 
 

@@ -27,7 +27,7 @@ from sync_jax.models import complete, find_backbone, make_network
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.runtime import sharding
-from sync_jax.runtime.tracing import parse_steps
+from sync_jax.runtime.profiling import parse_steps
 from sync_jax.steps import (
     Batch,
     Metrics,

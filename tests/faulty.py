@@ -22,8 +22,7 @@ from absl import app
 from jax._src import compiler
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from sync_jax import main, train
-from sync_jax import trainer as run
+from sync_jax import main, steps, train
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime.progress import Progress
 
@@ -69,16 +68,16 @@ def prepare(how: str, moment: str, number: int) -> None:
 
         AtomicRenameTemporaryPath.finalize = finalized
     elif moment == "evaluating":
-        evaluate, begun = Run.calibration_metrics, 0
+        evaluate, begun = train.calibrate, 0
 
-        def evaluated(self: Run, *arguments: Any) -> dict[str, float]:
+        def evaluated(job: train.Job, *arguments: Any) -> float:
             nonlocal begun
             begun += 1
             if begun == number:
-                self.alive = functools.partial(harm, how)  # after the first batch
-            return evaluate(self, *arguments)
+                job.trainer._alive = functools.partial(harm, how)  # after the first batch
+            return evaluate(job, *arguments)
 
-        Run.calibration_metrics = evaluated  # type: ignore[method-assign]
+        train.calibrate = evaluated
     elif moment == "predictions":
         write, written = Predictions.save, 0
 
@@ -94,14 +93,14 @@ def prepare(how: str, moment: str, number: int) -> None:
 
 def spoil(*numbers: int) -> None:
     """Spoils the batches of some steps, counted from 1."""
-    train_step = run.train_step
+    train_step = steps.train_step
 
     def spoilt(state: Any, batch: Any, **options: Any) -> Any:
         bad = jnp.isin(state.step + 1, jnp.asarray(numbers))
         image = batch["image"].at[0, 0, 0, 0].add(jnp.where(bad, jnp.nan, 0.0))
         return train_step(state, batch | {"image": image}, **options)
 
-    run.train_step = spoilt
+    steps.train_step = spoilt
 
 
 def every_process_caches() -> None:

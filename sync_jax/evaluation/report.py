@@ -7,8 +7,8 @@ and risks are fractions. Fields:
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
     training                   steps, seconds (of the loop, earlier processes included), speed (of
-                               the last process: images_per_second and more, see timing.speed; null
-                               where it did no step; not in older reports)
+                               the last process: images_per_second and more, as of profiling.speed;
+                               null where it did no step; not in older reports)
     members                    of an ensemble alone: the runs that it combines
     method_score               the confidence score that the method is meant to be used with
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
@@ -71,7 +71,7 @@ from sync_jax.evaluation.predictions import Predictions, Ranked
 from sync_jax.evaluation.record import known_scores
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import write_atomically, write_text
-from sync_jax.runtime.timing import describe
+from sync_jax.runtime.profiling import describe
 from sync_jax.scores import SCORES
 
 SCHEMA = 2

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from sync_jax.errors import FailedError, InputError, WriteError
+from sync_jax.runtime.console import one_line
 from sync_jax.runtime.hashing import mix
 from sync_jax.runtime.processes import Processes
-from sync_jax.steps import TrainState
+
+T = TypeVar("T")
 
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score
 _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
@@ -31,12 +33,12 @@ class Restored(NamedTuple):
     """A checkpoint.
 
     Attributes:
-        state: the training state.
+        state: the training state, any tree of arrays.
         step: steps done.
-        notes: what was saved with it, of JSON's types.
+        notes: saved with the state, of JSON's types.
     """
 
-    state: TrainState
+    state: Any
     step: int
     notes: dict[str, Any]
 
@@ -94,7 +96,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: Any,
         step: int,
         *,
         notes: Mapping[str, Any] | None = None,
@@ -103,7 +105,7 @@ class Checkpoints:
         """Copies the state and writes it in the background; waits for an earlier save first.
 
         Args:
-            state: not donated: it may be, once this returns.
+            state: a tree of arrays, which may be donated once this returns.
             step: steps done; nothing is written if that is saved already.
             notes: of JSON's types, to be found with it.
             score: the higher, the better, for `keep_best`; without one it is the worst.
@@ -128,18 +130,18 @@ class Checkpoints:
         )
         self._guarded(lambda: self._manager.save(step, args=args))
 
-    def restore(self, like: TrainState, log: Callable[[str], None] = print) -> Restored | None:
-        """The latest checkpoint that is whole; those after it are put aside, by name.
+    def restore(self, like: Any, log: Callable[[str], None] = print) -> Restored | None:
+        """Reads the latest checkpoint that is whole; puts those after it aside, by name.
 
         Every array is compared with the fingerprint that was made of it when it was saved. Devices
-        and processes may be others than then.
+        and processes may be others than then. Each process reads the parts for its own devices.
 
         Args:
             like: gives shapes, dtypes and shardings.
-            log: told a line of each that is damaged, or was half written.
+            log: told a line of each checkpoint that is damaged, or was half written.
 
         Returns:
-            It, or None where there is no checkpoint at all.
+            None where there is no checkpoint at all.
 
         Raises:
             InputError: there are checkpoints, and none can be used. All are left as they are.
@@ -151,27 +153,12 @@ class Checkpoints:
             log(f"checkpoint {half} was half written when its process ended, and is removed")
         damaged: dict[int, str] = {}
         for step in steps:
-            if self._processes.count > 1:
-                # One process alone finds out, where no other waits for it in a collective.
-                reason = self._processes.from_first(
-                    f"checkpoint {step}", functools.partial(self._reason_against, like, step)
-                )
-                if reason:
-                    damaged[step] = reason
-                    continue
-            try:
-                restored = self._read(like, step)
-            except Exception as error:  # Orbax and TensorStore raise what they like
-                if _is_passing(error) or self._processes.count > 1:  # found whole a moment ago
-                    raise FailedError(
-                        f"{self._folder / str(step)} cannot be read now: {_one_line(error)}; the "
-                        "same command tries again"
-                    ) from error
-                damaged[step] = _one_line(error)
-                continue
-            if damaged:
-                self._put_aside(damaged, log)
-            return restored
+            restored = self._attempt(like, step)
+            if isinstance(restored, Restored):
+                if damaged:
+                    self._put_aside(damaged, log)
+                return restored
+            damaged[step] = restored
         if not steps:
             return None
         reasons = "; ".join(f"{self._folder / str(step)}: {damaged[step]}" for step in steps)
@@ -190,47 +177,57 @@ class Checkpoints:
             (int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True
         )
 
-    def _read(self, like: TrainState, step: int) -> Restored:
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), **{_ABOUT: ocp.args.JsonRestore()}
-        )
-        found = self._manager.restore(step, args=args)
-        return Restored(found["state"], step, _checked(found["state"], found[_ABOUT]))
+    def _attempt(self, like: Any, step: int) -> Restored | str:
+        """Reads a checkpoint, or says why it cannot be used; on all processes alike."""
+        found = self._on_all(step, "reading", lambda: self._read(like, step))
+        if isinstance(found, str):
+            return found
+        state, about = found
+        # Of arrays that are divided between processes this is a collective, for which all are here.
+        reason = self._on_all(step, "comparing", lambda: _compare(state, about))
+        return reason or Restored(state, step, about["notes"])
 
-    def _reason_against(self, like: TrainState, step: int) -> str | None:
-        """Why a checkpoint cannot be used, found by this process alone; None if it can."""
-        place = jax.sharding.SingleDeviceSharding(_roomiest_device())
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
-        )
+    def _on_all(self, step: int, what: str, function: Callable[[], T]) -> T | str:
+        """Calls a function on every process; the reason instead, if it fails on any."""
+        what, reason = f"{what} checkpoint {step}", None
+
+        def tried() -> T | None:
+            nonlocal reason
+            try:
+                return function()
+            except Exception as error:  # Orbax and TensorStore raise what they like
+                if _is_passing(error):
+                    raise FailedError(
+                        f"{self._folder / str(step)} cannot be read now: {one_line(error)}; the "
+                        "same command tries again"
+                    ) from error
+                reason = one_line(error)
+                return None
+
+        result = self._processes.together(what, tried)
+        reasons = [reason for reason in self._processes.share(what, reason) if reason]
+        return reasons[0] if reasons else result  # type: ignore[return-value]
+
+    def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """Reads this process's parts of the state, without waiting for another, and the notes."""
+        folder = self._folder / str(step)
+        about = json.loads((folder / _ABOUT / "metadata").read_text())
+        if about["digest"] != _digest(about):
+            raise ValueError("its notes are not what was saved")
         alone = ocp.options.MultiprocessingOptions(
             primary_host=self._processes.index,
             active_processes={self._processes.index},
             barrier_sync_key_prefix="alone",
         )
-        handlers: list[tuple[Any, str, Any]] = [
-            (ocp.StandardCheckpointHandler, "state", ocp.args.StandardRestore(abstract)),
-            (ocp.JsonCheckpointHandler, _ABOUT, ocp.args.JsonRestore()),
-        ]
-        try:
-            state, about = (
-                ocp.Checkpointer(
-                    handler(multiprocessing_options=alone), multiprocessing_options=alone
-                ).restore(self._folder / str(step) / item, args=args)
-                for handler, item, args in handlers
-            )
-            _checked(state, about)
-        except Exception as error:  # as above
-            if _is_passing(error):
-                raise FailedError(
-                    f"{self._folder / str(step)} cannot be read now: {_one_line(error)}; the same "
-                    "command tries again"
-                ) from error
-            return _one_line(error)
-        return None
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        with ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            multiprocessing_options=alone,
+        ) as reader:
+            args = ocp.args.StandardRestore(abstract)
+            return reader.restore(folder / "state", args=args), about
 
     def _put_aside(self, damaged: dict[int, str], log: Callable[[str], None]) -> None:
         def rename() -> None:
@@ -258,7 +255,7 @@ class Checkpoints:
             write()
         except Exception as error:  # Orbax and TensorStore raise what they like
             raise WriteError(
-                f"{self._folder} cannot be written: {_one_line(error)}; earlier "
+                f"{self._folder} cannot be written: {one_line(error)}; earlier "
                 "checkpoints are intact, and the same command goes on from the last"
             ) from error
 
@@ -298,7 +295,7 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def latest_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes of a folder's latest checkpoint of which they can be read; None without any."""
+    """The notes of the latest checkpoint in a folder that has readable ones; None without any."""
     abouts = _read_abouts(folder)
     return abouts[max(abouts)]["notes"] if abouts else None
 
@@ -312,7 +309,7 @@ def _read_scores(folder: Path, best_metric: str) -> list[tuple[int, float]]:
 
 
 def _read_abouts(folder: Path) -> dict[int, dict[str, Any]]:
-    """What the checkpoints in a folder say about themselves, by their steps."""
+    """Fingerprints, notes and scores of the checkpoints in a folder, by their steps."""
     abouts = {}
     for path in folder.glob(f"*/{_ABOUT}/metadata"):
         try:
@@ -324,7 +321,7 @@ def _read_abouts(folder: Path) -> dict[int, dict[str, Any]]:
     return abouts
 
 
-def fingerprints(state: TrainState) -> dict[str, list[int]]:
+def fingerprints(state: Any) -> dict[str, list[int]]:
     """64 bits of every array, by its path, computed on the devices; any changed bit changes them.
 
     Sums of integers, so that neither the number of devices nor the sharding matters.
@@ -350,34 +347,22 @@ def _fingerprint(x: Array) -> Array:
 
 
 def _digest(about: Mapping[str, Any]) -> str:
-    """SHA-256 of what a checkpoint says about itself, but for the digest there."""
+    """SHA-256 of fingerprints, notes and score, without the digest there."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     text = json.dumps(rest, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _checked(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
-    """The notes of a checkpoint that is what was saved; ValueError otherwise."""
-    expected = about["fingerprints"]
-    if about["digest"] != _digest(about):
-        raise ValueError("its notes are not what was saved")
-    found = fingerprints(state)
+def _compare(state: Any, about: dict[str, Any]) -> None:
+    """Raises ValueError for arrays that are not those that were saved."""
+    found, expected = fingerprints(state), about["fingerprints"]
     wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
     if wrong:
         raise ValueError(f"{wrong[0]} is not what was saved")
-    return about["notes"]
-
-
-def _roomiest_device() -> jax.Device:
-    """The host, where it is a device: an accelerator may have no room for an undivided state."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names others alone
-        return jax.local_devices()[0]
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether it says nothing about the files themselves."""
+    """True for errors of the system, which say nothing about the files themselves."""
     passing = (
         *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
         *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
@@ -387,7 +372,3 @@ def _is_passing(error: Exception) -> bool:
     # TensorStore raises ValueError, with the system's words in it.
     texts = ("RESOURCE_EXHAUSTED", *map(os.strerror, passing))
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

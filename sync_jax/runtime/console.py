@@ -1,4 +1,4 @@
-"""Text from files and folders, which could hold anything, as text that can be shown."""
+"""Lines for the console, from text that could hold anything."""
 
 
 def printable(text: object) -> str:
@@ -13,6 +13,11 @@ def printable(text: object) -> str:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """The first 300 characters of an error's message, or the name of its type, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def say(line: object) -> None:
-    """Prints a line of such text."""
+    """Prints a line with `printable` text."""
     print(printable(line), flush=True)

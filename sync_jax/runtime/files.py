@@ -36,6 +36,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def flush(path: Path) -> None:
     """Makes sure that a file, or the names in a folder, are on the disk and survive a power cut.
 
@@ -105,8 +110,3 @@ def locked(
             file.flush()
             yield
             return
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as `write_atomically` does."""
-    write_atomically(path, lambda file: file.write(text.encode()))

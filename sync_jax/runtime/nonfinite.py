@@ -1,9 +1,9 @@
-"""What happens after a step whose loss, gradient or parameters are not finite.
+"""Steps whose loss, gradient or parameters are not finite: noted, and stopped at or skipped.
 
 Such a step has changed nothing (`steps.train_step`); it is noticed when its metrics are fetched, so
-that the device never waits for the host. What it was stands in nonfinite.jsonl, a line each: step,
-action, bad (the terms that are not finite), finite (the others), indices (the batch's examples, as
-positions in the official training split).
+that the device never waits for the host. nonfinite.jsonl has a line for each: step, action, bad
+(the terms that are not finite), finite (the others), indices (the batch's examples, as positions in
+the official training split).
 """
 
 import json
@@ -15,19 +15,15 @@ from typing import Any
 import numpy as np
 
 from sync_jax.errors import InputError, NonFiniteError
-from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.files import write_text
 from sync_jax.runtime.processes import Processes
 
 FILE = "nonfinite.jsonl"
-ACTIONS = ("stop", "skip", "rollback")
-
-
-class RollbackError(Exception):
-    """The run has to go back to the latest checkpoint."""
+_ACTIONS = ("stop", "skip", "rollback")  # the last one is in notes of version 0.1 alone
 
 
 class NonFiniteSteps:
-    """The bad steps of a run: noted, and then stopped at, skipped or rolled back before."""
+    """The steps of a run that were not finite, within a budget."""
 
     def __init__(
         self,
@@ -42,9 +38,9 @@ class NonFiniteSteps:
 
         Args:
             workdir: exists.
-            action: 'stop', 'skip' or 'rollback'.
-            budget: how many bad steps are lived with.
-            indices: a step's examples.
+            action: 'stop' or 'skip'.
+            budget: how many steps may be skipped.
+            indices: gives a step's examples.
             processes: of the run; the first writes.
         """
         self._path = workdir / FILE
@@ -54,14 +50,9 @@ class NonFiniteSteps:
             "reading what steps were not finite", lambda: _read(self._path)
         )
 
-    @property
-    def skipped(self) -> set[int]:
-        """Steps that are left out when they come again after a rollback."""
-        return {entry["step"] for entry in self._entries if entry["action"] == "rollback"}
-
     def begin(self, start: int) -> None:
-        """Forgets the steps after `start` that will be met again."""
-        kept = [e for e in self._entries if e["step"] <= start or e["action"] == "rollback"]
+        """Forgets the steps after `start`, which will be done again."""
+        kept = [entry for entry in self._entries if entry["step"] <= start]
         if kept != self._entries:
             self._entries = kept
             self._write()
@@ -75,10 +66,7 @@ class NonFiniteSteps:
 
         Raises:
             NonFiniteError: the run has to stop.
-            RollbackError: it has to go back.
         """
-        if step in self.skipped:
-            return
         bad = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         others = [entry for entry in self._entries if entry["action"] != "stop"]
@@ -101,15 +89,13 @@ class NonFiniteSteps:
                 "usually helps"
             )
         left = self._budget - len(others) - 1
-        if action == "rollback":
-            raise RollbackError(f"{message}: going back, to leave it out; {left} more may follow")
-        self._processes.print(f"{message}: skipped; {left} more may be")
+        self._processes.print(f"{message}: skipped; {left} skips left in the budget")
 
     def _write(self) -> None:
         if not self._processes.first:
             return
         text = "".join(json.dumps(entry) + "\n" for entry in self._entries)
-        write_atomically(self._path, lambda file: file.write(text.encode()))
+        write_text(self._path, text)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -117,10 +103,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
-        if not all(type(e["step"]) is int and e["action"] in ACTIONS for e in entries):
+        if not all(type(e["step"]) is int and e["action"] in _ACTIONS for e in entries):
             raise ValueError("no steps and actions")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); move it away, and steps that it left out come again"
+            f"{path} is damaged ({error}); move it away, and the budget begins anew"
         ) from error
     return entries

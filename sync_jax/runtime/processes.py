@@ -1,8 +1,8 @@
-"""Several processes that train one network: how they find each other, and agree.
+"""Several processes that train one network: how they meet, agree and end together.
 
-Devices exchange arrays by XLA's collectives. What is here goes over JAX's coordination service
-instead, which needs no device: who has arrived, and whether all may go on. A process that fails
-where the others do not would otherwise leave them waiting in a collective for ever.
+Devices exchange arrays by XLA's collectives, which nothing can interrupt: a process that fails
+leaves the others waiting in them for ever. So processes agree over JAX's coordination service
+instead, which needs no device.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -17,26 +18,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
-from jax._src import distributed as jax_distributed  # the service has no public client
 
-from sync_jax.errors import (
-    FailedError,
-    InputError,
-    NonFiniteError,
-    TerminatedError,
-    WriteError,
-)
-from sync_jax.runtime.console import printable, say
-from sync_jax.runtime.roll_call import roll_call
+# The only private import of JAX. Its coordination service has no public client, and the exchanges
+# in jax.experimental.multihost_utils are collectives.
+from jax._src.distributed import global_state
+
+from sync_jax.errors import FailedError, InputError, NonFiniteError, TerminatedError, WriteError
+from sync_jax.runtime.console import one_line, printable, say
 
 T = TypeVar("T")
 
 _GRACE = 5.0  # seconds for processes to end by themselves, after one failed
 _OUTLAST = 15.0  # seconds for all to hear of a SIGTERM, which may have been to one alone
-_BEYOND = 60.0  # seconds for JAX's own meeting, once all have come to ours
-_INTERVAL = 1.0  # seconds after which a wait looks whether a signal has come
+_INTERVAL = 1.0  # seconds after which a wait lets signals be handled
 
-# What Slurm's srun gives each process; a script under sbatch alone has not all of them.
+# The variables that Slurm's srun gives each process; a script under sbatch alone lacks some.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _AGREED = (InputError, WriteError, TerminatedError, NonFiniteError, FailedError)
 
@@ -46,62 +42,40 @@ def initialize(
 ) -> None:
     """Joins the other processes; before JAX computes anything.
 
-    By itself where a TPU slice or Slurm's `srun` says who they are, else by the three arguments;
-    with neither, this process is alone.
+    On TPU slices and under Slurm's `srun` JAX finds the other processes; elsewhere the three
+    arguments name them, and without these the process is alone.
 
     Args:
         coordinator: HOST:PORT, a free port of process 0's host; the same for all.
         processes: how many there are.
         process: which one this is, from 0.
-        seconds: how long to wait for the others.
+        seconds: how long to wait for the others. When they have not come by then, the process ends
+            with a line and status 1; when it is interrupted meanwhile, with status 130.
 
     Raises:
         InputError: the arguments are incomplete, or no such process or port is possible.
-        FailedError: the others cannot be met; it names those that did not come in time. Where
-            JAX's meeting hangs though all have come, the process ends, with a line and status 1;
-            when it is interrupted meanwhile, with status 130.
+        FailedError: the others cannot be met, because the port is in use for example.
     """
     given = (coordinator, processes, process)
+    under_slurm = all(name in os.environ for name in _SLURM)
     if given != (None, None, None):
         _check(*given)
-    elif not all(name in os.environ for name in _SLURM) and not _on_tpu():
+        if process == 0:
+            _check_port(str(coordinator))
+    elif not under_slurm and not _on_tpu():
         return
     # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    local_devices = None
-    try:
-        if coordinator is None:
-            coordinator, processes, process, local_devices = (
-                jax_distributed.clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                    None, None, None, None, None, int(seconds)
-                )
-            )
-        if coordinator is None or processes is None or process is None:
-            return  # a TPU's library, but no slice
-        missing = roll_call(coordinator, processes, process, seconds=seconds)
-    except (RuntimeError, ValueError, OSError) as error:
-        where = f" at {coordinator}" if coordinator else ""
-        raise FailedError(
-            f"the other processes cannot be met{where}: {_one_line(error)}"
-        ) from error
-    if missing:
-        raise FailedError(
-            f"process {', '.join(map(str, missing))} of {processes} did not come to the meeting at "
-            f"{coordinator} within {seconds:g} s; its own log says why"
-        )
+    limit = min(seconds, 1e7)  # what the types of JAX and Python can hold
     ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def meet() -> None:
         try:
             jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                local_devices,
-                cluster_detection_method="deactivate",
-                # Its own limit ends the process with a stack of C++, so ours comes first.
-                initialization_timeout=2 * int(_BEYOND),
+                *given,
+                cluster_detection_method="deactivate" if coordinator else None,
+                # JAX aborts the process then, with a stack of C++, so that our limit comes first.
+                initialization_timeout=int(10 * limit) + 60,
                 # A process that died is noticed within this time, and the others are ended.
                 heartbeat_timeout_seconds=max(int(min(seconds, 100)), 1),
                 shutdown_timeout_seconds=max(int(min(seconds, 60)), 1),
@@ -110,21 +84,27 @@ def initialize(
         except Exception as error:
             ended.put(error)
 
-    # In a thread of its own, for nothing can interrupt the call, a signal neither.
-    threading.Thread(target=meet, daemon=True).start()
+    # In a thread of its own, for nothing can interrupt the call, not even a signal.
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    where = f" at {coordinator}" if coordinator else ""
     try:
-        failure = ended.get(timeout=_BEYOND)
+        failure = ended.get(timeout=limit)
     except queue.Empty:
+        count = f"all {processes} processes" if processes else "all processes"
         _give_up(
-            f"all {processes} processes came to {coordinator}, but JAX did not connect them within "
-            f"{_BEYOND:g} s",
+            f"not {count} came to the meeting{where} within {seconds:g} s; the log of the one that "
+            "is missing says why",
             1,
         )
     except KeyboardInterrupt:
         _give_up("interrupted", 130)
-    if isinstance(failure, RuntimeError | ValueError):
+    thread.join()  # or Python's end could meet it still in JAX's code
+    if isinstance(failure, ValueError) and coordinator is None and not under_slurm:
+        return  # a host with TPU chips of its own
+    if isinstance(failure, RuntimeError | ValueError | OSError):
         raise FailedError(
-            f"the other processes cannot be met at {coordinator}: {_one_line(failure)}"
+            f"the other processes cannot be met{where}: {one_line(failure)}"
         ) from failure
     if failure is not None:
         raise failure
@@ -141,29 +121,14 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
         raise InputError(f"--coordinator={coordinator} must be HOST:PORT, a port from 1 to 65535")
 
 
-def _give_up(text: str, status: int) -> NoReturn:
-    print(f"sync_jax: {text}", file=sys.stderr, flush=True)
-    os._exit(status)  # an orderly end would wait for the call that is still under way
-
-
-def outlast_others() -> None:
-    """Lets those that end too, at the same SIGTERM, do so before the process that they meet at.
-
-    As soon as that is gone, JAX aborts them. So they say that they end, and it waits for that.
-    """
-    known = jax_distributed.global_state
-    client: Any = known.client
-    if client is None:
-        return
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody else ends, or it is gone already
-        if known.service is None:
-            client.key_value_set(f"sync_jax/ended/{known.process_id}", "")
-            return
-        deadline = time.monotonic() + _OUTLAST
-        for process in range(1, known.num_processes):
-            left = max(int(1000 * (deadline - time.monotonic())), 1)
-            client.blocking_key_value_get(f"sync_jax/ended/{process}", left)
-        time.sleep(1.0)  # from their word to their end, with nothing in between
+def _check_port(coordinator: str) -> None:
+    """Refuses a port that is in use, of which JAX makes a segmentation fault."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise FailedError(
+            f"the other processes cannot be met at {coordinator}: {os.strerror(error.errno or 0)}"
+        ) from error
 
 
 def _on_tpu() -> bool:
@@ -171,17 +136,41 @@ def _on_tpu() -> bool:
     return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
+def _give_up(text: str, status: int) -> NoReturn:
+    print(f"sync_jax: {text}", file=sys.stderr, flush=True)
+    os._exit(status)  # an orderly end would wait for the call that is still under way
+
+
+def outlast_others() -> None:
+    """Lets processes that end at the same SIGTERM do so before process 0, where they meet.
+
+    As soon as process 0 is gone, JAX aborts the others. So they announce their end to it.
+    """
+    client: Any = global_state.client
+    if client is None:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody else ends, or 0 is gone already
+        if jax.process_index() > 0:
+            client.key_value_set(f"sync_jax/ended/{jax.process_index()}", "")
+            return
+        deadline = time.monotonic() + _OUTLAST
+        for process in range(1, jax.process_count()):
+            left = max(int(1000 * (deadline - time.monotonic())), 1)
+            client.blocking_key_value_get(f"sync_jax/ended/{process}", left)
+        time.sleep(1.0)  # from their announcement to their end, with nothing in between
+
+
 class Processes:
-    """The processes of a run, and how they agree. All must make the same calls in the same order.
+    """The processes of a run, and how they agree. All make the same calls in the same order.
 
     Attributes:
-        index: which one this is.
-        count: how many there are.
-        first: whether this one writes what there is one of: logs, reports.
+        index: of this process.
+        count: of all processes.
+        first: True for the process that writes logs and reports.
     """
 
     def __init__(self, *, seconds: float = 600.0, name: str = ""):
-        """Finds out who is there.
+        """Finds out how many processes there are.
 
         Args:
             seconds: how long each call waits for the others.
@@ -199,32 +188,35 @@ class Processes:
             say(text)
 
     def share(self, what: str, value: Any = None, *, after_first: bool = False) -> list[Any]:
-        """Every process's value, in order; waits until all have come.
+        """Exchanges a value; waits until all processes have come.
 
         Args:
             what: is being waited for, for the error.
             value: of JSON's types.
-            after_first: as long as the first takes for its own; and then for the others as usual.
+            after_first: waits for the first process without limit, and then for the others as
+                usual.
+
+        Returns:
+            Every process's value, in order.
 
         Raises:
-            FailedError: naming those that did not come in time.
+            FailedError: naming the processes that did not come in time.
         """
         if self.count == 1:
             return [value]
-        client: Any = jax_distributed.global_state.client
+        client: Any = global_state.client
         self._calls += 1
         key = f"sync_jax/{self._name}/{self._calls}/{what}"
         client.key_value_set(f"{key}/{self.index}", json.dumps(value))
+        while after_first and _found(client, f"{key}/0", self._seconds) is None:
+            # If process 0 dies, JAX ends the others.
+            say(f"process {self.index} still waits for process 0: {what}")
         values, missing = [], []
-        if after_first:
-            until = time.monotonic() + self._seconds
-            while _found(client, f"{key}/0", until) is None:  # if it dies, JAX ends the others
-                say(f"process {self.index} still waits for process 0: {what}")
-                until = time.monotonic() + self._seconds
         deadline = time.monotonic() + self._seconds
         for process in range(self.count):
-            # Who has come must be found even when the time is over.
-            text = _found(client, f"{key}/{process}", max(deadline, time.monotonic() + 2.0))
+            # Also when the time is over, a process that has come must be found.
+            left = max(deadline - time.monotonic(), 2.0)
+            text = _found(client, f"{key}/{process}", left)
             if text is None:
                 missing.append(str(process))
             else:
@@ -240,42 +232,33 @@ class Processes:
         """Calls a function on every process; if it fails on one, it fails on all.
 
         Args:
-            what: it does, for errors.
+            what: the function does, for errors.
             function: may raise one of our errors.
 
         Returns:
-            What it returned on this process.
+            The function's result on this process.
         """
         if self.count == 1:
             return function()
-        result, failure, failed = None, None, None
-        try:
-            result = function()
-        except Exception as error:
-            failed, failure = error, _described(error)
+        result, failure, failed = _called(function)
         failures = self.share(what, failure)
         if failed is not None:
             raise failed
         for process, other in enumerate(failures):
             if other is not None:
                 raise _error(f"process {process}: ", other)
-        return result  # type: ignore[return-value]
+        return result
 
     def from_first(self, what: str, function: Callable[[], Any]) -> Any:
-        """Calls a function on the first process; all get what it returned, or fail as it did.
+        """Calls a function on the first process; all get its result, or fail as it did.
 
         Args:
-            what: it does, for errors.
+            what: the function does, for errors.
             function: returns a value of JSON's types; may raise one of our errors.
         """
         if self.count == 1:
             return function()
-        result, failure, failed = None, None, None
-        if self.first:
-            try:
-                result = function()
-            except Exception as error:
-                failed, failure = error, _described(error)
+        result, failure, failed = _called(function) if self.first else (None, None, None)
         result, failure = self.share(what, [result, failure], after_first=True)[0]
         if failed is not None:
             raise failed
@@ -287,9 +270,9 @@ class Processes:
     def ending_together(self) -> Iterator[None]:
         """Ends all processes when one of them fails within: the others would wait for it.
 
-        A disk that is full, a picture that cannot be decoded or a bug can meet one process alone,
-        between two steps, while the others are in a collective that nothing can interrupt. They
-        print its error and end with its status, wherever they are.
+        A full disk, a broken image or a bug can meet one process alone, between two steps, while
+        the others are in a collective that nothing can interrupt. They print its error and end with
+        its status, wherever they are.
 
         Raises:
             FailedError: a computation failed here, as it does when another process is gone.
@@ -307,8 +290,7 @@ class Processes:
         except BaseException as error:
             known = self._tell(error)
             if isinstance(error, jax.errors.JaxRuntimeError):
-                reason = known or f"a computation failed: {_one_line(error)}"
-                raise FailedError(reason) from error
+                raise FailedError(known or f"a computation failed: {one_line(error)}") from error
             raise
         finally:
             over.set()
@@ -319,8 +301,8 @@ class Processes:
         return f"sync_jax/{self._name}/failed"
 
     def _tell(self, error: BaseException) -> str | None:
-        """Tells the others of an error, and waits until they know; what another told before."""
-        client: Any = jax_distributed.global_state.client
+        """Tells the others of an error and waits until they know; returns an earlier error."""
+        client: Any = global_state.client
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others are gone
             try:
                 client.key_value_set(self._failed, json.dumps([self.index, *_described(error)]))
@@ -335,8 +317,8 @@ class Processes:
 
     def _end_with_others(self, over: threading.Event) -> None:
         """Ends this process a little after another has failed, unless it is `over` by then."""
-        client: Any = jax_distributed.global_state.client
-        while not over.wait(1):
+        client: Any = global_state.client
+        while not over.wait(_INTERVAL):
             try:
                 other, kind, message = json.loads(client.key_value_try_get(self._failed))
             except jax.errors.JaxRuntimeError:
@@ -354,25 +336,30 @@ class Processes:
             os._exit(2 if kind == InputError.__name__ else 1)  # the main thread may be stuck
 
 
-def _found(client: Any, key: str, deadline: float) -> str | None:
-    """What is known by a key, waited for until the deadline; None if nothing is.
+def _found(client: Any, key: str, seconds: float) -> str | None:
+    """Waits for a key's value; None if there is none in time.
 
     Raises:
         FailedError: process 0 is gone.
     """
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
             return client.blocking_key_value_get(key, int(1000 * min(left, _INTERVAL)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise FailedError(
-                    f"process 0, which the others meet at, is gone: {_one_line(error)}"
+                    f"process 0, which the others meet at, is gone: {one_line(error)}"
                 ) from error
     return None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _called(function: Callable[[], Any]) -> tuple[Any, list[str] | None, Exception | None]:
+    """Calls a function; its result, or its error in JSON's types and as it is."""
+    try:
+        return function(), None, None
+    except Exception as error:
+        return None, _described(error), error
 
 
 def _described(error: BaseException) -> list[str]:

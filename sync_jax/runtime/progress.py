@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes on: console, metrics.jsonl and TensorBoard events."""
+"""Progress of a run: on the console, in metrics.jsonl and as TensorBoard events."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from sync_jax.errors import InputError, WriteError
-from sync_jax.runtime.files import flush
+from sync_jax.runtime.files import write_text
 
 _BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 
@@ -33,7 +33,7 @@ class Progress:
             total_steps: steps of the whole run.
             start_step: steps done by an earlier process.
             batch_size: examples of a step, for the rate.
-            shown: whether to show anything: one of several processes does.
+            shown: False for all but one of several processes.
         """
         self._shown = shown
         self._total = total_steps
@@ -106,7 +106,7 @@ class MetricWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard's event file. A context manager."""
 
     def __init__(self, workdir: Path, *, start_step: int):
-        """Opens both, and takes back what an interrupted run wrote after its last checkpoint.
+        """Opens both, and drops the entries that an interrupted run wrote after its checkpoint.
 
         Args:
             workdir: exists.
@@ -114,21 +114,19 @@ class MetricWriter:
         """
         path = self._path = workdir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
-        temporary = path.with_name(f"{path.name}.incomplete")
-        self._file = temporary.open("w")
-        self._file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.flush()
-        os.replace(temporary, path)  # a kill in between leaves the old or the new
-        flush(workdir)
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        with _named_errors(path):
+            write_text(path, text)
+            self._file = path.open("a")
         # Seconds of training before this process, so that a resumed run knows its whole time.
         self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
         self._began = time.monotonic()
-        # Not SummaryWriter: its thread ends at the first error, and who writes then waits for it.
+        # Not SummaryWriter, whose thread ends at the first error: later writes wait for it.
         self._folder = workdir / "tensorboard"
         with _named_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(self._folder / "events"))
-            # What an interrupted run wrote there of later steps is not shown.
+            # TensorBoard hides later steps that an interrupted run has written.
             started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._event(start_step + 1, session_log=started)
 
@@ -161,7 +159,7 @@ class MetricWriter:
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
-        """Makes sure that the entries are on the disk: before a checkpoint that follows them is."""
+        """Makes sure that the entries are on the disk, as they must be before a checkpoint is."""
         with _named_errors(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -175,7 +173,7 @@ class MetricWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):  # what could not be written before cannot be now
+        with contextlib.suppress(OSError):  # the error that there was says more
             self._file.close()
         with contextlib.suppress(OSError):
             self._events.close()
@@ -183,7 +181,7 @@ class MetricWriter:
 
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """A failed write's error does not say of which file."""
+    """Adds the file's name to the error of a failed write."""
     try:
         yield
     except OSError as error:
@@ -191,7 +189,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 class NoMetricWriter(MetricWriter):
-    """Of the processes that write nothing."""
+    """The writer of the processes that write nothing."""
 
     def __init__(self, workdir: Path, *, start_step: int):
         """Opens nothing."""

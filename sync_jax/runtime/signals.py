@@ -12,11 +12,11 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def ending_at_sigterm(before: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Ends the process at SIGTERM, with status 75, but where `terminated` notes it instead.
+def ending_at_sigterm(before: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ends the process at SIGTERM, with status 75, where nothing has to be saved.
 
-    For what has nothing to save. At once, for an exception can be lost: one that is raised while
-    Python collects garbage is.
+    Exits immediately: an exception raised during garbage collection would be swallowed. Inside,
+    `terminated` takes precedence.
 
     Args:
         before: called first.
@@ -27,7 +27,8 @@ def ending_at_sigterm(before: Callable[[], None] = lambda: None) -> Iterator[Non
             sys.stdout.flush()
         text = "sync_jax: stopped by SIGTERM, no training under way; the same command goes on"
         os.write(2, f"{text}\n".encode())
-        before()
+        if before is not None:
+            before()
         os._exit(75)
 
     with _on_sigterm(end):
@@ -38,10 +39,10 @@ def ending_at_sigterm(before: Callable[[], None] = lambda: None) -> Iterator[Non
 def terminated() -> Iterator[Callable[[], bool]]:
     """Notes SIGTERM instead of dying of it; a second one kills.
 
-    One that was noted and led to nothing is sent again at the end: to what is around this.
+    A signal that was noted and led to nothing is sent again at the end.
 
     Yields:
-        What says whether one has come.
+        A function that returns True once a signal has come.
     """
     asked = threading.Event()
     with _on_sigterm(asked.set):
@@ -52,7 +53,7 @@ def terminated() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _on_sigterm(do: Callable[[], None]) -> Iterator[None]:
-    """Does something at the first SIGTERM."""
+    """Calls a function at the first SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
@@ -71,17 +72,14 @@ def _on_sigterm(do: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Prints what every thread is doing, to stderr, whenever nothing has happened for too long.
+    """Prints the stacks of all threads to stderr whenever nothing has happened for too long.
 
     Args:
         seconds: how long is too long; 0: never.
 
     Yields:
-        What to call when something has happened.
+        A function to be called whenever something has happened.
     """
-    if not seconds:
-        yield lambda: None
-        return
     last = time.monotonic()
     over = threading.Event()
 
@@ -104,9 +102,11 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
                 faulthandler.dump_traceback(2, all_threads=True)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    thread.start()
+    if seconds:
+        thread.start()
     try:
         yield happened
     finally:
         over.set()
-        thread.join()
+        if seconds:
+            thread.join()

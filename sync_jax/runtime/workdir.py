@@ -1,4 +1,4 @@
-"""A run's folder: whether it can be the run's, and whose it is while the run goes on."""
+"""A run's folder: checked, made, and locked while the run goes on."""
 
 import contextlib
 import errno
@@ -13,8 +13,9 @@ from sync_jax.errors import InputError, WriteError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
 from sync_jax.runtime.console import say
-from sync_jax.runtime.files import LockedError, locked, write_atomically
+from sync_jax.runtime.files import LockedError, locked, write_text
 from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.profiling import parse_steps
 from sync_jax.runtime.progress import read_metrics
 
 
@@ -22,8 +23,10 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
     """Refuses what a training could not begin with, whatever the data are.
 
     Raises:
-        InputError: the batch cannot be split over the devices, or `workdir` cannot be the run's.
+        InputError: the batch cannot be split over the devices, `workdir` cannot be the run's, or
+            the steps to be traced are none.
     """
+    parse_steps(config.profile.steps)
     mesh = sharding.make_mesh()
     sharding.check_divisible(
         "config.train.batch_size",
@@ -95,8 +98,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        text = to_json(config).encode()
-        write_atomically(workdir / "config.json", lambda file: file.write(text))
+        write_text(workdir / "config.json", to_json(config))
     except OSError as error:
         refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
         kind = InputError if refused else WriteError

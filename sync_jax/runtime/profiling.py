@@ -1,16 +1,21 @@
-"""Where a training's time goes, and what share of the machine's arithmetic it used."""
+"""A training's speed: where the time goes, the share of the machine's arithmetic, and traces."""
 
 import contextlib
+import re
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from sync_jax.errors import InputError
+from sync_jax.runtime.console import one_line
 
 # JAX's names of the stages from a Python function to a program; they nest.
 _STAGES = (
@@ -19,12 +24,13 @@ _STAGES = (
     "/jax/core/compile/backend_compile_duration",
 )
 PHASES = ("training", "data", "compiling", "evaluating", "saving")
+_MOST = 1000  # steps of a trace: more make a file that is too large to be opened
 
 
 class Stopwatch:
-    """Seconds of a loop by what they went to. A context manager, which the loop runs in.
+    """Seconds of a loop by phase. A context manager, which the loop runs in.
 
-    Nothing waits for a device here: what the loop itself waits for is what is measured.
+    It waits for no device: what is measured is the waiting of the loop itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -40,23 +46,23 @@ class Stopwatch:
         self._thread = threading.get_ident()
 
     @contextlib.contextmanager
-    def spent(self, phase: str, *, busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """What happens inside goes to a phase, but for its compilation.
+    def spent(self, phase: str, *, busy: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Adds the time inside to a phase, without compilation.
 
         Args:
             phase: of `PHASES`.
-            busy: asked at its end; True makes it training: the device had something to do.
+            busy: asked at the end; True makes it training, for the device had something to do.
         """
         began, compiling = self._clock(), self._seconds["compiling"]
         try:
             yield
         finally:
             taken = self._clock() - began - (self._seconds["compiling"] - compiling)
-            if not busy():
+            if busy is None or not busy():
                 self._seconds[phase] += taken
 
     def seconds(self) -> dict[str, float]:
-        """By phase, so far; training is what the others leave."""
+        """Seconds by phase so far; training is the time that the others leave."""
         end = self._clock() if self._ended < self._began else self._ended
         others = {name: x for name, x in self._seconds.items() if name != "training"}
         return {"training": end - self._began - sum(others.values()), **others}
@@ -93,7 +99,7 @@ def speed(
     flops: float,
     peak: float,
 ) -> dict[str, Any]:
-    """What a report says of a training's speed.
+    """Computes the entries on a training's speed in a report.
 
     Args:
         seconds: of `Stopwatch`.
@@ -125,7 +131,7 @@ def speed(
 
 
 def describe(speed: dict[str, Any]) -> str:
-    """Three lines on it."""
+    """Three lines on a training's `speed`."""
     shares, device = speed["shares"], speed["peak_device_bytes"]
     names = {"data": "waiting for data"}
     parts = ", ".join(f"{names.get(x, x)} {100 * shares[x]:.1f} %" for x in PHASES)
@@ -204,3 +210,76 @@ def peak_device_bytes() -> int | None:
     found = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [x["peak_bytes_in_use"] for x in found if "peak_bytes_in_use" in x]
     return max(peaks, default=None)
+
+
+def parse_steps(text: str) -> range:
+    """Reads '100-110', or '100' alone, as steps counted from 1; '' as none.
+
+    Raises:
+        InputError: the text is something else.
+    """
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    steps = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not 1 <= steps.start < steps.stop <= steps.start + _MOST:
+        raise InputError(
+            f"config.profile.steps={text!r} must be steps of the run, as '100-110', from 1 and at "
+            f"most {_MOST:,} of them"
+        )
+    return steps
+
+
+class Trace:
+    """A trace of some steps, for TensorBoard's profile plugin or Perfetto. A context manager."""
+
+    def __init__(self, steps: range, folder: Path, log: Callable[[str], None]):
+        """Nothing is recorded yet.
+
+        Args:
+            steps: to record; none, and nothing ever happens.
+            folder: made when needed; the trace goes to plugins/profile/<time>/ in it.
+            log: told where it is.
+        """
+        self._steps, self._folder, self._log = steps, folder, log
+        self._on = False
+
+    def step(self, first: int, last: int) -> contextlib.AbstractContextManager[Any]:
+        """Context of the dispatch of steps `first` to `last`; begins the trace if it is time."""
+        if not self._on and self._steps and first <= self._steps[-1] and last >= self._steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        if not self._on:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=first)
+
+    def done(self, last: int, values: Any) -> None:
+        """Ends the trace if it is time; waits for the device then.
+
+        Args:
+            last: the newest step that is under way.
+            values: arrays that it computes.
+        """
+        if self._on and last >= self._steps[-1]:
+            jax.block_until_ready(values)
+            self._end()
+
+    def _end(self) -> None:
+        if not self._on:
+            return
+        steps, self._steps, self._on = self._steps, range(0), False
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk costs no training
+            self._log(f"no profile: {one_line(error)}")
+            return
+        self._log(
+            f"profile of steps {steps[0]} to {steps[-1]}: tensorboard --logdir={self._folder}, or "
+            "its .trace.json.gz in ui.perfetto.dev"
+        )
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()

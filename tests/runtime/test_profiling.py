@@ -3,7 +3,11 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from sync_jax.runtime import timing
+from sync_jax.errors import InputError
+from sync_jax.runtime import profiling
+from sync_jax.runtime.profiling import Trace, parse_steps
+from sync_jax.runtime.workdir import check_run
+from tests import tiny
 
 
 class Clock:
@@ -24,7 +28,7 @@ def compiled(clock, event, seconds, after=0.0):
 
 def test_seconds_go_where_they_are_spent():
     clock = Clock()
-    with timing.Stopwatch(clock) as watch:
+    with profiling.Stopwatch(clock) as watch:
         clock.now += 1  # training
         with watch.spent("data"):
             clock.now += 2
@@ -45,25 +49,20 @@ def test_seconds_go_where_they_are_spent():
     compiled(clock, "backend_compile", 10, after=10)  # nobody listens
     expected = {"training": 5, "data": 2, "compiling": 40, "evaluating": 8, "saving": 16}
     assert watch.seconds() == expected
-
-
-def test_a_real_compilation_is_noticed():
-    with timing.Stopwatch() as watch:
+    with profiling.Stopwatch() as watch:
         jax.jit(lambda x: jnp.sin(x) + 123.0)(jnp.ones(3))
-    seconds = watch.seconds()
-    assert 0 < seconds["compiling"] <= sum(seconds.values())
-    assert seconds["training"] >= 0
+    assert 0 < watch.seconds()["compiling"] <= sum(watch.seconds().values())
 
 
 def test_speed_is_arithmetic():
     seconds = {"training": 6.0, "data": 2.0, "compiling": 1.0, "evaluating": 0.5, "saving": 0.5}
-    speed = timing.speed(seconds, steps=10, batch_size=8, train_size=40, flops=3e6, peak=1e9)
+    speed = profiling.speed(seconds, steps=10, batch_size=8, train_size=40, flops=3e6, peak=1e9)
     assert speed["images_per_second"] == 10.0  # 80 images in 8 seconds
     assert speed["seconds_per_epoch"] == 5.0  # two epochs in 10 seconds
     assert speed["share_of_matmul"] == 0.03
     assert speed["shares"] == {name: x / 10 for name, x in seconds.items()}
     assert 50e6 < speed["peak_host_bytes"] < 1e12  # JAX alone takes more than 50 MB
-    shown = timing.describe(speed)
+    shown = profiling.describe(speed)
     assert shown.startswith("Training: 10 images/s, 3 % of the devices' matrix products (3 MFLOP")
     assert "An epoch in all: 5 s; training 60.0 %, " in shown
     assert "waiting for data 20.0 %, compiling 10.0 %" in shown
@@ -80,15 +79,12 @@ class Network(nn.Module):
 
 def test_flops_by_hand():
     convolution, dense = 2 * 64 * 18 * 4, 2 * 256 * 10
-    assert timing.layer_flops(Network(), (8, 8, 2)) == [convolution, dense]
-    assert timing.training_flops(Network(), (8, 8, 2)) == 2 * convolution + 3 * dense
+    assert profiling.layer_flops(Network(), (8, 8, 2)) == [convolution, dense]
+    assert profiling.training_flops(Network(), (8, 8, 2)) == 2 * convolution + 3 * dense
 
 
-def test_a_matrix_product_is_measured():
-    assert 1e8 < timing.matmul_flops("float32") < 1e15
-
-
-def test_a_matrix_product_that_has_no_room_is_made_smaller(monkeypatch):
+def test_a_matrix_product_is_measured_and_made_smaller_where_it_has_no_room(monkeypatch):
+    assert 1e8 < profiling.matmul_flops("float32") < 1e15
     sizes = []
 
     def product(size, dtype):
@@ -97,11 +93,43 @@ def test_a_matrix_product_that_has_no_room_is_made_smaller(monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return 7.0
 
-    monkeypatch.setattr(timing, "_matmul_flops", product)
+    monkeypatch.setattr(profiling, "_matmul_flops", product)
     limit = 600
-    assert timing.matmul_flops("float32") == 7.0
+    assert profiling.matmul_flops("float32") == 7.0
     assert sizes == [1024, 512]
-    limit = 0
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
-        timing.matmul_flops("float32")
-    assert sizes == [1024, 512, 1024, 512]
+
+
+def test_steps_are_counted_from_one_and_checked_before_anything_is_written(tmp_path):
+    assert list(parse_steps("3-5")) == [3, 4, 5]
+    assert list(parse_steps("7")) == [7]
+    assert list(parse_steps("")) == []
+    for text in ("5-3", "0", "1-1001", "all"):
+        with pytest.raises(InputError, match=rf"config\.profile\.steps='{text}' must be steps"):
+            check_run(tiny.config(tmp_path, profile__steps=text), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_steps_of_one_dispatch_are_traced_together(full, tmp_path, monkeypatch):
+    """And where the disk is full, training goes on."""
+    calls: list[str] = []
+
+    def stop():
+        calls.append("stop")
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    with Trace(range(5, 8), tmp_path, calls.append) as trace:
+        for first, last in ((1, 4), (5, 8), (9, 12)):
+            with trace.step(first, last):
+                calls.append(f"{first}")
+            trace.done(last, ())
+    line = "no profile: [Errno 28] No space left on device"
+    if not full:
+        line = (
+            f"profile of steps 5 to 7: tensorboard --logdir={tmp_path}, or its .trace.json.gz in "
+            "ui.perfetto.dev"
+        )
+    assert calls == ["1", "start", "5", "stop", line, "9"]
