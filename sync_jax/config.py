@@ -170,7 +170,10 @@ def validate(config: ConfigDict) -> None:
     Raises:
         InputError: naming the field, the value and the choices.
     """
-    values = dict(flatten(config.to_dict()))
+    try:
+        values = dict(flatten(config.to_dict()))
+    except Exception as error:  # of ml_collections: a placeholder that nobody filled in
+        raise InputError(f"the config is not complete: {type(error).__name__}: {error}") from error
     for field in FIELDS.keys() - values.keys():
         raise InputError(f"config.{field} is missing; begin with sync_jax.config.default_config()")
     FIELDS["method"].check("config.method", config.method)

@@ -56,7 +56,9 @@ class Option:
                 )
         elif kind is float and not (_is_finite(value) and _within(value, self.bounds)):
             shown = f"{value}" if isinstance(value, float) else _short(value)
-            raise InputError(f"{field}={shown} must be a finite number {self.described()}")
+            large = _is_finite(value) and abs(value) > _LARGEST
+            said = f"of {_LARGEST:g} at most" if large else self.described()
+            raise InputError(f"{field}={shown} must be a finite number {said}")
         elif kind is int and not _within(value, self.bounds):
             raise InputError(f"{field}={_short(value)} must be {self.described()}")
 
@@ -80,7 +82,7 @@ class Option:
         if isinstance(self.bounds, tuple):
             return f"one of {', '.join(self.bounds)}"
         if not self.bounds:
-            return f"of size {_LARGEST:g} at most" if type(self.default) is float else ""
+            return f"of {_LARGEST:g} at most" if type(self.default) is float else ""
         low, high = self.bounds[1:-1].split(", ")
         if high == "inf":
             return f"at least {low}" if self.bounds[0] == "[" else f"above {low}"

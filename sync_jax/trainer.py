@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ class Trainer:
             )
         self._check_memory()
         if self.config.model.pretrained:
-            path = Path(self.config.model.pretrained).expanduser()
+            path = Path(os.path.expanduser(self.config.model.pretrained))
             load_pretrained(path, self.state_like.params, self.state_like.batch_stats)
 
     def _check_memory(self) -> None:
@@ -284,7 +285,7 @@ class Trainer:
         state = jax.jit(self._create, out_shardings=shardings)(self._seed)
         if not self.config.model.pretrained:
             return state, None
-        path = Path(self.config.model.pretrained).expanduser()
+        path = Path(os.path.expanduser(self.config.model.pretrained))
         params, batch_stats, message = load_pretrained(path, state.params, state.batch_stats)
         copied = sharding.replicated(self.mesh)
         params, batch_stats = jax.device_put((params, batch_stats), copied)

@@ -76,7 +76,7 @@ BAD = {
     "loss.dropout": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.dropout_samples": ((0, -3, 10_001), "between 1 and 10000"),
     "loss.entropy_weight": ((-0.1, NAN, INFINITY), "at least 0"),
-    "loss.warmup_epochs": ((NAN, INFINITY, -1e31), "of size 1e+30 at most"),
+    "loss.warmup_epochs": ((NAN, INFINITY, -1e31), "finite number of 1e+30 at most"),
     "loss.target_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.encoder_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.contrast_weight": ((-0.1, NAN, INFINITY), "at least 0"),

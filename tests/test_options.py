@@ -12,7 +12,7 @@ from sync_jax.scores import SCORES, Score
     (Option(1, "[0, inf)"), (0, 10**40), (-1, -(10**40)), "at least 0"),
     (Option(0.5, "[0, 1)"), (0, 0.0, 0.99), (-0.1, 1, math.nan), "in [0, 1)"),
     (Option(0.5, "(0, inf)"), (1e-9, 7), (0, 0.0, math.inf, 1e31, 10**400), "above 0"),
-    (Option(0.5), (-1e30, 3), (1e31, math.inf, None), "of size 1e+30 at most"),
+    (Option(0.5), (-1e30, 3), (1e31, math.inf, None), "of 1e+30 at most"),
     (Option("a", ("a", "b")), ("b",), ("c", "", 1), "one of a, b"),
     (Option(True), (False,), (1, "yes"), ""),
     (Option((1,), "(0, 3]", each="shares"), ((3, 0.1), [2]), ((), (0,), (1, 1), ("1",), 1),

@@ -377,7 +377,7 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     # The oracle ranks every correct prediction above every error.
     oracle = metrics.risk_coverage_curve(1 - wrong, wrong)
     accuracy = 100 * (1 - wrong.mean())
-    oracle_coverage = np.linspace(accuracy, 100, 100)
+    oracle_coverage = np.linspace(max(accuracy, 1e-9), 100, 100)
     axes.plot(
         np.concatenate([[0, accuracy], oracle_coverage]),
         np.concatenate([[0, 0], 100 - 100 * accuracy / oracle_coverage]),

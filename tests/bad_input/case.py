@@ -31,8 +31,8 @@ ALBUM = [
 ]
 PREPARED = [*ALBUM, "--config.data.data_dir=album", "--workdir=new"]
 NEW_ALBUM = [*ALBUM, "--config.data.data_dir=new", "--mode=prepare"]
-RESNET = [*TRAIN, "--workdir=new", "--config.model.name=resnet18", "--config.model.width=2"]
-RESNET += ["--config.model.features=0"]
+RESNET = [x for x in TRAIN if not x.startswith("--config.model.")]
+RESNET += ["--workdir=new", "--config.model.name=resnet18", "--config.model.width=2"]
 
 
 def prepare(name: str) -> list[str]:

@@ -137,7 +137,9 @@ CASES = {
         "config.method='sinc' is unknown",
     ),
     "vary without sweep": Bad([QUICKSTART, "--vary=seed=0,1"], "--vary belongs to --mode=sweep"),
-    "runs without comparison": Bad([QUICKSTART, "--runs=x"], "--runs and --mixed belong to"),
+    "runs without comparison": Bad(
+        [QUICKSTART, "--runs=x"], "--runs, --mixed and --scores belong to"
+    ),
     "nothing to evaluate": Bad(
         [QUICKSTART, "--mode=evaluate"],
         "runs/quickstart-sync-seed0/predictions_calibration.npz is missing",
@@ -174,7 +176,7 @@ CASES = {
         **changed("c.loss.payoff = 10**400"),
     ),
     "a value that is required": Bad(
-        message="mine.py cannot be used: RequiredValueError: None value found",
+        message="the config is not complete: RequiredValueError: None value found",
         **changed("c.seed = config_dict.required_placeholder(int)"),
     ),
     "a null character in a path": Bad(
@@ -191,13 +193,14 @@ CASES = {
         [QUICKSTART, "--config.optimizer.weight_decay=-0.1"], "weight_decay=-0.1 .* at least 0"
     ),
     "more than float32 holds": Bad(
-        [QUICKSTART, "--config.loss.prior_power=1e39"], r"prior_power=1e\+39 must be .*1e30 at most"
+        [QUICKSTART, "--config.loss.prior_power=1e39"],
+        r"prior_power=1e\+39 must be .*1e.30 at most",
     ),
     "an absurd width": Bad(
-        [QUICKSTART, "--config.model.width=1000000"], "width=1000000 must be between 0 and 1024"
+        [QUICKSTART, "--config.model.width=1000000"], "width=1000000 must be between 1 and 1024"
     ),
     "an absurd feature vector": Bad(
-        [QUICKSTART, "--config.model.features=10000000"], "features=10000000 must be between 0 and"
+        [QUICKSTART, "--config.model.features=10000000"], "features=10000000 must be between 1 and"
     ),
     "an absurd picture": Bad(
         [QUICKSTART, "--config.data.image_size=1000000"], "image_size=1000000 must be between 8"
@@ -234,6 +237,17 @@ CASES = {
         [QUICKSTART, "--config.model.name=resnet19"],
         "model.name='resnet19' .*did you mean 'resnet1",
     ),
+    "an option of no network": Bad(
+        [QUICKSTART, "--config.model.widht=8"],
+        "cnn has no option 'widht' .did you mean 'width'..; choose from features, width",
+    ),
+    "a method that cannot be imported": Bad(
+        [QUICKSTART, "--config.method=nosuchmodule:X"],
+        "config.method='nosuchmodule:X' cannot be imported: ModuleNotFoundError",
+    ),
+    "what is no method": Bad(
+        [QUICKSTART, "--config.method=sync_jax.scores:SCORES"], "is a dict, not a Method"
+    ),
     "a payoff beyond the classes": Bad(
         [QUICKSTART, "--config.method=deep_gamblers", "--config.loss.payoff=11"],
         "payoff=11 must be at most the 10 classes",
@@ -242,7 +256,7 @@ CASES = {
         [QUICKSTART, "--config.train.epochs=1000000"], "epochs=1e.06 must be less than 39768"
     ),
     "a risk that nothing proves": Bad(
-        [*EVALUATE, "--config.evaluation.target_risks=(1e-300,)"], "target_risks=.*from 1e-6"
+        [*EVALUATE, "--config.evaluation.target_risks=(1e-300,)"], r"target_risks=.*in \[1e-6, 1\)"
     ),
     "a bracket too few": Bad(
         [QUICKSTART, "--config.evaluation.coverages=(50"], r"coverages=\('\(50',\) must be a list"
@@ -254,7 +268,7 @@ CASES = {
     # Folders for data, and the machine.
     "a network of more than the memory": Bad(
         [*TRAIN, "--workdir=new"],
-        r"model.name='cnn' of width=4 and features=16 has .* parameters: the state takes",
+        r"model.name='cnn' of features=16 and width=4 has .* parameters: the state takes",
         little_memory,
     ),
     "data_dir is empty": Bad([QUICKSTART, "--config.data.data_dir="], "data.data_dir is empty"),
@@ -275,7 +289,7 @@ CASES = {
     ),
     "no home folder": Bad([QUICKSTART], "'~/.cache/sync_jax' names a home folder that is", no_home),
     "weights in no home folder": Bad(
-        [*RESNET, "--config.model.pretrained=~nobody-at-all/w.pth"], "pretrained=.* is no file"
+        [*RESNET, "--config.model.pretrained=~nobody-at-all/w.pth"], "pretrained=.* must be a file"
     ),
     "no device": Bad(
         TRAIN, "JAX finds no device .JAX_PLATFORMS=tqu.: Unable .* JAX_PLATFORMS=cpu", no_device

@@ -238,11 +238,12 @@ CASES = {
         [QUICKSTART, "--config.model.pretrained=w.pth"], "torchvision has no weights for cnn"
     ),
     "weights of another kind": Bad(
-        [*RESNET, "--config.model.pretrained=w.h5"], "must end in .safetensors, .pth or .pt"
+        [*RESNET, "--config.model.pretrained=w.h5"],
+        "must be a file that ends in .safetensors, .pth or .pt",
     ),
     "weights are a folder": Bad(
         [*RESNET, "--config.model.pretrained=w.pth"],
-        "pretrained='w.pth' is no file",
+        "pretrained='w.pth' must be a file",
         lambda monkeypatch: Path("w.pth").mkdir(),
     ),
     "weights are damaged": Bad(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sync_jax.data.info import DatasetInfo
 from sync_jax.errors import InputError
@@ -82,8 +83,17 @@ class MemoryDataset:
         return copy, labels.copy()
 
 
-def _checked(name: str, labels_name: str, images: object, labels: object, classes: int) -> Examples:
-    x, y = np.asarray(images), np.asarray(labels)
+def as_inputs(images: ArrayLike, name: str) -> np.ndarray:
+    """Images `[n, height, width, channels]` uint8, or features `[n, d]` float32.
+
+    Args:
+        images: as in `MemoryDataset`.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError: it is neither, or is empty or not finite.
+    """
+    x = np.asarray(images)
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim == 4 and x.dtype != np.uint8:
@@ -98,6 +108,11 @@ def _checked(name: str, labels_name: str, images: object, labels: object, classe
             x = x.astype(np.float32)
         if not np.isfinite(x).all():
             raise ValueError(f"{name} hold a number that is not finite in float32")
+    return x
+
+
+def _checked(name: str, labels_name: str, images: object, labels: object, classes: int) -> Examples:
+    x, y = as_inputs(images, name), np.asarray(labels)  # type: ignore[arg-type]
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise ValueError(
             f"{labels_name} must be {len(x)} integers, one for each of {name}; got {y.dtype} of "
