@@ -212,6 +212,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
             message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
         _stop(message, 2)
     except (Exception, SystemExit) as error:  # config_flags raises what it likes, a file anything
+        if isinstance(error, SystemExit) and {"--help", "--helpshort", "--helpfull"} & {*arguments}:
+            sys.exit(0)  # absl has printed the help
         _stop(_explain(arguments, error), 2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate

@@ -111,6 +111,8 @@ def test_help_names_the_flags_the_modes_and_the_command():
         text=True,
     )
     shown = result.stdout + result.stderr
+    assert result.returncode == 0
+    assert "sync_jax: " not in shown  # how an error's line begins
     assert "python -m sync_jax.main --config=configs/fashion_mnist.py" in shown
     for word in ("--config", "--workdir", "--mode", "prepare", "evaluate", "Exit status"):
         assert word in shown

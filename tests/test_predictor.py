@@ -43,7 +43,9 @@ def test_images_with_labels_that_are_words_in_a_folder_that_goes_on(tmp_path, ca
     images = (DIGITS.images[TRAIN] * 15).astype(np.uint8)[:200]
     words = np.array(["zero", "one", "two", "three", "four", *"56789"])[DIGITS.target[TRAIN][:200]]
     options = {"method": "ce", "epochs": 3, "model__width": 4, "features": 8, "batch_size": 32}
-    with pytest.raises(InputError, match=r"batch_size could be any of evaluation.batch_size, train.b"):
+    with pytest.raises(
+        InputError, match=r"batch_size could be any of evaluation.batch_size, train.b"
+    ):
         sync_jax.fit(images, words, **options)
     options["train__batch_size"] = options.pop("batch_size")
     first = sync_jax.fit(images, words, workdir=tmp_path, verbose=True, **options)
