@@ -2,18 +2,20 @@
 
     python -m tests.faulty HARM:MOMENT:NUMBER[,HARM:MOMENT:NUMBER] ARGUMENT...
 
-HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM); MOMENT 'data' (they are read), 'step'
-(that step is under way), 'saving' (the so-manyth checkpoint's arrays are written, and it is not
-complete), 'evaluating' (the so-manyth evaluation of the training is half done) or 'predictions'
-(the so-manyth predictions are about to be written). 'nan:step:N' spoils a pixel of
-that step's batch instead, and 'none:never:0' does no harm.
+HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM). MOMENT is 'data' (they are read),
+'step' (that step is under way), 'saving' (the arrays of a checkpoint are written, and it is not
+complete), 'evaluating' (an evaluation of the training is half done) or 'predictions' (they are
+about to be written), NUMBER which one. 'nan:step:N' spoils a pixel of that step's batch instead,
+and 'none:never:0' does no harm.
 """
 
 import functools
+import itertools
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -27,68 +29,53 @@ from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime.progress import Progress
 
 
-def harm(how: str) -> None:
-    """Sends this process the signal."""
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
+def before(owner: Any, name: str, harm: Callable[..., None]) -> None:
+    """Has a function do some harm first."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def harmed(*arguments: Any, **options: Any) -> Any:
+        harm(*arguments)
+        return function(*arguments, **options)
+
+    setattr(owner, name, harmed)
 
 
 def prepare(how: str, moment: str, number: int) -> None:
     """Makes sure that it will come to that."""
+    count = itertools.count(1)
+
+    def harm() -> None:
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
+
+    def harm_at_last(*_: Any) -> None:
+        if next(count) == number:
+            harm()
+
+    def data(*_: Any) -> None:
+        harm()
+        time.sleep(60)  # it must not come to more
+
+    def evaluating(job: train.Job, *_: Any) -> None:
+        if next(count) == number:
+            job.trainer._alive = harm  # after the first batch
+
     if how == "nan":
         spoil(number)
     elif moment == "step":
-        step = Progress.step
-
-        def stepped(self: Progress, done: int) -> None:
-            step(self, done)
-            if done == number:
-                harm(how)
-
-        Progress.step = stepped  # type: ignore[method-assign]
+        before(Progress, "step", lambda _, done: harm() if done == number else None)
     elif moment == "data":
-        load = train.load_data
-
-        def loading(*arguments: Any) -> Any:
-            if "--process=1" in sys.argv:  # to several hosts a signal comes one after the other
-                time.sleep(1)
-            harm(how)
-            time.sleep(60)  # it must not come to more
-            return load(*arguments)
-
-        train.load_data = loading
+        before(train, "load_data", data)
     elif moment == "saving":
-        finalize, count = AtomicRenameTemporaryPath.finalize, 0
-
-        async def finalized(self: AtomicRenameTemporaryPath) -> None:
-            nonlocal count
-            count += self.get_final().name.isdigit()
-            if count == number:
-                harm(how)
-            await finalize(self)
-
-        AtomicRenameTemporaryPath.finalize = finalized
+        before(
+            AtomicRenameTemporaryPath,
+            "finalize",
+            lambda path: harm_at_last() if path.get_final().name.isdigit() else None,
+        )
     elif moment == "evaluating":
-        evaluate, begun = train.calibrate, 0
-
-        def evaluated(job: train.Job, *arguments: Any) -> float:
-            nonlocal begun
-            begun += 1
-            if begun == number:
-                job.trainer._alive = functools.partial(harm, how)  # after the first batch
-            return evaluate(job, *arguments)
-
-        train.calibrate = evaluated
+        before(train, "calibrate", evaluating)
     elif moment == "predictions":
-        write, written = Predictions.save, 0
-
-        def wrote(self: Predictions, *arguments: Any) -> None:
-            nonlocal written
-            written += 1
-            if written == number:
-                harm(how)
-            write(self, *arguments)
-
-        Predictions.save = wrote  # type: ignore[method-assign]
+        before(Predictions, "save", harm_at_last)
 
 
 def spoil(*numbers: int) -> None:
@@ -104,7 +91,7 @@ def spoil(*numbers: int) -> None:
 
 
 def every_process_caches() -> None:
-    """JAX lets the first process alone write what it compiled, under a key that is its own.
+    """Has all processes keep what they compiled: JAX lets only the first, under a key of its own.
 
     The others would compile the same again in each of their lives.
     """
