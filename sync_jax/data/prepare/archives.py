@@ -22,7 +22,7 @@ class Picture(NamedTuple):
 
     Attributes:
         name: what a user knows it by.
-        label: of its class.
+        label: of its class; -1: not known yet.
         path: the file that holds it.
         offset: where in that file it begins.
         size: bytes; of a file of its own, -1: all of it.
@@ -51,14 +51,6 @@ class Picture(NamedTuple):
         if self.size >= 0 and len(data) < self.size:
             raise OSError(f"{self.path} ends in the middle of it")
         return data
-
-
-class Member(NamedTuple):
-    """A file in a tar archive: its name there, and its place as of a `Picture`."""
-
-    name: str
-    offset: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +91,7 @@ def is_picture(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
 
 
-def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Member]:
+def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Picture]:
     """The files of a tar archive that is not compressed; their contents are not read.
 
     Args:
@@ -127,7 +119,7 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Memb
                         continue
                     if member.offset_data + member.size > end:
                         raise InputError(f"{path} is truncated: it ends in the middle of {name!r}")
-                    yield Member(name, member.offset_data, member.size)
+                    yield Picture(name, -1, path, member.offset_data, member.size)
                     if offset and member.offset_data + member.size + 512 > end:
                         return  # the next header would be of the archive around this one
     except (tarfile.TarError, EOFError) as error:

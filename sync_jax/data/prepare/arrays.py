@@ -17,6 +17,7 @@ from sync_jax.data.prepare.staging import (
     check_disk,
     expand,
     remove_leftovers,
+    tfds_info,
 )
 from sync_jax.errors import InputError
 from sync_jax.runtime.memory import aligned_empty
@@ -138,13 +139,7 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             shape=self._known.image_shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
         label = tfds.features.ClassLabel(names=self._known.class_names)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.name,
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
+        return tfds_info(self, {"image": image, "label": label})
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager

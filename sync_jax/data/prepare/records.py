@@ -31,6 +31,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import Pictures
 from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.staging import tfds_info
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_atomically
@@ -103,13 +104,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             "label": tfds.features.ClassLabel(num_classes=len(self._listing.class_names)),
             "file": tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.name,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
+        return tfds_info(self, features)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         del dl_manager, download_config

@@ -228,3 +228,14 @@ def quiet_tfds() -> Iterator[None]:
             yield
     finally:
         tfds.display_progress_bar(True)
+
+
+def tfds_info(builder: Any, features: dict[str, Any]) -> tfds.core.DatasetInfo:
+    """TFDS's own description of a builder's images and labels, in their order."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=builder.name,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+    )
