@@ -19,7 +19,7 @@ from sync_jax.data.images import BadImageError
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.prepare.archives import Listing
 from sync_jax.data.prepare.pictures import PictureDataset
-from sync_jax.data.prepare.staging import Log, quiet_tfds
+from sync_jax.data.prepare.staging import Log, one_line, quiet_tfds
 from sync_jax.errors import InputError, suggestion
 
 PREFIX = "tfds:"
@@ -53,7 +53,7 @@ class TfdsDataset(PictureDataset):
                 f"none lies in {self.root}"
             ) from None
         except Exception as error:  # a dataset's module can raise anything
-            raise InputError(f"config.data.name={self.name!r}: {_one_line(error)}") from error
+            raise InputError(f"config.data.name={self.name!r}: {one_line(error)}") from error
 
     def _keys(self) -> tuple[str, str]:
         """The names of the image and of the label.
@@ -117,7 +117,7 @@ class TfdsDataset(PictureDataset):
             return TfdsListing(self._builder, splits, keys)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
-                f"{self._builder.data_dir} is not there as ArrayRecord files ({_one_line(error)}); "
+                f"{self._builder.data_dir} is not there as ArrayRecord files ({one_line(error)}); "
                 "`tfds convert_format --out_file_format=array_record` makes them"
             ) from error
 
@@ -133,7 +133,7 @@ class TfdsDataset(PictureDataset):
                     self._builder.download_and_prepare(file_format="array_record")
             except (Exception, SystemExit) as error:
                 raise InputError(
-                    f"TFDS cannot prepare {self._builder.info.full_name}: {_one_line(error)}; "
+                    f"TFDS cannot prepare {self._builder.info.full_name}: {one_line(error)}; "
                     "prepare it where it can, with TensorFlow installed, by `tfds build "
                     f"--file_format=array_record`, and copy it to {self._builder.data_dir}"
                 ) from error
@@ -200,7 +200,3 @@ class TfdsListing(Listing):
     def num_bytes(self) -> int:
         """Of all records."""
         return sum(split.num_bytes for split in self._known.values())
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sync_jax.data.images import SUFFIXES
 from sync_jax.errors import InputError
+
+LARGEST = 200_000_000  # bytes of a file that is read into memory; the largest has 155 million
 
 
 class Picture(NamedTuple):
@@ -124,3 +126,20 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Pict
                         return  # the next header would be of the archive around this one
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be read as a tar archive: {error}") from error
+
+
+def named_members(archive: tarfile.TarFile, names: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields the contents of plain files by the last part of their names.
+
+    Links, devices and all that an archive says of folders and permissions are passed over.
+
+    Raises:
+        tarfile.TarError: the archive is damaged, or a file is larger than `LARGEST`.
+    """
+    for member in archive:
+        name = member.name.rpartition("/")[2]
+        stream = archive.extractfile(member) if member.isfile() else None
+        if stream is not None and name in names:
+            if member.size > LARGEST:
+                raise tarfile.TarError(f"{name} has {member.size:,} bytes, too many")
+            yield name, stream.read()

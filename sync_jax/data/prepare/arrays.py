@@ -15,6 +15,7 @@ from sync_jax.data.prepare.staging import (
     Prepared,
     build,
     check_disk,
+    damage,
     expand,
     remove_leftovers,
     tfds_info,
@@ -58,14 +59,8 @@ class ArrayDataset(Prepared):
         if split not in ("train", "test"):
             raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
         self._require()
-        try:
+        with damage(self.folder, f" with `{self.command}`"):
             return _read_split(ArrayBuilder(self.INFO, data_dir=self.root), split)
-        except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
-            raise InputError(
-                f"{self.folder} cannot be read ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}); if it is damaged, delete it and prepare again "
-                f"with `{self.command}`"
-            ) from error
 
     def _find(self, log: Log) -> Path | None:
         source = self.section.source
