@@ -138,7 +138,7 @@ def test_the_host_pipeline_resumes_to_the_same_bits_on_eight_devices(
     monkeypatch.setattr(sharding, "make_mesh", MESH_OF_ALL)
     config = tiny.config(data_dir, data__placement="host")
     train.train_and_evaluate(config, tmp_path / "whole")
-    assert "images on the host, decoded for each batch: " in capsys.readouterr().out
+    assert "images in the host's memory, copied for each batch: " in capsys.readouterr().out
     step = Progress.step
 
     def stop_at_eleven(self, done):

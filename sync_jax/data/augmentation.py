@@ -69,14 +69,15 @@ def augment(
         boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
         resize_rows, resize_columns = box_weights(images, boxes, height, width)
         if pad:
-            rows = _exact_matmul(rows, resize_rows)
-            columns = _exact_matmul(columns, resize_columns)
+            exact = jax.lax.Precision.HIGHEST
+            rows = jnp.matmul(rows, resize_rows, precision=exact)
+            columns = jnp.matmul(columns, resize_columns, precision=exact)
         else:
             rows = resize_rows
             columns = jnp.where(flip[..., None], resize_columns[:, ::-1], resize_columns)
-        images = _apply_weights(images, rows, columns, exact=True)
+        images = apply_weights(images, rows, columns, exact=True)
     elif pad:
-        images = _apply_weights(images, rows, columns, exact=False)
+        images = apply_weights(images, rows, columns, exact=False)
     elif a.flip:
         images = jnp.where(flip[..., None, None], images[:, :, ::-1], images)
     if a.rotation and resized:
@@ -102,7 +103,7 @@ def _sometimes(key: Array, probability: float, changed: Array, images: Array) ->
     return jnp.where(chosen, changed, images)
 
 
-def _apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) -> Array:
+def apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) -> Array:
     """Weights `[batch, out, in]` for rows and columns, applied to images."""
     # Resized pixels are no integers, and bfloat16 would round them.
     return jnp.einsum(
@@ -112,10 +113,6 @@ def _apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) -
         columns,
         precision=jax.lax.Precision.HIGHEST if exact else None,
     )
-
-
-def _exact_matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def random_boxes(key: Array, images: Array, min_area: float) -> Array:
@@ -146,22 +143,6 @@ def random_boxes(key: Array, images: Array, min_area: float) -> Array:
     top = jnp.floor(jax.random.uniform(top_key, (batch,)) * (height - h + 1))
     left = jnp.floor(jax.random.uniform(left_key, (batch,)) * (width - w + 1))
     return jnp.stack([top, left, h, w], axis=1)
-
-
-def crop_and_resize(images: Array, boxes: Array, size: int | None = None) -> Array:
-    """Boxes of images resized, bilinear and antialiased as Pillow does.
-
-    Args:
-        images: `[batch, height, width, channels]`.
-        boxes: `[batch, 4]`: top, left, height, width.
-        size: pixels of a side of the result; None: the images' own height, for square ones.
-
-    Returns:
-        `[batch, size, size, channels]` float32.
-    """
-    size = size or images.shape[1]
-    weights = box_weights(images, boxes, size, size)
-    return _apply_weights(images, *weights, exact=True)
 
 
 def box_weights(images: Array, boxes: Array, rows: int, columns: int) -> tuple[Array, Array]:

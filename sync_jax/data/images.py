@@ -107,18 +107,6 @@ def centre(images: np.ndarray, size: int) -> np.ndarray:
     return images[..., top : top + size, left : left + size, :]
 
 
-def load_square(source: Path | bytes, size: int) -> np.ndarray:
-    """Decodes a picture, cuts the square from its middle and resizes that; see `decode`.
-
-    Returns:
-        `[size, size, 3]` uint8.
-
-    Raises:
-        BadImageError: it cannot be read.
-    """
-    return square(decode(source), size, size)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16 bits; "I" is what some versions of Pillow make of them.

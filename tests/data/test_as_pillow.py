@@ -118,14 +118,15 @@ def test_perspectives_agree():
 
 def test_crops_agree():
     rng = np.random.default_rng(2)
-    boxes = np.asarray([random_box(rng, 48, 48, 0.2) for _ in IMAGES])
-    left, top, width, height = boxes.T
-    resized = augmentation.crop_and_resize(
-        jnp.asarray(IMAGES), jnp.asarray(np.stack([top, left, height, width], 1), jnp.float32), 32
-    )
+    drawn = np.asarray([random_box(rng, 48, 48, 0.2) for _ in IMAGES])
+    left, top, width, height = drawn.T
+    images = jnp.asarray(IMAGES)
+    boxes = jnp.asarray(np.stack([top, left, height, width], 1), jnp.float32)
+    weights = augmentation.box_weights(images, boxes, 32, 32)
+    resized = augmentation.apply_weights(images, *weights, exact=True)
     found = [
         Image.fromarray(x).crop((a, b, a + w, b + h)).resize((32, 32), Image.Resampling.BILINEAR)
-        for x, (a, b, w, h) in zip(IMAGES, boxes.tolist(), strict=True)
+        for x, (a, b, w, h) in zip(IMAGES, drawn.tolist(), strict=True)
     ]
     compare(resized, found, levels=1.01)
 

@@ -70,12 +70,16 @@ def published(tmp_path):
 # Preparing and reading
 
 
-@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("compressed", [True, False, "by name"])
 def test_every_pixel_and_label_comes_back(tmp_path, compressed, capfd, monkeypatch):
     monkeypatch.setattr(arrays, "_READ_BATCH", 7)  # splits of several batches
     folder = tmp_path / "published"
-    upstream = idx_files.publish(folder, compressed=compressed)
-    target, lines = prepare(tmp_path / "data", upstream, folder)
+    upstream = idx_files.publish(folder, compressed=bool(compressed))
+    if compressed == "by name":  # as browsers that decompress and keep the name leave it
+        path = folder / f"{TRAIN_IMAGES}.gz"
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    target, lines = prepare("~/data", upstream, folder)
     assert_holds(tmp_path / "data", idx_files.arrays())
     assert target == tmp_path / "data" / NAME / "1.0.0"
     assert lines == [
@@ -91,14 +95,6 @@ def test_every_pixel_and_label_comes_back(tmp_path, compressed, capfd, monkeypat
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 
-def test_accepts_decompressed_files_that_kept_their_name(published, tmp_path):
-    folder, upstream = published
-    path = folder / f"{TRAIN_IMAGES}.gz"
-    path.write_bytes(gzip.decompress(path.read_bytes()))
-    prepare(tmp_path / "data", upstream, folder)
-    assert_holds(tmp_path / "data", idx_files.arrays())
-
-
 def test_reads_what_tfds_decodes(published, tmp_path):
     folder, upstream = published
     prepare(tmp_path, upstream, folder)
@@ -108,13 +104,6 @@ def test_reads_what_tfds_decodes(published, tmp_path):
     for index, record in enumerate(records):
         np.testing.assert_array_equal(record["image"], images[index])
         assert record["label"] == labels[index]
-
-
-def test_expands_the_home_folder(published, tmp_path, monkeypatch):
-    _, upstream = published
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert prepare("~/data", upstream, "~/published")[0].parent.parent == tmp_path / "data"
-    assert_holds("~/data", idx_files.arrays())
 
 
 def test_needs_no_tensorflow(published, tmp_path, monkeypatch):
@@ -240,13 +229,6 @@ def test_a_named_folder_is_not_replaced_by_another_source(published, tmp_path):
     assert "without data.source other sources are tried" in message
     message = failure(tmp_path / "data", upstream, folder / f"{TRAIN_IMAGES}.gz")
     assert f"{TRAIN_IMAGES}.gz is not a folder" in message
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(published, tmp_path):
-    folder, upstream = published
-    (folder / f"{TRAIN_IMAGES}.gz").chmod(0)
-    assert "cannot be read: Permission denied" in failure(tmp_path / "data", upstream, folder)
 
 
 # The other sources, in order
@@ -545,14 +527,6 @@ def test_data_dir_is_a_file_or_below_one(published, tmp_path):
     assert f"data.data_dir='{tmp_path}/file/data' cannot be used: Not a directory" in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_data_dir(published, tmp_path):
-    folder, upstream = published
-    (tmp_path / "data").mkdir(mode=0o500)
-    message = failure(tmp_path / "data", upstream, folder)
-    assert "cannot be used: Permission denied" in message
-
-
 def test_too_little_space_is_noticed_first(published, tmp_path, monkeypatch):
     folder, upstream = published
     usage = types.SimpleNamespace(free=10_000)
@@ -577,17 +551,14 @@ def test_a_disk_that_fills_up(published, tmp_path, monkeypatch):
     assert "No space left on device; at byte 20971520" in message
 
 
-@pytest.mark.parametrize("damage", ["flip", "garbled info"])
-def test_damaged_prepared_data_says_what_to_do(published, tmp_path, damage):
+def test_damaged_records_say_what_to_do(published, tmp_path):
+    """A bit among the records; tests/bad_input has what is missing, cut short or garbled."""
     folder, upstream = published
     target, _ = prepare(tmp_path, upstream, folder)
-    if damage == "flip":
-        (shard,) = target.glob("*train.array_record*")
-        data = bytearray(shard.read_bytes())
-        data[20_000] ^= 1  # among the records, not in the padding of this small file
-        shard.write_bytes(bytes(data))
-    else:
-        (target / "dataset_info.json").write_text("{")
+    (shard,) = target.glob("*train.array_record*")
+    data = bytearray(shard.read_bytes())
+    data[20_000] ^= 1  # not in the padding of this small file
+    shard.write_bytes(bytes(data))
     with pytest.raises(InputError) as caught:
         dataset(tmp_path).load("train")
     message = str(caught.value)

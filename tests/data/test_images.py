@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sync_jax.data.images import BadImageError, load_square
+from sync_jax.data.images import BadImageError, decode, square
 from tests.data.pictures import pixels
 
 
@@ -14,6 +14,10 @@ def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def load_square(data, size):
+    return square(decode(data), size, size)
 
 
 def test_a_square_of_its_own_size_is_untouched():

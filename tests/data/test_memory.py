@@ -101,9 +101,8 @@ def test_images_that_are_no_squares():
     """Crops keep the shape, on the device and on the host."""
     x, labels = MemoryDataset(images(8, 5), LABELS, NAMES).load("train")
     split = put_on_devices(x, labels, sharding.make_mesh(), sharded=False)
-    batch = training_batch(
-        split, jnp.uint32(3), jnp.int32(1), batch_size=16, augmentation=ALL, size=8
-    )
+    make = functools.partial(training_batch, batch_size=16, augmentation=ALL, size=8)
+    batch = jax.eval_shape(make, split, jnp.uint32(3), jnp.int32(1))
     assert batch["image"].shape == (16, 8, 5, 1)
     whole = Augmentation(0, False, 0.0, 0.999)  # a box of nearly all is nearly the image
     key = augmentation_key(jnp.uint32(3), jnp.int32(1))

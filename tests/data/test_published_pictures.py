@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sync_jax.data import registry
-from sync_jax.data.datasets import food101, imagenet100
+from sync_jax.data.datasets import imagenet100
 from sync_jax.data.images import square
 from sync_jax.data.prepare import records
 from sync_jax.data.prepare.archives import Picture, tar_members
@@ -156,13 +156,6 @@ def test_tfds_reads_what_was_prepared(tmp_path, imagenet):
     assert source[7]["file"].decode() == f"{WNIDS[3]}/{WNIDS[3]}_2.JPEG"
 
 
-def test_imagenet_lacks_a_class(tmp_path, imagenet):
-    write_imagenet(tmp_path / "source", imagenet, "folders")
-    shutil.rmtree(tmp_path / "source" / "train" / WNIDS[5])
-    with pytest.raises(InputError, match=f"train has no picture of 1 of .* first {WNIDS[5]}"):
-        prepared(section("imagenet100", tmp_path))
-
-
 def test_the_class_list_is_the_fields():
     assert len(set(WNIDS)) == 100
     assert (WNIDS[0], WNIDS[99]) == ("n02869837", "n02090622")
@@ -228,7 +221,6 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
     [
         (lambda f: shutil.rmtree(f / "cars_test"), "has no cars_test/; it must hold cars_train/"),
         (lambda f: (f / "devkit/cars_meta.mat").unlink(), "has no cars_meta.mat; it must hold"),
-        (lambda f: (f / "devkit/cars_meta.mat").write_bytes(b"x"), "cannot be read as class_names"),
         (
             lambda f: (f / "cars_train/cars_train/00003.jpg").unlink(),
             "names '00003.jpg', which is n",
@@ -310,59 +302,16 @@ def test_food_comes_back_from_every_form(tmp_path, form):
 
 
 def test_food_that_is_damaged_is_refused(tmp_path):
+    """Also by tests/bad_input."""
     members, _ = food_members()
-    for number, (form, change, message) in enumerate(
-        (
-            ("tar.gz", lambda p: p.write_bytes(p.read_bytes()[:3000]), "is damaged or truncated"),
-            ("tar.gz", lambda p: p.write_bytes(b"<html>"), "is damaged or truncated"),
-            ("tar", lambda p: p.write_bytes(p.read_bytes()[:9000]), "truncated|cannot be read"),
-        )
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write_food(folder / "source", members, form)
-        change(folder / "source" / f"food-101.{form}")
-        with pytest.raises(InputError, match=message):
-            prepared(section("food101", folder))
-    del members["food-101/images/apple_pie/1000007.jpg"]
     write_food(tmp_path / "source", members, "tar")
-    with pytest.raises(InputError, match=r"has no images/apple_pie/1000007\.jpg"):
-        prepared(section("food101", tmp_path))
-
-
-def test_an_archive_that_expands_without_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(food101, "_CHUNK", 1000)
-    (tmp_path / "source").mkdir()
-    with tarfile.open(tmp_path / "source" / "food-101.tar.gz", "w:gz") as archive:
-        member = tarfile.TarInfo("food-101/zeros")
-        member.size = 1_000_000
-        archive.addfile(member, io.BytesIO(bytes(1_000_000)))
-    with pytest.raises(InputError, match="expands to more than photographs do"):
+    path = tmp_path / "source" / "food-101.tar"
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(InputError, match=r"truncated|cannot be read"):
         prepared(section("food101", tmp_path))
 
 
 # --- Archives -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("../evil.JPEG", tarfile.REGTYPE, "has a member named '../evil.JPEG'"),
-        ("/etc/evil.JPEG", tarfile.REGTYPE, "has a member named '/etc/evil.JPEG'"),
-        ("a/../../b", tarfile.REGTYPE, "has a member named"),
-        ("link", tarfile.SYMTYPE, "its member 'link' is no plain file"),
-        ("link", tarfile.LNKTYPE, "is no plain file"),
-        ("device", tarfile.CHRTYPE, "is no plain file"),
-    ],
-)
-def test_unsafe_members_are_refused(tmp_path, name, kind, message):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as archive:
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, "/etc/passwd"
-        archive.addfile(member)
-    with pytest.raises(InputError, match=message):
-        list(tar_members(path))
 
 
 def test_members_of_an_archive_in_an_archive(tmp_path):
@@ -371,8 +320,8 @@ def test_members_of_an_archive_in_an_archive(tmp_path):
     path.write_bytes(tar({"first.tar": inner, "second.tar": tar({"c": b"CC"})}))
     found = {}
     for member in tar_members(path):
-        for name, offset, size in tar_members(path, offset=member.offset, size=member.size):
-            found[name] = Picture(name, 0, path, offset, size).read()
+        for inside in tar_members(path, offset=member.offset, size=member.size):
+            found[inside.name] = inside.read()
     assert found == {"a": b"AAAA", "b": b"B" * 700, "c": b"CC"}
 
 
@@ -472,7 +421,8 @@ def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
     asked.clear()
     limit = 0
     dataset.load("train")
-    assert min(position for split, position in asked if split == "train") == 4
+    # The first is read to see that it can be.
+    assert sorted({position for split, position in asked if split == "train"})[:2] == [0, 4]
     asked.clear()
     dataset.load("train")
     assert not asked

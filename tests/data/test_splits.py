@@ -32,13 +32,6 @@ def test_gives_the_rest_to_the_largest_remainders():
     assert [np.sum(labels[held_out] == label) for label in (7, 2, 9)] == [1, 1, 2]
 
 
-def test_equal_classes_get_equal_shares():
-    labels = np.tile(np.arange(10), 6000)
-    kept, held_out = stratified_split(labels, holdout=6000, seed=3)
-    np.testing.assert_array_equal(np.bincount(labels[held_out]), np.full(10, 600))
-    np.testing.assert_array_equal(np.bincount(labels[kept]), np.full(10, 5400))
-
-
 def test_depends_on_the_seed_and_on_nothing_else():
     labels = np.tile(np.arange(10), 20)
     first = stratified_split(labels, holdout=50, seed=1)[1]
@@ -69,11 +62,6 @@ def test_every_example_is_as_likely_to_be_held_out():
 def test_everything_or_nothing(holdout):
     kept, held_out = stratified_split(np.array([1, 1, 0, 3]), holdout=holdout, seed=0)
     assert (len(kept), len(held_out)) == (4 - holdout, holdout)
-
-
-def test_no_labels():
-    kept, held_out = stratified_split(np.array([], np.int32), holdout=0, seed=0)
-    assert (len(kept), len(held_out)) == (0, 0)
 
 
 @pytest.mark.parametrize(

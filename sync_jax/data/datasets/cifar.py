@@ -9,13 +9,13 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sync_jax.data.info import DatasetInfo
+from sync_jax.data.prepare.archives import named_members
 from sync_jax.data.prepare.arrays import ArrayDataset, Arrays
 from sync_jax.data.prepare.download import PublishedFile, Upstream
 from sync_jax.errors import InputError
@@ -38,7 +38,6 @@ CIFAR100_CLASS_NAMES = tuple(
     """.split()  # noqa: SIM905
 )
 _PIXELS = 3 * 32 * 32
-_LARGEST_MEMBER = 200_000_000  # bytes; the largest there is has 155 million
 _URL = "https://www.cs.toronto.edu/~kriz/"
 
 
@@ -111,11 +110,17 @@ def _read(path: Path, splits: dict[str, list[str]], *, label_bytes: int, key: by
         name + (".bin" if binary else ""): name for names in splits.values() for name in names
     }
     parts = {}
-    for name, data in _members(path, wanted):
-        if binary:
-            parts[wanted[name]] = _parse_binary(f"{path}: {name}", data, label_bytes)
-        else:
-            parts[wanted[name]] = _parse_python(f"{path}: {name}", data, key)
+    try:
+        with tarfile.open(path, mode="r:gz") as archive:
+            for name, data in named_members(archive, wanted):
+                where = f"{path}: {name}"
+                parts[wanted[name]] = (
+                    _parse_binary(where, data, label_bytes)
+                    if binary
+                    else _parse_python(where, data, key)
+                )
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     missing = sorted(set(wanted.values()) - parts.keys())
     if missing:
         raise InputError(f"{path} does not hold {', '.join(missing)}")
@@ -125,21 +130,6 @@ def _read(path: Path, splits: dict[str, list[str]], *, label_bytes: int, key: by
         labels = np.concatenate([parts[name][1] for name in names])
         arrays[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
     return arrays
-
-
-def _members(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path, mode="r:gz") as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is None or name not in wanted:
-                    continue
-                if member.size > _LARGEST_MEMBER:
-                    raise InputError(f"{path}: {name} has {member.size:,} bytes, too many")
-                yield name, stream.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _parse_binary(where: str, data: bytes, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,13 @@
 """
 
 import contextlib
-import functools
 import gzip
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from sync_jax.data.prepare.archives import Listing, Member, Picture, tar_members
+from sync_jax.data.prepare.archives import Listing, Picture, tar_members
 from sync_jax.data.prepare.pictures import PublishedPictures
 from sync_jax.data.prepare.records import progress_bar
 from sync_jax.data.prepare.staging import Log, check_disk, exclusive
@@ -37,36 +36,32 @@ class Food101(PublishedPictures):
         """
         for root in (folder / "food-101", folder):
             if (root / "images").is_dir() and (root / "meta").is_dir():
-                return _listing(root, functools.partial(_beside, root))
+                return _listing(root, lambda name: Picture(name, -1, root / name))  # noqa: B023
         tar = folder / _TAR
         if not tar.is_file():
             if not (folder / _ARCHIVE).is_file():
                 raise InputError(f"{folder} does not hold {self.NEEDED}")
             with exclusive(self.root, self.key, log):
                 tar = _decompress(folder / _ARCHIVE, self.scratch / _TAR)
-        places: dict[str, Member] = {}
-        for member in tar_members(tar):
-            places[member.name.removeprefix("./").removeprefix("food-101/")] = member
+        members = {
+            member.name.removeprefix("./").removeprefix("food-101/"): member
+            for member in tar_members(tar)
+        }
 
-        def place(name: str) -> tuple[Path, int, int]:
-            if name not in places:
+        def member(name: str) -> Picture:
+            if name not in members:
                 raise InputError(f"{tar} has no {name}")
-            return tar, places[name].offset, places[name].size
+            return members[name]
 
-        return _listing(tar, place)
-
-
-def _beside(root: Path, name: str) -> tuple[Path, int, int]:
-    return root / name, 0, -1
+        return _listing(tar, member)
 
 
-def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> Listing:
-    """`place` gives a file's (path, offset, size) by its name below food-101/."""
+def _listing(where: Path, file: Callable[[str], Picture]) -> Listing:
+    """Reads the lists; `file` gives a file by its name below food-101/."""
 
     def lines(name: str) -> list[str]:
-        path, offset, size = place(name)
         try:
-            return Picture(name, 0, path, offset, size).read().decode().split()
+            return file(name).read().decode().split()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{name} of {where} cannot be read: {error}") from error
 
@@ -81,8 +76,8 @@ def _listing(where: Path, place: Callable[[str], tuple[Path, int, int]]) -> List
             name, _, rest = entry.partition("/")
             if name not in label or not rest or not rest.isalnum():
                 raise InputError(f"meta/{split}.txt of {where} has the line {entry!r}")
-            path, offset, size = place(f"images/{entry}.jpg")
-            splits[split].append(Picture(f"{entry}.jpg", label[name], path, offset, size))
+            picture = file(f"images/{entry}.jpg")
+            splits[split].append(picture._replace(name=f"{entry}.jpg", label=label[name]))
         if not splits[split]:
             raise InputError(f"meta/{split}.txt of {where} is empty")
     return Listing(tuple(names), splits)

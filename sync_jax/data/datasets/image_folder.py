@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -56,19 +55,19 @@ class ImageFolder(PictureDataset):
         self.folder = self.root / self.name / self.key / self.VERSION
 
     @functools.cached_property
-    def _tree(self) -> "Tree":
-        """The pictures: found once, however often they are asked for."""
+    def _tree(self) -> tuple[Listing, int]:
+        """What `scan` finds, once, however often it is asked for."""
         return scan(self.pictures)
 
     @functools.cached_property
     def _digest(self) -> str:
-        return self._tree.listing.digest()
+        return self._tree[0].digest()
 
     def _expected(self) -> DatasetInfo | None:
         """Upper bounds of the sizes, for a file may turn out to be no picture."""
         if not os.path.isdir(self.pictures):
             return None
-        listing = self._tree.listing
+        listing, _ = self._tree
         counts = {split: len(pictures) for split, pictures in listing.splits.items()}
         return self._describe(listing.class_names, counts)
 
@@ -81,57 +80,51 @@ class ImageFolder(PictureDataset):
             )
 
     def _find(self, log: Log) -> Listing:
-        tree = self._tree
-        counts = ", ".join(f"{len(files):,} for {x}" for x, files in tree.listing.splits.items())
-        ignored = f"; {tree.ignored:,} other files ignored" if tree.ignored else ""
-        log(f"{len(tree.listing.class_names)} classes in {self.pictures}: {counts}{ignored}")
-        return tree.listing
+        listing, others = self._tree
+        counts = ", ".join(f"{len(files):,} for {split}" for split, files in listing.splits.items())
+        ignored = f"; {others:,} other files ignored" if others else ""
+        log(f"{len(listing.class_names)} classes in {self.pictures}: {counts}{ignored}")
+        return listing
 
     def _absent(self) -> str:
         return f"`{self.command} --config.data.folder=FOLDER` prepares it"
 
 
-class Tree(NamedTuple):
-    """The pictures of a folder.
-
-    Attributes:
-        listing: the pictures; classes are the folders' names, sorted; paths in each split too.
-        ignored: number of files that are no pictures by their names.
-    """
-
-    listing: Listing
-    ignored: int
-
-
-def scan(folder: Path) -> Tree:
+def scan(folder: Path) -> tuple[Listing, int]:
     """Finds the pictures of a folder; opens none.
+
+    Returns:
+        The pictures, classes being the folders' names, sorted, and paths in each split too; and the
+        number of files that are no pictures by their names.
 
     Raises:
         InputError: it cannot be read, or is not laid out as above; says what was found.
     """
     where = f"config.data.folder={str(folder)!r}"
     check_folder(folder, where)
+    found: dict[str, list[tuple[str, str]]] = {}  # (path, class) by split
+    names, ignored = set(), 0
     try:
         splits, stray = _split_folders(folder)
-        found = {
-            split: [entry for path in paths for entry in _pictures(folder, path)]
-            for split, paths in splits.items()
-        }
+        for split, roots in splits.items():
+            found[split] = []
+            for class_folder in (path for root in roots for path in _folders(root)):
+                names.add(class_folder.name)  # also when it is empty
+                for file in _files(class_folder):
+                    if is_picture(file) and os.path.isfile(file):  # no pipe, no link to nothing
+                        found[split].append((os.path.relpath(file, folder), class_folder.name))
+                    else:
+                        ignored += 1
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
-    classes = sorted({name for entries in found.values() for name, *_ in entries})
-    pictures = {
-        split: sorted((path, name) for name, path, _ in entries if path)
-        for split, entries in found.items()
-    }
-    ignored = sum(count for entries in found.values() for *_, count in entries)
+    classes = sorted(names)
     if len(classes) < 2:
         loose = f"{stray} pictures directly in it and " if stray else ""
         raise InputError(
             f"{where} has {loose}{len(classes)} folder{'s' * (len(classes) != 1)} of pictures; it "
             "must hold one per class, of two classes or more: FOLDER/<class>/<picture>"
         )
-    for split, entries in pictures.items():
+    for split, entries in found.items():
         empty = sorted(set(classes) - {name for _, name in entries})
         if empty:
             raise InputError(
@@ -139,21 +132,20 @@ def scan(folder: Path) -> Tree:
                 f"{' and others' if len(empty) > 5 else ''}; known are {', '.join(SUFFIXES)}"
             )
     label = {name: i for i, name in enumerate(classes)}
-    files = {split: [(p, label[name]) for p, name in pictures[split]] for split in pictures}
+    files = {split: [(p, label[name]) for p, name in sorted(found[split])] for split in found}
     if "test" not in files:
         files = _hold_out(files["train"], len(classes), where)
     listed = {
         split: [Picture(path, number, folder / path) for path, number in entries]
         for split, entries in files.items()
     }
-    return Tree(Listing(tuple(classes), listed), ignored)
+    return Listing(tuple(classes), listed), ignored
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, list[Path]], int]:
     """The folders that hold class folders, by split, and how many pictures lie beside them."""
-    below = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    folders = [path for path in below if path.is_dir()]
-    stray = sum(path.suffix.lower() in SUFFIXES for path in below if not path.is_dir())
+    folders = _folders(folder)
+    stray = sum(is_picture(path.name) and not path.is_dir() for path in folder.iterdir())
     train = [path for path in folders if path.name.lower() in _TRAIN]
     test = [path for path in folders if path.name.lower() in _TEST]
     if not train or len(train) + len(test) < len(folders):
@@ -166,22 +158,16 @@ def _split_folders(folder: Path) -> tuple[dict[str, list[Path]], int]:
     return {"train": train + rest, "test": chosen}, stray
 
 
-def _pictures(folder: Path, root: Path) -> Iterator[tuple[str, str, int]]:
-    """(class, path relative to the folder, 0) of each picture; ("", 1) for other files' paths."""
-    for class_folder in sorted(root.iterdir()):
-        if class_folder.name.startswith(".") or not class_folder.is_dir():
-            continue
-        yield class_folder.name, "", 0  # the class, even when it is empty
-        for parent, names, files in os.walk(class_folder):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            for name in sorted(files):
-                if name.startswith("."):
-                    continue
-                file = os.path.join(parent, name)
-                if is_picture(name) and os.path.isfile(file):  # no pipe, and no link to nothing
-                    yield class_folder.name, os.path.relpath(file, folder), 0
-                else:
-                    yield class_folder.name, "", 1
+def _folders(root: Path) -> list[Path]:
+    """The folders in one, sorted; hidden ones are none."""
+    return [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+
+
+def _files(class_folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder but hidden ones."""
+    for parent, names, files in os.walk(class_folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in sorted(files) if name[0] != ".")
 
 
 def _hold_out(

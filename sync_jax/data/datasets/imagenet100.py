@@ -77,7 +77,7 @@ def _from_train_tar(path: Path, label: dict[str, int]) -> list[Picture]:
             for member in tar_members(path, offset=inner.offset, size=inner.size):
                 if is_picture(member.name):
                     name = f"{wnid}/{member.name.rpartition('/')[2]}"
-                    pictures.append(Picture(name, label[wnid], path, member.offset, member.size))
+                    pictures.append(member._replace(name=name, label=label[wnid]))
     return _in_order(pictures)
 
 
@@ -88,8 +88,7 @@ def _from_val_tar(path: Path, label: dict[str, int]) -> list[Picture]:
         name = member.name.rpartition("/")[2]
         wnid = _validation_class(name, truth)
         if wnid in label:
-            name = f"{wnid}/{name}"
-            pictures.append(Picture(name, label[wnid], path, member.offset, member.size))
+            pictures.append(member._replace(name=f"{wnid}/{name}", label=label[wnid]))
     return _in_order(pictures)
 
 

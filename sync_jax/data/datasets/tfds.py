@@ -2,7 +2,8 @@
 
 TFDS's encoded pictures are read once and kept as our own records, so that squares, decoding and
 placement are those of all pictures. TFDS prepares many datasets with TensorFlow only; those that
-lie in `data_dir` as ArrayRecord files need none.
+lie in `data_dir` as ArrayRecord files need none. TFDS imports the modules that its folders name:
+trust such a folder as you would a program.
 """
 
 import functools
@@ -18,11 +19,11 @@ from sync_jax.data.images import BadImageError
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.prepare.archives import Listing
 from sync_jax.data.prepare.pictures import PictureDataset
-from sync_jax.data.prepare.staging import Log, quiet_tfds
+from sync_jax.data.prepare.staging import Log, one_line, quiet_tfds
 from sync_jax.errors import InputError, suggestion
 
 PREFIX = "tfds:"
-_SPEC = re.compile(r"(\w+)(/[\w.+-]+)?(:[\w.*]+)?")  # NAME/CONFIG:VERSION
+_SPEC = re.compile(r"(\w+)(/[\w.+-]+)?(:[\w.]+)?")  # NAME/CONFIG:VERSION
 
 
 class TfdsDataset(PictureDataset):
@@ -52,7 +53,7 @@ class TfdsDataset(PictureDataset):
                 f"none lies in {self.root}"
             ) from None
         except Exception as error:  # a dataset's module can raise anything
-            raise InputError(f"config.data.name={self.name!r}: {_one_line(error)}") from error
+            raise InputError(f"config.data.name={self.name!r}: {one_line(error)}") from error
 
     def _keys(self) -> tuple[str, str]:
         """The names of the image and of the label.
@@ -101,14 +102,24 @@ class TfdsDataset(PictureDataset):
 
     def _check_source(self, digest: str) -> None:
         try:
-            listing = TfdsListing(self._builder, self._splits(), *self._keys())
+            found = self._listing()
         except InputError:  # the records are all that is needed
             return
-        if listing.digest() != digest:
+        if found.digest() != digest:
             raise InputError(
                 f"TFDS's {self._builder.info.full_name} is not what {self.folder} was made from; "
                 "delete that to prepare it again, or name another --config.data.data_dir"
             )
+
+    def _listing(self) -> "TfdsListing":
+        splits, keys = self._splits(), self._keys()
+        try:
+            return TfdsListing(self._builder, splits, keys)
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(
+                f"{self._builder.data_dir} is not there as ArrayRecord files ({one_line(error)}); "
+                "`tfds convert_format --out_file_format=array_record` makes them"
+            ) from error
 
     def _find(self, log: Log) -> None:
         image, label = self._keys()
@@ -122,18 +133,11 @@ class TfdsDataset(PictureDataset):
                     self._builder.download_and_prepare(file_format="array_record")
             except (Exception, SystemExit) as error:
                 raise InputError(
-                    f"TFDS cannot prepare {self._builder.info.full_name}: {_one_line(error)}; "
+                    f"TFDS cannot prepare {self._builder.info.full_name}: {one_line(error)}; "
                     "prepare it where it can, with TensorFlow installed, by `tfds build "
                     f"--file_format=array_record`, and copy it to {self._builder.data_dir}"
                 ) from error
-        try:
-            listing = TfdsListing(self._builder, self._splits(), *self._keys())
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{self._builder.data_dir} is not there as ArrayRecord files ({_one_line(error)}); "
-                "`tfds convert_format --out_file_format=array_record` makes them"
-            ) from error
-        super()._build(listing, log)
+        super()._build(self._listing(), log)
 
     def _absent(self) -> str:
         return "--mode=prepare makes it from what TFDS has or can prepare"
@@ -171,22 +175,20 @@ class TfdsPicture:
 class TfdsListing(Listing):
     """The pictures of TFDS's splits, in its order."""
 
-    def __init__(self, builder: Any, splits: dict[str, Any], image: str, label: str):
+    def __init__(self, builder: Any, splits: dict[str, Any], keys: tuple[str, str]):
         """Opens TFDS's records.
 
         Raises:
             NotImplementedError, ValueError: they are not ArrayRecord files.
         """
         self._full_name, self._known = builder.info.full_name, splits
-        pictures = {}
+        (image, label), pictures = keys, {}
         for split, known in splits.items():
             source = builder.as_data_source(
                 known.name, decoders={image: tfds.decode.SkipDecoding()}
             )
             where = f"{self._full_name}/{known.name}"
-            pictures[split] = [
-                TfdsPicture(source, i, (image, label), where) for i in range(len(source))
-            ]
+            pictures[split] = [TfdsPicture(source, i, keys, where) for i in range(len(source))]
         names = tuple(map(str, builder.info.features[label].names))
         super().__init__(names, pictures)
 
@@ -198,7 +200,3 @@ class TfdsListing(Listing):
     def num_bytes(self) -> int:
         """Of all records."""
         return sum(split.num_bytes for split in self._known.values())
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sync_jax.data.images import SUFFIXES
 from sync_jax.errors import InputError
+
+LARGEST = 200_000_000  # bytes of a file that is read into memory; the largest has 155 million
 
 
 class Picture(NamedTuple):
@@ -22,7 +24,7 @@ class Picture(NamedTuple):
 
     Attributes:
         name: what a user knows it by.
-        label: of its class.
+        label: of its class; -1: not known yet.
         path: the file that holds it.
         offset: where in that file it begins.
         size: bytes; of a file of its own, -1: all of it.
@@ -51,14 +53,6 @@ class Picture(NamedTuple):
         if self.size >= 0 and len(data) < self.size:
             raise OSError(f"{self.path} ends in the middle of it")
         return data
-
-
-class Member(NamedTuple):
-    """A file in a tar archive: its name there, and its place as of a `Picture`."""
-
-    name: str
-    offset: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +93,7 @@ def is_picture(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
 
 
-def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Member]:
+def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Picture]:
     """The files of a tar archive that is not compressed; their contents are not read.
 
     Args:
@@ -127,8 +121,25 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Memb
                         continue
                     if member.offset_data + member.size > end:
                         raise InputError(f"{path} is truncated: it ends in the middle of {name!r}")
-                    yield Member(name, member.offset_data, member.size)
+                    yield Picture(name, -1, path, member.offset_data, member.size)
                     if offset and member.offset_data + member.size + 512 > end:
                         return  # the next header would be of the archive around this one
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be read as a tar archive: {error}") from error
+
+
+def named_members(archive: tarfile.TarFile, names: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields the contents of plain files by the last part of their names.
+
+    Links, devices and all that an archive says of folders and permissions are passed over.
+
+    Raises:
+        tarfile.TarError: the archive is damaged, or a file is larger than `LARGEST`.
+    """
+    for member in archive:
+        name = member.name.rpartition("/")[2]
+        stream = archive.extractfile(member) if member.isfile() else None
+        if stream is not None and name in names:
+            if member.size > LARGEST:
+                raise tarfile.TarError(f"{name} has {member.size:,} bytes, too many")
+            yield name, stream.read()

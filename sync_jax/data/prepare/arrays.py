@@ -15,8 +15,10 @@ from sync_jax.data.prepare.staging import (
     Prepared,
     build,
     check_disk,
+    damage,
     expand,
     remove_leftovers,
+    tfds_info,
 )
 from sync_jax.errors import InputError
 from sync_jax.runtime.memory import aligned_empty
@@ -57,14 +59,8 @@ class ArrayDataset(Prepared):
         if split not in ("train", "test"):
             raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
         self._require()
-        try:
+        with damage(self.folder, f" with `{self.command}`"):
             return _read_split(ArrayBuilder(self.INFO, data_dir=self.root), split)
-        except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
-            raise InputError(
-                f"{self.folder} cannot be read ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}); if it is damaged, delete it and prepare again "
-                f"with `{self.command}`"
-            ) from error
 
     def _find(self, log: Log) -> Path | None:
         source = self.section.source
@@ -138,13 +134,7 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             shape=self._known.image_shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
         label = tfds.features.ClassLabel(names=self._known.class_names)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.name,
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
+        return tfds_info(self, {"image": image, "label": label})
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from sync_jax.data.prepare.archives import named_members
 from sync_jax.data.prepare.staging import incomplete_prefix
 from sync_jax.errors import InputError
 
@@ -248,11 +249,8 @@ class Upstream:
             wanted = {file.name for file in self.forms[0]}
             try:
                 with tarfile.open(fileobj=io.BytesIO(contents), mode="r:") as archive:
-                    for member in archive:
-                        name = member.name.rpartition("/")[2]
-                        stream = archive.extractfile(member) if member.isfile() else None
-                        if stream is not None and name in wanted:
-                            (folder / name).write_bytes(stream.read())
+                    for name, content in named_members(archive, wanted):
+                        (folder / name).write_bytes(content)
             except tarfile.TarError as error:
                 raise InputError(f"{package.name} cannot be unpacked: {error}") from None
 

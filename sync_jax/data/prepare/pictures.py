@@ -6,6 +6,7 @@ data_dir/incomplete-*/                      a preparation in progress or stopped
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -164,7 +165,7 @@ class PictureDataset(Prepared):
         builder: PictureBuilder = build(
             self,
             lambda staging: PictureBuilder(
-                name=self.name.replace(":", "_").replace("/", "_"),
+                name=re.sub(r"\W", "_", self.name),  # of its files
                 version=self.VERSION,
                 listing=source,
                 digest=digest,

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -31,6 +31,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import Pictures
 from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.staging import damage, tfds_info
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_atomically
@@ -103,13 +104,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             "label": tfds.features.ClassLabel(num_classes=len(self._listing.class_names)),
             "file": tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.name,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
+        return tfds_info(self, features)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         del dl_manager, download_config
@@ -278,12 +273,11 @@ class Records:
         Raises:
             InputError: the prepared folder is damaged.
         """
-        return self._guarded(self._read_labels)
-
-    def _read_labels(self) -> np.ndarray:
-        labels: np.ndarray = np.load(self.prepared / f"labels_{self.split}.npy", allow_pickle=False)
-        if labels.ndim != 1 or labels.dtype != np.int32 or not len(labels) or labels.min() < 0:
-            raise ValueError(f"labels_{self.split}.npy holds no labels")
+        name = f"labels_{self.split}.npy"
+        with damage(self.prepared):
+            labels: np.ndarray = np.load(self.prepared / name, allow_pickle=False)
+            if labels.ndim != 1 or labels.dtype != np.int32 or not len(labels) or labels.min() < 0:
+                raise ValueError(f"{name} holds no labels")
         return labels
 
     def __getitem__(self, position: int) -> bytes:
@@ -292,28 +286,17 @@ class Records:
         Raises:
             InputError: the prepared folder is damaged.
         """
-        return self._guarded(lambda: self._read(int(position)))
-
-    def _read(self, position: int) -> bytes:
-        if self._source is None:
-            # Not by TFDS, which imports the Python modules that a prepared folder names.
-            paths = sorted(map(str, self.prepared.glob(f"*-{self.split}.array_record-*-of-*")))
-            source = array_record_data_source.ArrayRecordDataSource(paths)
-            if len(source) != len(self._read_labels()):  # a file that is missing shifts the others
-                raise ValueError(f"it has {len(source)} records, not one for each label")
-            self._source = source
-        feature = tf_example_pb2.Example.FromString(self._source[position]).features.feature
-        data: bytes = feature["image"].bytes_list.value[0]
+        with damage(self.prepared):
+            if self._source is None:
+                # Not by TFDS, which imports the Python modules that a prepared folder names.
+                paths = sorted(map(str, self.prepared.glob(f"*-{self.split}.array_record-*-of-*")))
+                source = array_record_data_source.ArrayRecordDataSource(paths)
+                if len(source) != len(self.labels()):  # a file that is missing shifts the others
+                    raise ValueError(f"it has {len(source)} records, not one for each label")
+                self._source = source
+            record = tf_example_pb2.Example.FromString(self._source[int(position)])
+            data: bytes = record.features.feature["image"].bytes_list.value[0]
         return data
-
-    def _guarded(self, read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
-            raise InputError(
-                f"{self.prepared} cannot be read ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}); if it is damaged, delete it and prepare again"
-            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"prepared": self.prepared, "split": self.split, "_source": None}

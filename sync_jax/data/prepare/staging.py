@@ -152,9 +152,33 @@ def disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         place = f" ({error.filename})" if error.filename else ""
         raise InputError(f"data.data_dir={str(root)!r} cannot be used: {reason}{place}") from error
+
+
+@contextlib.contextmanager
+def damage(folder: Path, again: str = "") -> Iterator[None]:
+    """Whatever goes wrong while a prepared folder is read, in one line that says what to do.
+
+    Args:
+        folder: the prepared one.
+        again: how it is prepared again, as ' with `command`'.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
+        raise InputError(
+            f"{folder} cannot be read ({type(error).__name__}: {one_line(error)}); if it is "
+            f"damaged, delete it and prepare again{again}"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, without line breaks."""
+    return " ".join(str(error).split())
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
@@ -205,8 +229,7 @@ def build(dataset: Prepared, make_builder: Callable[[str], Any]) -> Any:
                 builder.download_and_prepare(file_format="array_record")
         except RuntimeError as error:  # what ArrayRecord makes of a disk that fills up
             raise InputError(
-                f"data.data_dir={str(dataset.root)!r} cannot be written: "
-                f"{' '.join(str(error).split())}"
+                f"data.data_dir={str(dataset.root)!r} cannot be written: {one_line(error)}"
             ) from error
         built = Path(builder.data_dir)
         for path in (*built.iterdir(), built):
@@ -228,3 +251,14 @@ def quiet_tfds() -> Iterator[None]:
             yield
     finally:
         tfds.display_progress_bar(True)
+
+
+def tfds_info(builder: Any, features: dict[str, Any]) -> tfds.core.DatasetInfo:
+    """TFDS's own description of a builder's images and labels, in their order."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=builder.name,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+    )
