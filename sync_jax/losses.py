@@ -1,9 +1,11 @@
 """Objectives on arrays: pure functions, logits in, numbers out.
 
-Every argument named `logits` holds unnormalised log-probabilities, `labels` holds class indices and
-`mask` is 1 for real examples and 0 for padding (None: all are real). All arithmetic is in float32,
-whatever the inputs' precision. Means run over the real examples of the whole array: under `jax.jit`
-with a sharded batch that is the global batch.
+In all of them `logits` and `auxiliary_logits` are unnormalised log-probabilities
+`[batch, classes]`, `selection_logits` and `abstention_logits` are `[batch]`, `labels` are class
+indices `[batch]`, and `mask` `[batch]` is 1 for real examples and 0 for padding (None: all are
+real). All arithmetic is in float32. Means run over the real examples of the whole array: under
+`jax.jit` with a sharded batch that is the global batch. A loss is `[batch]`, or, where it weighs
+the batch as a whole, a scalar with its terms by name.
 """
 
 import math
@@ -21,27 +23,16 @@ Terms = dict[str, Array]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Softmax cross-entropy of each example.
-
-    Args:
-        logits: `[batch, classes]`.
-        labels: `[batch]`, integers in `[0, classes)`.
-
-    Returns:
-        `[batch]` float32, in nats.
-    """
+    """Softmax cross-entropy of each example: `[batch]` float32, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
 def softmax_response_prior(logits: Array, *, power: float) -> Array:
     """The selective prior: the largest softmax probability to a power, as a constant.
 
-    The softmax response (Geifman & El-Yaniv, 2017) under `stop_gradient`: whatever uses the prior
-    learns from the classifier's confidence, and the classifier never learns to please the prior.
-
-    Args:
-        logits: `[batch, classes]`.
-        power: exponent; above 1 it stretches the confident end, where most examples crowd.
+    The softmax response (Geifman & El-Yaniv, 2017) under `stop_gradient`: the selection head learns
+    from the classifier's confidence, and the classifier never learns to please the prior. A power
+    above 1 stretches the confident end, where most examples crowd.
 
     Returns:
         `[batch]` float32 in `(0, 1]`.
@@ -60,16 +51,7 @@ def masked_mean(values: Array, mask: Array | None) -> Array:
 def cross_entropy_loss(
     logits: Array, labels: Array, *, mask: Array | None = None
 ) -> tuple[Array, Terms]:
-    """Mean cross-entropy: the plain classifier that softmax response is applied to.
-
-    Args:
-        logits: `[batch, classes]`.
-        labels: `[batch]`.
-        mask: `[batch]` or None.
-
-    Returns:
-        The loss, a scalar, and its terms by name.
-    """
+    """Mean cross-entropy: the plain classifier that softmax response is applied to."""
     loss = masked_mean(cross_entropy(logits, labels), mask)
     return loss, {"cross_entropy": loss}
 
@@ -95,18 +77,7 @@ def selectivenet_loss(
     The authors' code divides the risk by the batch size instead of by the coverage; this is the
     paper's form.
 
-    Args:
-        logits: `[batch, classes]`.
-        selection_logits: `[batch]`.
-        auxiliary_logits: `[batch, classes]`.
-        labels: `[batch]`.
-        target_coverage: the coverage below which the penalty sets in, in `(0, 1]`.
-        coverage_weight: weight of the coverage penalty, lambda in the paper.
-        alpha: share of the selective part; the rest goes to the auxiliary head.
-        mask: `[batch]` or None.
-
-    Returns:
-        The loss, a scalar, and its terms by name.
+    The penalty sets in below `target_coverage`, in `(0, 1]`; `coverage_weight` is lambda there.
     """
     weights = jax.nn.sigmoid(selection_logits.astype(jnp.float32))
     return _selective_objective(
@@ -145,24 +116,8 @@ def sync_loss(
         sync_weight * mean(D(g, p))
 
     where D is the binary cross-entropy or the squared difference. `prior_weight=0, sync_weight=0`
-    is SelectiveNet.
-
-    Args:
-        logits: `[batch, classes]`.
-        selection_logits: `[batch]`.
-        auxiliary_logits: `[batch, classes]`.
-        labels: `[batch]`.
-        target_coverage: see `selectivenet_loss`.
-        coverage_weight: see `selectivenet_loss`.
-        alpha: see `selectivenet_loss`.
-        prior_power: exponent of the softmax response in the prior.
-        prior_weight: exponent of the prior in the selection weight.
-        sync_weight: weight of the synchronisation term.
-        divergence: D, 'bce' or 'mse'.
-        mask: `[batch]` or None.
-
-    Returns:
-        The loss, a scalar, and its terms by name.
+    is SelectiveNet. `prior_power` is the exponent of the softmax response in p, `divergence` is D,
+    'bce' or 'mse'.
 
     Raises:
         ValueError: unknown divergence.
@@ -201,14 +156,8 @@ def deep_gamblers_loss(
         -log(p_y + p_abstain / o)
 
     in log space, where nothing underflows. The authors' code takes the logarithm of the sum of the
-    probabilities.
-
-    Args:
-        logits: `[batch, classes]`.
-        abstention_logits: `[batch]`.
-        labels: `[batch]`.
-        payoff: what a right answer pays against a stake kept back; above 1, where abstaining is
-            free, and at most the number of classes, where guessing blindly pays as much.
+    probabilities. The payoff lies above 1, where abstaining is free, and is at most the number of
+    classes, where guessing blindly pays as much.
 
     Returns:
         `[batch]` float32, in nats.
@@ -226,11 +175,7 @@ def self_adaptive_loss(
 
         -t log p_y - (1 - t) log p_abstain
 
-    Args:
-        logits: `[batch, classes]`.
-        abstention_logits: `[batch]`.
-        labels: `[batch]`.
-        targets: `[batch]` in `[0, 1]`: how far each example's label is believed.
+    `targets` `[batch]` in `[0, 1]` say how far each example's label is believed.
 
     Returns:
         `[batch]` float32, in nats.
@@ -243,13 +188,7 @@ def update_targets(targets: Array, logits: Array, labels: Array, *, momentum: fl
     """Self-adaptive training's next targets: momentum * t + (1 - momentum) * p_y, as constants.
 
     p is the softmax over the classes alone. The authors keep a target per class; the loss reads the
-    label's only, and so do we.
-
-    Args:
-        targets: `[batch]` in `[0, 1]`, 1 before the first visit.
-        logits: `[batch, classes]`.
-        labels: `[batch]`.
-        momentum: in `[0, 1)`.
+    label's only, and so do we. `targets` `[batch]` are 1 before the first visit.
 
     Returns:
         `[batch]` float32.
@@ -281,15 +220,9 @@ def contrastive_loss(
     temperature out of the last q.p, and subtracts the largest exponent once too often, which adds
     an attraction to P that the equation does not have.
 
-    Args:
-        features: `[batch, units]`, any length.
-        logits: `[batch, classes]`.
-        labels: `[batch]`.
-        correct_keys: `[correct, units]`, unit length: of examples predicted rightly.
-        correct_classes: `[correct]`: their class; -1 for a place that holds no key.
-        error_keys: `[errors, units]`, unit length: of examples predicted wrongly.
-        error_classes: `[errors]`: what they were predicted as; -1 likewise.
-        temperature: above 0.
+    `features` are `[batch, units]`, of any length. `correct_keys` `[correct, units]` and
+    `error_keys` `[errors, units]` have unit length; their classes, `[correct]` and `[errors]`, are
+    those predicted, and -1 for a place that holds no key.
 
     Returns:
         `[batch]` float32.
@@ -318,9 +251,6 @@ def entropy(logits: Array) -> Array:
 
     Feng et al. (2023) describe it so; their code sums p times the raw logits, which depends on a
     shift of them and has no lower bound.
-
-    Args:
-        logits: `[batch, classes]`.
 
     Returns:
         `[batch]` float32, in nats, in `[0, log(classes)]` but for rounding.

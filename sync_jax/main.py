@@ -114,90 +114,73 @@ def main(arguments: list[str]) -> None:
 
 
 def _do() -> None:
-    if _MODE.value == "methods":
+    mode = _MODE.value
+    if mode == "methods":
         from sync_jax import listing
 
         print(listing.describe())
         return
-    from sync_jax import config as config_lib
-    from sync_jax import trainer
-    from sync_jax.runtime import processes as distributed
-    from sync_jax.runtime import sharding
-    from sync_jax.runtime.console import say
-    from sync_jax.runtime.signals import ending_at_sigterm
+    from sync_jax.config import check_path
 
-    config_lib.check_path("--workdir", _WORKDIR.value or "")
-    for runs in _RUNS.value:
-        config_lib.check_path("--runs", runs)
-    if _MODE.value in ("compare", "ensemble"):
-        from sync_jax import errors
-        from sync_jax.evaluation import comparison as compare
-        from sync_jax.evaluation import ensemble
+    for name, path in [("--workdir", _WORKDIR.value), *(("--runs", x) for x in _RUNS.value)]:
+        check_path(name, path or "")
+    if mode in ("compare", "ensemble"):
+        from sync_jax.evaluation import comparison, ensemble
+        from sync_jax.runtime.sharding import check_devices
 
-        do = {"compare": compare.compare, "ensemble": ensemble.ensemble}[_MODE.value]
-        if _MODE.value == "ensemble":
-            sharding.check_devices()
-        try:
-            do(
-                _RUNS.value,
-                Path(_WORKDIR.value or f"runs/{_MODE.value}"),
-                mixed=_MIXED.value,
-                scores=_SCORES.value,
-            )
-        except OSError as error:
-            where = error.filename or "a file"
-            message = f"{where} cannot be used: {error.strerror or error}"
-            raise errors.InputError(message) from error
+        check_devices()  # a report names them
+        do = comparison.compare if mode == "compare" else ensemble.ensemble
+        out = Path(_WORKDIR.value or f"runs/{mode}")
+        do(_RUNS.value, out, mixed=_MIXED.value, scores=_SCORES.value)
         return
     if _RUNS.value or _MIXED.value or _SCORES.value:
         _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
+    if _VARY.value and mode != "sweep":
+        _stop("--vary belongs to --mode=sweep", 2)
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
-        _stop("--config is missing; for example --config=configs/fashion_mnist.py", 2)
+        _stop("--config is missing; for example --config=quickstart", 2)
     if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
         _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    from sync_jax import trainer
+    from sync_jax.runtime import processes
+    from sync_jax.runtime.console import say
+    from sync_jax.runtime.signals import ending_at_sigterm
+
     left_out = trainer.resolve(config)
-    distributed.initialize(
-        _COORDINATOR.value,
-        _PROCESSES.value,
-        _PROCESS.value,
-        seconds=config.process.wait_seconds,
+    processes.initialize(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=config.process.wait_seconds
     )
     for line in left_out:
         say(line)
-    with ending_at_sigterm(distributed.outlast_others):
-        _do_together(config, name)
+    with ending_at_sigterm(processes.outlast_others):
+        _do_together(mode, config)
 
 
-def _do_together(config: ConfigDict, name: str) -> None:
-    """What all processes do, once they have met."""
+def _do_together(mode: str, config: ConfigDict) -> None:
+    """Does what all processes do, once they have met."""
     from sync_jax import train
     from sync_jax.data import loading, registry
     from sync_jax.runtime import compilation_cache, sharding
 
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = Path(_WORKDIR.value or f"runs/{name}-{config.method}-seed{config.seed}")
     sharding.check_devices()
-    if _MODE.value in ("train", "sweep") and (
+    if mode in ("train", "sweep") and (
         complaint := compilation_cache.use(config.process.compilation_cache)
     ):
         print(printable(complaint))
-    if _MODE.value == "sweep":
+    if mode == "prepare":
+        loading.prepare(config, registry.dataset(config.data))
+    elif mode == "train":
+        train.train_and_evaluate(config, workdir)
+    elif mode == "evaluate":
+        train.evaluate_finished(config, workdir)
+    else:
         from sync_jax import sweep
 
-        out = Path(_WORKDIR.value or "runs")
-        if not sweep.sweep(config, _VARY.value, out, name=name):
+        if not sweep.sweep(config, _VARY.value, Path(_WORKDIR.value or "runs"), name=name):
             _stop("some runs diverged", 1)
-        return
-    if _VARY.value:
-        _stop("--vary belongs to --mode=sweep", 2)
-    default = Path("runs") / f"{name}-{config.method}-seed{config.seed}"
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else default
-    if _MODE.value == "prepare":
-        loading.prepare(config, registry.dataset(config.data))
-    elif _MODE.value == "train":
-        train.train_and_evaluate(config, workdir)
-    else:
-        train.evaluate_finished(config, workdir)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -269,7 +252,7 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
 
 
 def _config_file(arguments: list[str]) -> str:
-    """What --config names, in either spelling; flags.FLAGS cannot tell while it is parsing."""
+    """The value of --config, in either spelling; flags.FLAGS does not know it while it parses."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and option == "config":

@@ -19,6 +19,7 @@ from sync_jax.options import Option
 
 Outputs = Mapping[str, Array]
 Batch = Mapping[str, Array]
+Loss = tuple[Array, losses.Terms]  # a scalar, and its terms by name
 
 
 class Trained(NamedTuple):
@@ -66,7 +67,7 @@ class Method:
     """
 
     heads: tuple[str, ...]
-    objective: Callable[[Outputs, Array, Array, ConfigDict], tuple[Array, losses.Terms]]
+    objective: Callable[[Outputs, Array, Array, ConfigDict], Loss]
     score: str
     hyperparameters: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     memory: Memory | None = None
@@ -77,14 +78,11 @@ class Method:
 def training_objective(
     method: Method, config: ConfigDict, *, train_size: int, warmup_steps: int
 ) -> Callable[[Outputs, Batch, Any, Array, Trained], tuple[Array, losses.Terms, Any]]:
-    """What a step minimises: the method's objective, entropy minimisation added, after a warm-up.
+    """Makes the function that a step minimises: the method's objective after a warm-up.
 
-    Args:
-        method: of METHODS.
-        config: `loss.entropy_weight`, and what the method's objective reads.
-        train_size: number of training examples.
-        warmup_steps: so many first steps minimise the cross-entropy of the class logits instead,
-            without entropy minimisation; each leaves the memory as created from its parameters.
+    The first `warmup_steps` minimise the cross-entropy of the class logits alone, and leave the
+    memory as it is created from their parameters for `train_size` examples. Afterwards
+    config.loss.entropy_weight times the entropy is added to the method's objective.
 
     Returns:
         (outputs, batch, memory, step, trained) to (loss, terms, memory).
@@ -115,17 +113,13 @@ def training_objective(
     return objective
 
 
-def _ce(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _ce(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """Cross-entropy: mean(-log p_y). Softmax response selects (Hendrycks & Gimpel, 2017)."""
     del config
     return losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
 
 
-def _mc_dropout(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _mc_dropout(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """MC-dropout (Gal & Ghahramani, 2016): cross-entropy with dropout on the class head's features.
 
     That is where SelectiveNet's authors, who compare with it, have it. Evaluation averages the
@@ -137,9 +131,7 @@ def _mc_dropout(
     return _ce(outputs, labels, mask, config)
 
 
-def _selectivenet(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _selectivenet(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """SelectiveNet (Geifman & El-Yaniv, 2019): `losses.selectivenet_loss`.
 
     alpha * (sum(g l) / sum(g) + coverage_weight * max(0, c - mean(g))^2) + (1 - alpha) * mean(h)
@@ -148,20 +140,15 @@ def _selectivenet(
     head is its code's, but for a bias that starts at the target (`models.heads.SelectionHead`).
     """
     return losses.selectivenet_loss(
-        outputs["logits"],
-        outputs["selection_logits"],
-        outputs["auxiliary_logits"],
+        *_three_heads(outputs),
         labels,
         target_coverage=config.target_coverage,
-        coverage_weight=config.loss.coverage_weight,
-        alpha=config.loss.alpha,
         mask=mask,
+        **{name: config.loss[name] for name in METHODS["selectivenet"].hyperparameters},
     )
 
 
-def _sync(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _sync(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """SelectiveNet with the softmax response as a selective prior: `losses.sync_loss`.
 
     SelectiveNet's objective with g * p^prior_weight for g, plus sync_weight * mean(D(g, p)), where
@@ -169,24 +156,19 @@ def _sync(
     arXiv 2602.11316, whose equation and code are not public.
     """
     return losses.sync_loss(
-        outputs["logits"],
-        outputs["selection_logits"],
-        outputs["auxiliary_logits"],
+        *_three_heads(outputs),
         labels,
         target_coverage=config.target_coverage,
-        coverage_weight=config.loss.coverage_weight,
-        alpha=config.loss.alpha,
-        prior_power=config.loss.prior_power,
-        prior_weight=config.loss.prior_weight,
-        sync_weight=config.loss.sync_weight,
-        divergence=config.loss.divergence,
         mask=mask,
+        **{name: config.loss[name] for name in METHODS["sync"].hyperparameters},
     )
 
 
-def _deep_gamblers(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _three_heads(outputs: Outputs) -> tuple[Array, Array, Array]:
+    return outputs["logits"], outputs["selection_logits"], outputs["auxiliary_logits"]
+
+
+def _deep_gamblers(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """Deep Gamblers (Liu et al., 2019): `losses.deep_gamblers_loss`.
 
     mean(-log(p_y + p_abstain / payoff)), after a warm-up with the cross-entropy of the class logits
@@ -202,9 +184,7 @@ def _deep_gamblers(
     return loss, {"gambler_loss": loss}
 
 
-def _self_adaptive(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _self_adaptive(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """Self-adaptive training (Huang et al., 2020): `losses.self_adaptive_loss`.
 
     mean(-t log p_y - (1 - t) log p_abstain), where at every visit of an example its target t, at
@@ -244,9 +224,7 @@ def _update_target_table(
     return table, {"targets": targets}
 
 
-def _ccl_sc(
-    outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
-) -> tuple[Array, losses.Terms]:
+def _ccl_sc(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """CCL-SC (Wu et al., 2024): cross-entropy and `losses.contrastive_loss`.
 
     mean(l) + contrast_weight * mean(SR * InfoNCE), where features meet the keys that a momentum
@@ -259,15 +237,13 @@ def _ccl_sc(
     run never makes thousands of errors. The warm-up is theirs, 150 of 300 epochs.
     """
     plain, terms = losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
+    queues = ("correct_keys", "correct_classes", "error_keys", "error_classes")
     per_example = losses.contrastive_loss(
         outputs["features"],
         outputs["logits"],
         labels,
-        correct_keys=outputs["correct_keys"],
-        correct_classes=outputs["correct_classes"],
-        error_keys=outputs["error_keys"],
-        error_classes=outputs["error_classes"],
         temperature=config.loss.contrast_temperature,
+        **{name: outputs[name] for name in queues},
     )
     contrastive = losses.masked_mean(per_example, mask)
     terms = terms | {"contrastive_loss": contrastive}

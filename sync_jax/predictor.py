@@ -51,10 +51,8 @@ class SelectiveClassifier:
         state: the trained state.
         classes: `[classes]`, the sorted labels.
         calibration: predictions on the examples that were held out.
-        score: the confidence score.
-        parameters: the score's own arguments, chosen on the calibration examples.
-        threshold: accept a confidence of at least this. It accepts `config.target_coverage` of the
-            calibration examples.
+        score: the confidence score, with its arguments `parameters`.
+        threshold: the confidence that accepts `target_coverage` of the held-out examples.
     """
 
     trainer: Trainer
@@ -66,13 +64,10 @@ class SelectiveClassifier:
     threshold: float
 
     def predict(self, images_or_features: ArrayLike) -> Prediction:
-        """Answers or abstains, for each example.
-
-        Args:
-            images_or_features: `[n, ...]`, as for `fit`; any n of at least 1.
+        """Answers or abstains, for each of n examples.
 
         Raises:
-            ValueError: they are not as the training examples were.
+            ValueError: the examples are not as those of `fit` were.
         """
         inputs = as_inputs(images_or_features, "images_or_features")
         expected = self.trainer.info.image_shape

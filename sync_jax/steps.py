@@ -48,19 +48,16 @@ def create_train_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-    create_memory: Callable[[optax.Params], Any] = lambda params: {},
+    create_memory: Callable[[optax.Params], Any] | None = None,
 ) -> TrainState:
-    """A state before the first step.
+    """The state before the first step.
 
     Args:
         seed: of the initialisation.
-        network: maps images `[batch, height, width, channels]` to a dict of outputs.
+        network: maps images `[batch, *image_shape]` to a dict of outputs.
         optimizer: its state is made here.
-        image_shape: (height, width, channels).
+        image_shape: (height, width, channels), or (features,).
         create_memory: makes the method's memory, given the parameters.
-
-    Returns:
-        The state; a pure function of its arguments, so it can be jitted with output shardings.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = network.init(jax.random.key(seed), images, train=False)
@@ -69,7 +66,7 @@ def create_train_state(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
-        memory=create_memory(variables["params"]),
+        memory=create_memory(variables["params"]) if create_memory else {},
     )
 
 
@@ -113,9 +110,7 @@ def train_step(
 
     trained = Trained(state.params, lambda params: forward(params)[0])
 
-    def loss_fn(
-        params: optax.Params,
-    ) -> tuple[Array, tuple[Terms, dict[str, Array], optax.Params, Any]]:
+    def loss_fn(params: optax.Params) -> tuple[Array, Any]:
         outputs, batch_stats = forward(params)
         loss, terms, memory = objective(outputs, batch, state.memory, state.step, trained)
         return loss, (terms, outputs, batch_stats, memory)
@@ -160,9 +155,7 @@ def _forward(
 ) -> tuple[dict[str, Array], optax.Params]:
     """The network's outputs in training, and BatchNorm's statistics afterwards."""
 
-    def apply(
-        params: optax.Params, batch_stats: optax.Params, images: Array, key: Array | None
-    ) -> tuple[dict[str, Array], optax.Params]:
+    def apply(params: Any, batch_stats: Any, images: Array, key: Array | None) -> tuple[Any, Any]:
         outputs, updates = network.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -195,13 +188,10 @@ def _forward(
 
 
 class Metrics(struct.PyTreeNode):
-    """The metrics of a step in one array, for each array that is fetched takes its time.
+    """The metrics of a step, in one array `values` `[metrics]`: each fetch takes its time.
 
-    Attributes:
-        names: of the metrics, see `train_step`.
-        values: `[metrics]`.
-        stop_vote: `[]`, of several processes: above 0 where any was asked to stop, so that all of
-            them learn it at the same step without waiting for each other.
+    `stop_vote`, of several processes, is above 0 where any was asked to stop: all of them learn it
+    at the same step without waiting for each other.
     """
 
     names: tuple[str, ...] = struct.field(pytree_node=False)
@@ -215,17 +205,10 @@ class Metrics(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The constants of a compiled step.
+    """The constants of a compiled step; see `train_step`.
 
     Attributes:
-        network: maps normalised images to a dict of outputs.
-        objective: the function that is minimised.
-        optimizer: the optax transformation.
-        info: of the dataset.
-        augmentation: of training images.
-        mesh: the devices over which a batch is split.
-        batch_size: over all devices together.
-        microbatches: see `train_step`.
+        batch_size: over all devices of the mesh together.
         sharded: True if the resident images are divided between the devices.
         cropped: True if the host has made the resized crops.
     """
@@ -250,14 +233,7 @@ class StepSettings:
 def input_batch(
     state: TrainState, data: ResidentSplit | Batch, seed: Array, *, settings: StepSettings
 ) -> Batch:
-    """The batch of a step: augmented, normalised and split over the mesh.
-
-    Args:
-        state: before the step, which is counted there.
-        data: the resident split, or the host's batch.
-        seed: `[]` of the run.
-        settings: of the step.
-    """
+    """The batch of a step: augmented, normalised and split over the mesh; see `run_step`."""
     if isinstance(data, ResidentSplit):
         batch = training_batch(
             data,
@@ -300,7 +276,7 @@ def run_step(
         data: the resident split, or the host's batch.
         seed: `[]` of the run.
         vote: `[devices]`, of several processes: 1 where one was asked to stop.
-        settings: of the step.
+        settings: the constants.
     """
     state, metrics = train_step(
         state,
@@ -322,16 +298,7 @@ def run_evaluation(state: TrainState, images: Array, *, settings: StepSettings) 
 
 
 def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[str, Array]:
-    """The network's outputs for a batch, with BatchNorm's running statistics.
-
-    Args:
-        state: of which parameters and statistics are used.
-        images: `[batch, height, width, channels]`, normalised.
-        network: see `create_train_state`.
-
-    Returns:
-        Arrays `[batch, ...]` by name.
-    """
+    """The network's outputs `[batch, ...]` for normalised images, by running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     outputs: dict[str, Array] = network.apply(variables, images, train=False)  # type: ignore[assignment]
     return outputs

@@ -26,8 +26,7 @@ from sync_jax.trainer import resolve
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
     """Trains every combination, skips what is finished, and compares all of it.
 
-    The same command goes on where it was stopped: a run that was begun is resumed. A run that
-    diverges is named at the end, and the others go on.
+    Repeating the call goes on where it was stopped. A run that diverges is named at the end.
 
     Args:
         config: of every run, but for the varied fields.
@@ -36,10 +35,10 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         name: of the config, with which the folders' names begin.
 
     Returns:
-        Whether every run was trained to its end.
+        True if every run was trained to its end.
 
     Raises:
-        InputError: in `vary`, or a combination is no valid config; nothing is trained then.
+        InputError: a combination is no valid config; nothing is trained then.
     """
     runs = combinations(config, vary, name=name)
     for folder, run in runs:
@@ -84,13 +83,7 @@ def own_scores(config: ConfigDict) -> list[str]:
 def combinations(
     config: ConfigDict, vary: Sequence[str], *, name: str
 ) -> list[tuple[str, ConfigDict]]:
-    """Every combination of the values, with the name of its folder.
-
-    The last field varies slowest, so that with the seeds last each seed's table is complete early.
-
-    Raises:
-        InputError: no field, an unknown one, one named twice, or a value of another type.
-    """
+    """Every combination of the values, with the name of its folder; the last varies slowest."""
     if not vary:
         raise InputError("--vary is missing; for example --vary=method=ce,sync --vary=seed=0,1,2")
     fields: dict[str, list[Any]] = {}

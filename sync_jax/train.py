@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, to_json
 from sync_jax.data import registry
 from sync_jax.data.info import Dataset
 from sync_jax.data.loading import known_info, load_data
+from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
-from sync_jax.errors import NonFiniteError, TerminatedError
+from sync_jax.errors import TerminatedError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
@@ -44,20 +43,16 @@ from sync_jax.trainer import Trainer, check_dataset
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
-    Every process of a run calls it alike.
-
     Args:
-        config: validated and completed.
-        workdir: made when needed; holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
-            predictions_*.npz, and, when the run is finished, risk_coverage.png and report.json;
-            nonfinite.jsonl where a step was not finite. All processes must see the same folder.
+        config: of `trainer.resolve`; the same in every process.
+        workdir: made when needed; all processes must see the same folder. It holds config.json,
+            metrics.jsonl, tensorboard/, checkpoints/, predictions_*.npz and, when the run is
+            finished, risk_coverage.png and report.json.
 
     Raises:
-        InputError: the dataset cannot be had, the batch cannot be split over the devices, or
-            `workdir` holds another experiment.
-        NonFiniteError: training diverged.
-        FailedError: a process is missing.
-        TerminatedError: stopped by SIGTERM; the state is saved.
+        InputError: the data cannot be had or do not fit, or `workdir` holds another experiment.
+        FailedError: training diverged, or a process is missing.
+        TerminatedError: the run was stopped by SIGTERM; its state is saved.
         WriteError: a checkpoint cannot be written.
     """
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
@@ -69,19 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training and all that it works with.
-
-    Attributes:
-        trainer: network, optimizer and jitted functions.
-        dataset: of the config.
-        train_part: the training examples.
-        calibration_part: the examples that are held out.
-        workdir: the run's folder.
-        processes: that train together.
-        checkpoints: in that folder.
-        bad_steps: the steps that were not finite.
-        stopping: returns True once this process was asked to stop.
-    """
+    """A training and all that it works with; `stopping` tells that SIGTERM has come."""
 
     trainer: Trainer
     dataset: Dataset
@@ -98,11 +81,7 @@ class Job:
 def prepared(
     config: ConfigDict, dataset: Dataset, workdir: Path, processes: Processes
 ) -> Iterator[Job]:
-    """Loads the data, builds the trainer, and holds the run's folder meanwhile.
-
-    Raises:
-        InputError, FailedError: see `train_and_evaluate`.
-    """
+    """Loads the data, builds the trainer, and holds the run's folder meanwhile."""
     mesh = sharding.make_mesh()
     if (published := dataset.info()) is not None:  # known before anything is prepared
         check_dataset(config, published)
@@ -133,7 +112,11 @@ def prepared(
                 workdir,
                 action=config.train.on_nonfinite,
                 budget=config.train.nonfinite_budget,
-                indices=lambda step: train_part.index[trainer.positions(step)],
+                indices=lambda step: train_part.index[
+                    examples_of_step(
+                        config.seed, step, batch_size=config.train.batch_size, size=train_size
+                    )
+                ],
                 processes=processes,
             )
             processes.print(describe(trainer, len(calibration_part.labels)))
@@ -158,13 +141,7 @@ def describe(trainer: Trainer, calibration_size: int) -> str:
 
 
 class Start(NamedTuple):
-    """The place where training begins.
-
-    Attributes:
-        state: the training state.
-        step: steps done.
-        unlogged: metrics of the last of them that no log line has averaged yet, by step.
-    """
+    """The state after some steps, and the metrics, by step, that no log line has averaged yet."""
 
     state: TrainState
     step: int
@@ -172,13 +149,7 @@ class Start(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The result of the training loop.
-
-    Attributes:
-        state: after the last step.
-        steps: done by this process.
-        seconds: that they took, by phase; see `profiling.Stopwatch`.
-    """
+    """The trained state, and the seconds of this process's steps by phase."""
 
     state: TrainState
     steps: int
@@ -186,12 +157,7 @@ class Fitted(NamedTuple):
 
 
 def begin(job: Job) -> Start:
-    """Restores the latest checkpoint, or creates the state before the first step.
-
-    Raises:
-        InputError: no checkpoint can be used, they are another experiment's, or the weights to
-            begin with cannot be read.
-    """
+    """Restores the latest checkpoint, or creates the state before the first step."""
     trainer, processes = job.trainer, job.processes
     restored = job.checkpoints.restore(trainer.state_like, processes.print)
     if restored is not None:
@@ -213,7 +179,6 @@ def fit(job: Job, start: Start) -> Fitted:
     Raises:
         TerminatedError: `stopping` said so, on any process; the state is saved.
         NonFiniteError: training diverged.
-        WriteError: a checkpoint cannot be written.
     """
     trainer, config, processes = job.trainer, job.trainer.config, job.processes
     state, total = start.state, trainer.total_steps
@@ -248,7 +213,6 @@ def fit(job: Job, start: Start) -> Fitted:
             log.update(done, wait=calibrates or saves or stops, last=last)
             if not (calibrates or saves or stops):
                 continue
-            check_state(state, done)
             score = None
             if calibrates:
                 with watch.spent("evaluating"):
@@ -296,11 +260,7 @@ def save(job: Job, log: TrainingLog, state: TrainState, done: int, score: float 
 
 
 def finish(job: Job, fitted: Fitted) -> None:
-    """Predicts on the calibration and the test split, and writes the report.
-
-    Raises:
-        TerminatedError: `stopping` said so; the trained state is saved.
-    """
+    """Predicts on the calibration and the test split, and writes the report."""
     trainer, workdir, processes, state = job.trainer, job.workdir, job.processes, fitted.state
     calibration = trainer.predict(state, job.calibration_part)
     processes.from_first(
@@ -324,10 +284,7 @@ def finish(job: Job, fitted: Fitted) -> None:
 
 
 def measure_speed(trainer: Trainer, fitted: Fitted) -> dict[str, Any] | None:
-    """The speed of a training, see `profiling.speed`; None of no steps.
-
-    Measures the device, which must have nothing else to do.
-    """
+    """The speed of a training, see `profiling.speed`; None of no steps. The device is idle."""
     if not fitted.steps:
         return None
     # Simulated devices share a processor; other hosts and devices are taken to be as this one.
@@ -345,14 +302,12 @@ def measure_speed(trainer: Trainer, fitted: Fitted) -> dict[str, Any] | None:
 def evaluate_finished(
     config: ConfigDict, workdir: Path, *, speed: dict[str, Any] | None = None
 ) -> None:
-    """Makes the report of a trained run from its saved predictions; nothing is trained.
-
-    Of several processes the first does it.
+    """Makes the report of a trained run from its saved predictions; the first process does it.
 
     Args:
-        config: validated; of its run, but for the `evaluation` section.
+        config: of the run, but for the `evaluation` section.
         workdir: of a run that was trained to its end.
-        speed: of the training, for the report; None: what an earlier report says.
+        speed: of the training; None: what an earlier report says.
 
     Raises:
         InputError: there is no such run, or it is another experiment.
@@ -375,11 +330,7 @@ def evaluate_finished(
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
-    """Returns True if the folder holds the run's report, and shows it.
-
-    Raises:
-        InputError: the folder cannot be the run's.
-    """
+    """Returns True if the folder holds the run's report, and shows it."""
     check_run(config, workdir)
     if (report := read_report(workdir)) is None:
         return False
@@ -389,20 +340,3 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     else:  # other coverages, target risks or delta than it was made with
         evaluate_finished(config, workdir)
     return True
-
-
-def check_state(state: TrainState, done: int) -> None:
-    """Makes sure that a state is finite and may be saved.
-
-    Raises:
-        NonFiniteError: naming the step and the part of the state.
-    """
-    for name in ("params", "batch_stats", "opt_state", "memory"):
-        if not bool(_all_finite(getattr(state, name))):
-            raise NonFiniteError(f"step {done}: {name} holds a number that is not finite")
-
-
-@jax.jit
-def _all_finite(tree: Any) -> Array:
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)

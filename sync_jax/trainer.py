@@ -18,7 +18,7 @@ from sync_jax.data.feed import training_feed
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
-from sync_jax.data.resident import ResidentSplit, epoch_index
+from sync_jax.data.resident import ResidentSplit
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.inference import predict
@@ -80,11 +80,7 @@ class Trainer:
     """Network, optimizer and jitted functions of a run.
 
     Attributes:
-        config: validated and completed.
-        mesh: the devices over which a batch is split.
-        info: of the dataset.
-        placement: of the training images.
-        train_size: number of training examples.
+        config, mesh, info, placement, train_size: as given.
         steps_per_epoch: may be fractional: no example is left out at an epoch's end.
         total_steps: of the run.
         settings: the constants of a step.
@@ -104,11 +100,11 @@ class Trainer:
         """Builds them; nothing is compiled yet.
 
         Args:
-            config: see the attributes, also for the next four.
-            mesh: see there.
-            info: see there.
-            train_size: see there.
-            placement: see there.
+            config: of `resolve`.
+            mesh: the devices over which a batch is split.
+            info: of the dataset.
+            train_size: number of training examples.
+            placement: of the training images.
             alive: called whenever something that may take long is done.
         """
         self.config, self.mesh, self.info = config, mesh, info
@@ -154,9 +150,16 @@ class Trainer:
             image_shape=info.image_shape,
             create_memory=self._create_memory,
         )
-        self.state_like = self._with_shardings(jax.eval_shape(self._create, jnp.uint32(0)))
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_like)
+        shapes = jax.eval_shape(self._create, jnp.uint32(0))
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        shardings = jax.tree.map(lambda _: copied, shapes)
+        if config.optimizer.sharded:
+            shardings = shardings.replace(opt_state=sharding.split_over(mesh, shapes.opt_state))
+        self.state_like = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
         step = functools.partial(run_step, settings=self.settings)
         self._step = sharding.one_at_a_time(
             jax.jit(step, donate_argnums=0, out_shardings=(shardings, copied)), mesh
@@ -168,26 +171,20 @@ class Trainer:
         # An argument and no constant: runs that differ in it alone share the compilation cache.
         self._seed = np.uint32(config.seed)
         # Each process's answer to "was it asked to stop?", on each of its devices.
-        self._votes: dict[bool, Any] = {False: None, True: None}
-        if mesh.is_multi_process:
-            own = len(mesh.local_devices)
-            self._votes = {
-                asked: sharding.from_shares(np.full(own, asked, np.float32), mesh)
-                for asked in (False, True)
-            }
+        own = len(mesh.local_devices)
+        self._votes = {
+            asked: sharding.from_shares(np.full(own, asked, np.float32), mesh)
+            if mesh.is_multi_process
+            else None
+            for asked in (False, True)
+        }
 
     def step(
         self, state: TrainState, data: ResidentSplit | Batch, *, stopping: bool = False
     ) -> tuple[TrainState, Metrics]:
-        """Starts a training step, and returns before it has ended.
+        """Starts a training step on data of `feed`, and returns before it has ended.
 
-        Args:
-            state: before it; donated.
-            data: of `feed`.
-            stopping: True if this process was asked to stop.
-
-        Returns:
-            The state after the step, and its metrics.
+        The state before it is donated. `stopping` is True if this process was asked to stop.
         """
         result = self._step(state, data, self._seed, self._votes[stopping])
         self.alive()
@@ -226,22 +223,15 @@ class Trainer:
             total_steps=self.total_steps,
         )
 
-    def positions(self, step: int) -> np.ndarray:
-        """The training examples of a step, counted from 1: `[batch]`, positions in their part."""
-        key, _ = jax.random.split(jax.random.key(self._seed))
-        batch_size = self.config.train.batch_size
-        return np.asarray(epoch_index(key, jnp.uint32(step - 1), batch_size, self.train_size))
-
     def steps_of(self, epochs: float) -> int:
         """Epochs as a number of steps, at least one."""
         return max(round(epochs * self.steps_per_epoch), 1)
 
     def check(self) -> None:
-        """Checks, before anything is written, what depends on the machine and the weights.
+        """Checks the free memory, the weights' file and the steps to be traced.
 
         Raises:
-            InputError: the state takes more memory than is free, the weights' file cannot be used,
-                or the steps to be traced are beyond the run's.
+            InputError: one of them will not do.
         """
         traced = parse_steps(self.config.profile.steps)
         if traced and traced[-1] > self.total_steps:
@@ -251,8 +241,7 @@ class Trainer:
             )
         self._check_memory()
         if self.config.model.pretrained:
-            path = Path(os.path.expanduser(self.config.model.pretrained))
-            load_pretrained(path, self.state_like.params, self.state_like.batch_stats)
+            self._load_pretrained(self.state_like)
 
     def _check_memory(self) -> None:
         size = sum(
@@ -276,38 +265,24 @@ class Trainer:
         return sum(x.size for x in jax.tree.leaves(self.state_like.params))
 
     def create_state(self) -> tuple[TrainState, str | None]:
-        """The state before the first step, on every device, and a line on pretrained weights.
-
-        Raises:
-            InputError: `config.model.pretrained` cannot be read, or nothing in it fits.
-        """
+        """The state before the first step, and a line on its pretrained weights, if any."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_like)
         state = jax.jit(self._create, out_shardings=shardings)(self._seed)
         if not self.config.model.pretrained:
             return state, None
-        path = Path(os.path.expanduser(self.config.model.pretrained))
-        params, batch_stats, message = load_pretrained(path, state.params, state.batch_stats)
+        params, batch_stats, message = self._load_pretrained(state)
         copied = sharding.replicated(self.mesh)
         params, batch_stats = jax.device_put((params, batch_stats), copied)
         memory = jax.jit(self._create_memory, out_shardings=copied)(params)
         return state.replace(params=params, batch_stats=batch_stats, memory=memory), message
 
+    def _load_pretrained(self, like: TrainState) -> tuple[optax.Params, optax.Params, str]:
+        path = Path(os.path.expanduser(self.config.model.pretrained))
+        return load_pretrained(path, like.params, like.batch_stats)
+
     def _create_memory(self, params: optax.Params) -> Any:
         memory = self.method.memory
         return memory.create(params, self.train_size, self.config) if memory else {}
-
-    def _with_shardings(self, shapes: TrainState) -> TrainState:
-        """Copied to each device; the optimizer's state divided between them if so configured."""
-        copied = sharding.replicated(self.mesh)
-        shardings = jax.tree.map(lambda x: copied, shapes)
-        if self.config.optimizer.sharded:
-            divided = sharding.split_over(self.mesh, shapes.opt_state)
-            shardings = shardings.replace(opt_state=divided)
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            shapes,
-            shardings,
-        )
 
     def alive(self) -> None:
         """Tells the watchdog that something that may take long is done."""

@@ -96,6 +96,12 @@ def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:
     return shuffled(place, constants[epoch - first], size).astype(jnp.int32)
 
 
+def examples_of_step(seed: int, step: int, *, batch_size: int, size: int) -> np.ndarray:
+    """The positions of the examples that a step, counted from 1, sees: `[batch_size]`."""
+    key, _ = jax.random.split(jax.random.key(np.uint32(seed)))
+    return np.asarray(epoch_index(key, jnp.uint32(step - 1), batch_size, size))
+
+
 def shuffle_constants(key: Array) -> Array:
     """What defines one permutation: `[rounds, 2]` uint32."""
     return jax.random.bits(key, (ROUNDS, 2), jnp.uint32)

@@ -53,7 +53,7 @@ class TrainingLog:
         Args:
             workdir: exists.
             every: steps between two lines.
-            start_step: steps done.
+            start_step: steps done, of `total_steps`.
             total_steps: of the run.
             batch_size: examples of a step.
             unlogged: of a checkpoint.
@@ -79,11 +79,7 @@ class TrainingLog:
         return bool(self._newest) and not self._newest[-1].values.is_ready()
 
     def add(self, step: int, metrics: StepMetrics) -> Any:
-        """Takes a step's metrics, and waits for the step before the last two.
-
-        Returns:
-            The metrics of that step; None while there is none.
-        """
+        """Takes a step's metrics; waits for the step before the last two, and returns its own."""
         self._unchecked.append((step, metrics))
         self._progress.step(step)
         self._newest.append(metrics)
@@ -97,10 +93,10 @@ class TrainingLog:
         """Fetches the metrics that are due, and writes the lines.
 
         Args:
-            step: the newest that was added.
+            step: the newest that was added, and of the run if `last`.
             wait: True to fetch its metrics too, which waits for the device: nothing that is not
                 finite is evaluated or saved.
-            last: True if it is the run's last.
+            last: see step.
 
         Raises:
             NonFiniteError: a step was not finite, and the run has to stop.

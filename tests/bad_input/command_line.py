@@ -6,7 +6,7 @@ from tests.command_line import QUICKSTART
 
 CASES = {
     # The command line.
-    "no config": Bad([], "--config is missing; for example --config=configs/fashion_mnist.py"),
+    "no config": Bad([], "--config is missing; for example --config=quickstart"),
     "no such file": Bad(
         ["--config=configs/imagnet.py"],
         "imagnet.py is no file .*did you mean 'imagenet100'..; choose from cifar10, .*or name a",
