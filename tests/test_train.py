@@ -397,7 +397,7 @@ def test_what_the_host_has_cropped_is_not_cropped_again(
     placed, part, _ = load_data(config, registry.dataset(config.data), mesh, tmp_path, Processes())
     run = Run(config, mesh, train_size=len(part.labels), placement=placed)
     run.step(run.create_state(), next(run.feed(part, 0)))
-    assert asked == [(0.5, np.uint8, {"size": None, "cropped": cropped})]
+    assert asked == [(0.5, np.uint8, {"size": 28, "cropped": cropped})]
 
 
 def test_a_disk_that_fills_up_is_one_line(data_dir, tmp_path, monkeypatch):
