@@ -124,14 +124,13 @@ class PictureDataset(Prepared):
         if split not in SPLITS:
             raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
         self._require()
-        found = {split: self._records(split) for split in SPLITS}
-        records, labels = found[split]
+        records, labels = self._records(split)
         rows = np.arange(len(labels))
         if decode:
             return DecodedPictures(rows, self.layout.size, records, self.layout), labels
         if not all(squares_path(self.folder, self.layout, x).exists() for x in SPLITS):
-            for pictures, _ in found.values():
-                pictures[0]  # where they cannot be opened nothing is written
+            for each in SPLITS:
+                self._records(each)[0][0]  # where they cannot be opened nothing is written
             with exclusive(self.root, self.key, self._say):
                 make_squares(self.folder, self.layout, SPLITS, log=self._say)
         mapped = open_squares(self.folder, self.layout, split)

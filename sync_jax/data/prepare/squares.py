@@ -53,13 +53,11 @@ def open_squares(prepared: Path, layout: Layout, split: str) -> np.ndarray:
     """The squares of a split, memory-mapped and read-only.
 
     Raises:
-        InputError: they were not made, or are damaged.
+        InputError: they are damaged.
     """
     path = squares_path(prepared, layout, split)
     try:
         mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}; --mode=prepare makes it") from None
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it") from error
     expected = (len(Records(prepared, split).labels()), layout.stored, layout.stored, 3)
