@@ -1,5 +1,6 @@
 """Training a selective classifier, from a config to a report."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,7 +29,7 @@ from sync_jax.runtime.console import say
 from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
-from sync_jax.runtime.progress import MetricWriter, NoMetricWriter, Progress, read_metrics
+from sync_jax.runtime.progress import MetricWriter, Progress, read_metrics
 from sync_jax.runtime.signals import terminated, watchdog
 from sync_jax.runtime.workdir import (
     check_run,
@@ -193,7 +194,6 @@ def fit(job: Job, start: Start) -> Fitted:
     every = config.log.every_steps
     next_line = (start.step // every + 1) * every
     newest: deque[Metrics] = deque()
-    writes = MetricWriter if processes.first else NoMetricWriter
     traced = parse_steps(config.profile.steps) if processes.first else range(0)
 
     def busy() -> bool:
@@ -203,7 +203,7 @@ def fit(job: Job, start: Start) -> Fitted:
 
     with (
         Stopwatch() as watch,
-        writes(job.workdir, start_step=start.step) as writer,
+        contextlib.ExitStack() as opened,
         Progress(
             total_steps=run.total_steps,
             start_step=start.step,
@@ -212,6 +212,9 @@ def fit(job: Job, start: Start) -> Fitted:
         ) as progress,
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
+        writer = None
+        if processes.first:
+            writer = opened.enter_context(MetricWriter(job.workdir, start_step=start.step))
         for steps in run.dispatches(start.step):
             done = steps[-1]
             with watch.spent("data", busy=busy):
@@ -253,12 +256,14 @@ def fit(job: Job, start: Start) -> Fitted:
             if calibrates:
                 with watch.spent("evaluating"):
                     values = run.calibration_metrics(state, job.calibration_part)
-                writer.write(done, "calibration", values)
+                if writer:
+                    writer.write(done, "calibration", values)
                 progress.line(describe_calibration(done, done / run.steps_per_epoch, values))
                 best = values[config.checkpoint.best_metric]
                 score = best if config.checkpoint.best_metric == "accuracy" else -best
             if saves or stops:
-                writer.flush()
+                if writer:
+                    writer.flush()
                 notes = {
                     "config": config.to_dict(),
                     "unlogged": unlogged,
@@ -375,7 +380,7 @@ def check(
 def log_line(
     step: int,
     unlogged: list[tuple[int, dict[str, float]]],
-    writer: MetricWriter,
+    writer: MetricWriter | None,
     progress: Progress,
     *,
     at: int | None = None,
@@ -395,7 +400,8 @@ def log_line(
     at = step if at is None else at
     if averaged := [entry for entry in unlogged if entry[0] < step]:
         averages = average(averaged)
-        writer.write(at, "train", averages)
+        if writer:
+            writer.write(at, "train", averages)
         progress.metrics(at, averages)
     return [entry for entry in unlogged if entry[0] >= step]
 
