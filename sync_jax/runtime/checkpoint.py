@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -30,13 +29,7 @@ _DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
 
 
 class Restored(NamedTuple):
-    """A checkpoint.
-
-    Attributes:
-        state: the training state, any tree of arrays.
-        step: steps done.
-        notes: saved with the state, of JSON's types.
-    """
+    """A checkpoint: a tree of arrays, the steps done, and notes of JSON's types."""
 
     state: Any
     step: int
@@ -51,35 +44,29 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        keep_best: int = 0,
-        best_metric: str = "",
+        self, folder: Path, *, keep: int, keep_best: int = 0, best_metric: str = "",
         processes: Processes | None = None,
-    ):
+    ):  # fmt: skip
         """Opens a folder, which need not exist yet.
 
         Args:
             folder: one subfolder per checkpoint, named by its step.
-            keep: how many of the latest to keep.
-            keep_best: how many of those with the highest score to keep besides.
-            best_metric: what scores are made of; those of another are not compared.
+            keep: number of the latest to keep.
+            keep_best: number of those with the highest score to keep besides.
+            best_metric: the scores' name; scores of another name are not compared.
             processes: of the run.
         """
         self._folder = folder.absolute()
         self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
         self._processes = processes or Processes()
-        self._scores: dict[int, float] = dict(
-            self._processes.from_first(
-                "the checkpoints' scores", lambda: _read_scores(folder, best_metric)
-            )
-        )
-        # Orbax clears them away when it opens.
-        self._half_written: list[str] = self._processes.from_first(
-            "half-written checkpoints", lambda: sorted(x.name for x in folder.glob(_HALF_WRITTEN))
-        )
+
+        def look() -> tuple[list[tuple[int, float]], list[str]]:
+            half_written = sorted(x.name for x in folder.glob(_HALF_WRITTEN))
+            return _read_scores(folder, best_metric), half_written
+
+        # Before Orbax opens, which clears half-written checkpoints away.
+        scores, self._half_written = self._processes.from_first("the checkpoints' scores", look)
+        self._scores: dict[int, float] = dict(scores)
         self._guarded(self._open)
 
     def _open(self) -> None:
@@ -95,13 +82,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self,
-        state: Any,
-        step: int,
-        *,
-        notes: Mapping[str, Any] | None = None,
+        self, state: Any, step: int, *, notes: Mapping[str, Any] | None = None,
         score: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Copies the state and writes it in the background; waits for an earlier save first.
 
         Args:
@@ -138,10 +121,7 @@ class Checkpoints:
 
         Args:
             like: gives shapes, dtypes and shardings.
-            log: told a line of each checkpoint that is damaged, or was half written.
-
-        Returns:
-            None where there is no checkpoint at all.
+            log: called with a line on each checkpoint that is damaged, or was half written.
 
         Raises:
             InputError: there are checkpoints, and none can be used. All are left as they are.
@@ -262,13 +242,8 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
             self._guarded(self._manager.close)  # which waits
             return
         with contextlib.suppress(Exception):  # the error that there is says more than another

@@ -1,4 +1,4 @@
-"""Memory that is not asked for twice: what a step frees, and images that XLA takes as they are."""
+"""malloc tuning, and aligned buffers that XLA uses without copying."""
 
 import ctypes
 import importlib.metadata
@@ -13,17 +13,13 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed rather than hand it back to the system.
+    """Tells glibc to keep freed memory rather than hand it back to the system; True if it does.
 
     On a CPU XLA allocates a step's intermediate results anew each time. Blocks of this size come
     from the system, page by page, each cleared at its first touch: a fifth or more of a step on two
-    cores (benchmarks/README.md). Afterwards the process keeps the most that it has needed. To be
-    called before JAX starts a backend, whose threads otherwise have arenas of their own already.
-
-    Returns:
-        Whether it did. Nothing happens elsewhere than on Linux with glibc, nor where JAX has an
-        accelerator's plugin: the threads that decode pictures for it are better off with arenas of
-        their own.
+    cores (benchmarks/README.md). To be called before JAX starts a backend, whose threads otherwise
+    have arenas of their own already. Does nothing without glibc, nor where JAX has an accelerator's
+    plugin, for the threads that decode images for it are faster with arenas of their own.
     """
     if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
         return False
@@ -36,14 +32,7 @@ def keep_freed_memory() -> bool:
 
 
 def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Bytes that a CPU's XLA computes with where they are; others it copies.
-
-    Args:
-        shape: of the array.
-
-    Returns:
-        uint8, not initialised, in C order; begins at a multiple of 64 bytes.
-    """
+    """Uninitialised uint8, which XLA uses on a CPU without a copy: aligned to 64 bytes."""
     size, boundary = math.prod(shape), 64
     room = np.empty(size + boundary, np.uint8)
     start = -room.ctypes.data % boundary

@@ -26,20 +26,15 @@ class NonFiniteSteps:
     """The steps of a run that were not finite, within a budget."""
 
     def __init__(
-        self,
-        workdir: Path,
-        *,
-        action: str,
-        budget: int,
-        indices: Callable[[int], np.ndarray],
+        self, workdir: Path, *, action: str, budget: int, indices: Callable[[int], np.ndarray],
         processes: Processes,
-    ):
-        """Reads what earlier processes noted.
+    ):  # fmt: skip
+        """Reads the notes of earlier processes.
 
         Args:
             workdir: exists.
             action: 'stop' or 'skip'.
-            budget: how many steps may be skipped.
+            budget: number of steps that may be skipped.
             indices: gives a step's examples.
             processes: of the run; the first writes.
         """
@@ -58,24 +53,14 @@ class NonFiniteSteps:
             self._write()
 
     def meet(self, step: int, values: dict[str, float]) -> None:
-        """Notes a bad step.
-
-        Args:
-            step: the number of steps with it.
-            values: its metrics.
-
-        Raises:
-            NonFiniteError: the run has to stop.
-        """
+        """Notes a step, counted from 1, and its metrics; NonFiniteError if the run has to stop."""
         bad = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         others = [entry for entry in self._entries if entry["action"] != "stop"]
         spent = self._action != "stop" and len(others) >= self._budget
         action = "stop" if spent else self._action
-        indices = self._indices(step).tolist()
-        entry = {
-            "step": step, "action": action, "bad": bad, "finite": finite, "indices": indices
-        }  # fmt: skip
+        entry = {"step": step, "action": action, "bad": bad, "finite": finite}
+        entry["indices"] = self._indices(step).tolist()
         self._entries = [e for e in self._entries if e["step"] != step] + [entry]
         self._write()
         shown = ", ".join(f"{name}={value}" for name, value in bad.items())

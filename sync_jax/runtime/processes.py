@@ -34,7 +34,10 @@ _INTERVAL = 1.0  # seconds after which a wait lets signals be handled
 
 # The variables that Slurm's srun gives each process; a script under sbatch alone lacks some.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_AGREED = (InputError, WriteError, TerminatedError, NonFiniteError, FailedError)
+_AGREED: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (InputError, WriteError, TerminatedError, NonFiniteError, FailedError)
+}
 
 
 def initialize(
@@ -170,17 +173,10 @@ class Processes:
     """
 
     def __init__(self, *, seconds: float = 600.0, name: str = ""):
-        """Finds out how many processes there are.
-
-        Args:
-            seconds: how long each call waits for the others.
-            name: of the run, if one process has several after each other.
-        """
+        """Lets each call wait so long for the others; a process with several runs names each."""
         self.index, self.count = jax.process_index(), jax.process_count()
         self.first = self.index == 0
-        self._seconds = seconds
-        self._name = name
-        self._calls = 0
+        self._seconds, self._name, self._calls = seconds, name, 0
 
     def print(self, text: str) -> None:
         """Prints a line, once for all processes."""
@@ -188,16 +184,12 @@ class Processes:
             say(text)
 
     def share(self, what: str, value: Any = None, *, after_first: bool = False) -> list[Any]:
-        """Exchanges a value; waits until all processes have come.
+        """Exchanges values of JSON's types, in the order of processes; waits until all have come.
 
         Args:
             what: is being waited for, for the error.
-            value: of JSON's types.
-            after_first: waits for the first process without limit, and then for the others as
-                usual.
-
-        Returns:
-            Every process's value, in order.
+            value: of this process.
+            after_first: True to wait without limit for the first, and then for the others as usual.
 
         Raises:
             FailedError: naming the processes that did not come in time.
@@ -229,15 +221,7 @@ class Processes:
         return values
 
     def together(self, what: str, function: Callable[[], T]) -> T:
-        """Calls a function on every process; if it fails on one, it fails on all.
-
-        Args:
-            what: the function does, for errors.
-            function: may raise one of our errors.
-
-        Returns:
-            The function's result on this process.
-        """
+        """Calls a function on every process; if it fails on one, it fails on all."""
         if self.count == 1:
             return function()
         result, failure, failed = _called(function)
@@ -246,16 +230,12 @@ class Processes:
             raise failed
         for process, other in enumerate(failures):
             if other is not None:
-                raise _error(f"process {process}: ", other)
+                name, message = other
+                raise _AGREED[name](f"process {process}: {message}")
         return result
 
     def from_first(self, what: str, function: Callable[[], Any]) -> Any:
-        """Calls a function on the first process; all get its result, or fail as it did.
-
-        Args:
-            what: the function does, for errors.
-            function: returns a value of JSON's types; may raise one of our errors.
-        """
+        """Calls a function on the first process; all get its result, of JSON's types, or fail."""
         if self.count == 1:
             return function()
         result, failure, failed = _called(function) if self.first else (None, None, None)
@@ -263,19 +243,17 @@ class Processes:
         if failed is not None:
             raise failed
         if failure is not None:
-            raise _error("", failure)
+            name, message = failure
+            raise _AGREED[name](message)
         return result
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Ends all processes when one of them fails within: the others would wait for it.
+        """Ends all processes when one of them fails within, by a full disk or a bug for example.
 
-        A full disk, a broken image or a bug can meet one process alone, between two steps, while
-        the others are in a collective that nothing can interrupt. They print its error and end with
-        its status, wherever they are.
-
-        Raises:
-            FailedError: a computation failed here, as it does when another process is gone.
+        The others may be in a collective that nothing can interrupt. They print the error and end
+        with its status, wherever they are. FailedError stands for a computation that failed here,
+        as it does when another process is gone.
         """
         if self.count == 1:
             yield
@@ -363,13 +341,7 @@ def _called(function: Callable[[], Any]) -> tuple[Any, list[str] | None, Excepti
 
 
 def _described(error: BaseException) -> list[str]:
-    for kind in _AGREED:
+    for name, kind in _AGREED.items():
         if isinstance(error, kind):
-            return [kind.__name__, str(error)]
+            return [name, str(error)]
     return [FailedError.__name__, f"{type(error).__name__}: {error}"]
-
-
-def _error(prefix: str, failure: list[str]) -> Exception:
-    name, message = failure
-    kind = next(kind for kind in _AGREED if kind.__name__ == name)
-    return kind(prefix + message)

@@ -34,11 +34,7 @@ class Stopwatch:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        """Stands still until it is entered.
-
-        Args:
-            clock: seconds.
-        """
+        """Stands still until it is entered."""
         self._clock = clock
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._began = self._ended = clock()
@@ -47,11 +43,9 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def spent(self, phase: str, *, busy: Callable[[], bool] | None = None) -> Iterator[None]:
-        """Adds the time inside to a phase, without compilation.
+        """Adds the time inside to a phase of `PHASES`, without compilation.
 
-        Args:
-            phase: of `PHASES`.
-            busy: asked at the end; True makes it training, for the device had something to do.
+        If `busy` returns True at the end, the device had something to do, and it is training.
         """
         began, compiling = self._clock(), self._seconds["compiling"]
         try:
@@ -91,14 +85,9 @@ class Stopwatch:
 
 
 def speed(
-    seconds: dict[str, float],
-    *,
-    steps: int,
-    batch_size: int,
-    train_size: int,
-    flops: float,
+    seconds: dict[str, float], *, steps: int, batch_size: int, train_size: int, flops: float,
     peak: float,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Computes the entries on a training's speed in a report.
 
     Args:
@@ -110,10 +99,8 @@ def speed(
         peak: FLOP/s of a matrix product on all devices, see `matmul_flops`.
 
     Returns:
-        steps; images_per_second, while training and waiting for data; seconds_per_epoch, with
-        everything; flops_per_image; matmul_flops_per_second; share_of_matmul: of it, at
-        images_per_second; shares: of the time, by phase; peak_host_bytes, peak_device_bytes (of the
-        fullest device; None where it does not tell).
+        images_per_second while training and waiting for data; seconds_per_epoch with everything;
+        share_of_matmul at images_per_second; shares of the time by phase; and the arguments' rest.
     """
     images, total = steps * batch_size, sum(seconds.values())
     rate = images / max(seconds["training"] + seconds["data"], 1e-9)
@@ -149,9 +136,8 @@ def describe(speed: dict[str, Any]) -> str:
 def training_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """FLOP for an image of a step: of all convolutions and dense layers of the plain network.
 
-    Forward once and back twice, but for the first layer, whose input needs no gradient. Two for
-    each multiplication, also where a convolution is computed with fewer. A method's own second
-    network, and microbatches' second forward pass, are not counted.
+    Forward once and back twice, but for the first layer, whose input needs no gradient. A method's
+    own second network, and microbatches' second forward pass, are not counted.
     """
     return 3 * sum(layers := layer_flops(network, image_shape)) - layers[0]
 
@@ -234,13 +220,7 @@ class Trace:
     """A trace of some steps, for TensorBoard's profile plugin or Perfetto. A context manager."""
 
     def __init__(self, steps: range, folder: Path, log: Callable[[str], None]):
-        """Nothing is recorded yet.
-
-        Args:
-            steps: to record; none, and nothing ever happens.
-            folder: made when needed; the trace goes to plugins/profile/<time>/ in it.
-            log: told where it is.
-        """
+        """Records nothing yet; the trace goes to plugins/profile/<time>/ in the folder."""
         self._steps, self._folder, self._log = steps, folder, log
         self._on = False
 
@@ -254,12 +234,7 @@ class Trace:
         return jax.profiler.StepTraceAnnotation("train", step_num=first)
 
     def done(self, last: int, values: Any) -> None:
-        """Ends the trace if it is time; waits for the device then.
-
-        Args:
-            last: the newest step that is under way.
-            values: arrays that it computes.
-        """
+        """Ends the trace if step `last` was its last; waits for the step's values then."""
         if self._on and last >= self._steps[-1]:
             jax.block_until_ready(values)
             self._end()

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import rich.console
@@ -30,14 +29,12 @@ class Progress:
         """Prepares the display; nothing is shown before it is entered.
 
         Args:
-            total_steps: steps of the whole run.
-            start_step: steps done by an earlier process.
+            total_steps: of the run.
+            start_step: steps done.
             batch_size: examples of a step, for the rate.
-            shown: False for all but one of several processes.
+            shown: True for one of several processes.
         """
-        self._shown = shown
-        self._total = total_steps
-        self._batch_size = batch_size
+        self._shown, self._total, self._batch_size = shown, total_steps, batch_size
         self._first: tuple[int, float] | None = None  # step and time after the compilation
         console = rich.console.Console()
         self._bar = rich.progress.Progress(
@@ -61,23 +58,19 @@ class Progress:
         """Shows the latest averages: beside the bar, or as a line with rate and time left."""
         first, began = self._first or (done, time.monotonic())
         rate = (done - first) / max(time.monotonic() - began, 1e-9)
-        names = {
-            "loss": "loss",
-            "accuracy": "accuracy",
-            "mean_selection": "mean g",
-            "coverage": "coverage",
-        }
-        present = [(label, values[name]) for name, label in names.items() if name in values]
         # A terminal of 80 columns has room for little beside steps, time and time left.
-        short = {"accuracy": "acc", "mean g": "g", "coverage": "cov"}
-        beside = [f"{short.get(label, label)} {value:.3f}" for label, value in present]
-        beside.append(f"{rate * self._batch_size:.0f}/s")
-        self._bar.update(self._task, shown=" ".join(beside))
-        shown = [f"{label} {value:.3f}" for label, value in present]
-        shown.append(f"{rate * self._batch_size:,.0f} images/s")
+        short = {"loss": "loss", "accuracy": "acc", "mean_selection": "g", "coverage": "cov"}
+        labels = {name: name for name in short} | {"mean_selection": "mean g"}
+        present = [name for name in short if name in values]
+        beside = " ".join(f"{short[name]} {values[name]:.3f}" for name in present)
+        self._bar.update(self._task, shown=f"{beside} {rate * self._batch_size:.0f}/s")
         if self._bar.disable:
+            shown = "  ".join(f"{labels[name]} {values[name]:.3f}" for name in present)
             left = f"{(self._total - done) / rate:.0f}" if rate else "?"
-            self.line(f"step {done}/{self._total}  {'  '.join(shown)}  {left} s left")
+            self.line(
+                f"step {done}/{self._total}  {shown}  {rate * self._batch_size:,.0f} images/s  "
+                f"{left} s left"
+            )
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
@@ -92,12 +85,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         sys.stdout.flush()
 
@@ -136,15 +124,10 @@ class MetricWriter:
         return self.seconds_before + time.monotonic() - self._began
 
     def write(self, step: int, part: str, values: Mapping[str, float]) -> None:
-        """Appends one entry.
-
-        Args:
-            step: steps done.
-            part: 'train' or 'calibration'.
-            values: numbers by name.
+        """Appends numbers by name, of the part 'train' or 'calibration'.
 
         Raises:
-            WriteError: it cannot be written, on a full disk for example.
+            WriteError: they cannot be written, on a full disk for example.
         """
         entry = {"step": step, "part": part, "seconds": round(self.seconds, 3), **values}
         with _named_errors(self._path):
@@ -167,12 +150,7 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):  # the error that there was says more
             self._file.close()
         with contextlib.suppress(OSError):
@@ -186,22 +164,6 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
-
-
-class NoMetricWriter(MetricWriter):
-    """The writer of the processes that write nothing."""
-
-    def __init__(self, workdir: Path, *, start_step: int):
-        """Opens nothing."""
-
-    def write(self, step: int, part: str, values: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def flush(self) -> None:
-        """Does nothing."""
-
-    def __exit__(self, *error: object) -> None:
-        """Does nothing."""
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sync_jax.errors import InputError
+from sync_jax.runtime.console import one_line
 
 BATCH_AXIS = "batch"
 _SMALL = 1024  # elements: an array below that is not worth an exchange
@@ -21,17 +22,13 @@ T = TypeVar("T")
 
 
 def check_devices() -> None:
-    """Makes sure that JAX finds a device, and as many for each process.
-
-    Raises:
-        InputError: it does not; says what it was told to look for, or who has how many.
-    """
+    """Makes sure that JAX finds devices, and as many for each process; InputError otherwise."""
     try:
         owners = [device.process_index for device in jax.devices()]
     except RuntimeError as error:
         platforms = os.environ.get("JAX_PLATFORMS")
         told = f" (JAX_PLATFORMS={platforms})" if platforms else ""
-        reason = " ".join(str(error).split()).removesuffix(".")
+        reason = one_line(error).removesuffix(".")
         raise InputError(
             f"JAX finds no device{told}: {reason}; JAX_PLATFORMS=cpu always works"
         ) from error
@@ -69,34 +66,21 @@ def share(batch_size: int, mesh: Mesh) -> slice:
 
 
 def from_shares(tree: Any, mesh: Mesh) -> Any:
-    """Batches from each process's share of the rows; arrays of one process are left as they are.
+    """Arrays `[batch, ...]` from a tree of each process's rows, `[batch / processes, ...]`.
 
-    Args:
-        tree: of arrays `[batch / processes, ...]`.
-        mesh: the devices.
-
-    Returns:
-        The tree, of arrays `[batch, ...]`.
+    Arrays of one process are left as they are.
     """
-    if mesh.is_multi_process:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree
-        )
-    return tree
+    if not mesh.is_multi_process:
+        return tree
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
 def split_over(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings that leave each device a part of every large array, where an axis can be divided.
+    """Shardings that divide the longest axis of every large array that can be divided evenly.
 
-    For what is only ever used element by element, as an optimiser's state (the first stage of
-    Rajbhandari et al., 2020, "ZeRO").
-
-    Args:
-        mesh: the devices.
-        shapes: tree of arrays or `jax.ShapeDtypeStruct`.
-
-    Returns:
-        A tree of shardings: the longest axis that the number of devices divides, if any.
+    For arrays that are only ever used element by element, such as an optimizer's state (the first
+    stage of Rajbhandari et al., 2020, "ZeRO").
     """
 
     def split(x: Any) -> NamedSharding:
@@ -115,11 +99,10 @@ def shard_batch(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
 
 
 def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
-    """Makes a compiled function wait for its result, where two under way could block each other.
+    """Makes a compiled function wait for its result on several simulated devices of one CPU.
 
-    That is so on several simulated devices of one CPU: their collectives hold threads of one small
-    pool, two computations can each hold those that the other waits for, and XLA then ends the
-    process after 40 seconds. Elsewhere the function is returned as it is.
+    Their collectives hold threads of one small pool: two computations can each hold those that the
+    other waits for, and XLA then ends the process after 40 seconds.
     """
     if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
         return function
@@ -129,8 +112,7 @@ def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 def connect(mesh: Mesh) -> None:
     """Connects the devices of all processes; to be called where all arrive at once.
 
-    The first computation of all devices does so anyway, but Gloo then waits 30 seconds for the
-    last process, and one may have compiled that computation much faster than another.
+    The first computation does so too, but waits only 30 seconds for a process that compiles longer.
     """
     if mesh.is_multi_process:
         ones = from_shares(np.ones(len(mesh.local_devices), np.float32), mesh)
@@ -141,26 +123,19 @@ def connect(mesh: Mesh) -> None:
 def check_divisible(field: str, batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
     """Refuses a batch that cannot be split evenly.
 
-    Args:
-        field: that the batch size is from.
-        batch_size: of all devices together.
-        mesh: the devices.
-        microbatches: into which gradient accumulation divides each device's part.
-
     Raises:
-        InputError: `batch_size` is no multiple of the number of devices and microbatches.
+        InputError: `batch_size`, named by `field`, is no multiple of devices times microbatches.
     """
-    devices = mesh.size
-    parts = devices * microbatches
-    if batch_size % parts:
-        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-        choices = f"{below} or {above}" if below else str(above)
-        over = f"{devices} devices"
-        divisor = str(devices)
-        if microbatches > 1:
-            over += f" with {microbatches} microbatches each"
-            divisor = f"({devices} * {microbatches})"
-        raise InputError(
-            f"{field}={batch_size} cannot be split over {over}: "
-            f"{batch_size} / {divisor} = {batch_size / parts:.2f}; use {choices}"
-        )
+    devices, parts = mesh.size, mesh.size * microbatches
+    if batch_size % parts == 0:
+        return
+    below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
+    choices = f"{below} or {above}" if below else str(above)
+    over, divisor = f"{devices} devices", str(devices)
+    if microbatches > 1:
+        over += f" with {microbatches} microbatches each"
+        divisor = f"({devices} * {microbatches})"
+    raise InputError(
+        f"{field}={batch_size} cannot be split over {over}: "
+        f"{batch_size} / {divisor} = {batch_size / parts:.2f}; use {choices}"
+    )

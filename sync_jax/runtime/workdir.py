@@ -71,18 +71,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
-    """Refuses to go on with another experiment.
-
-    Args:
-        config: this one's.
-        saved: that of the run in `workdir`.
-        workdir: the folder.
-
-    Raises:
-        InputError: naming the fields that differ.
-    """
-    differing = describe_differences(config, saved)
-    if differing:
+    """Refuses to go on with another experiment's folder: InputError names fields that differ."""
+    if differing := describe_differences(config, saved):
         raise InputError(
             f"--workdir={workdir} holds another experiment: {'; '.join(differing)}; name "
             "another --workdir, or the same values"
@@ -107,11 +97,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def owned(workdir: Path, processes: Processes) -> Iterator[None]:
-    """Holds the folder's lock; the first process does, for all.
-
-    Args:
-        workdir: made when needed.
-        processes: of the run.
+    """Holds the lock of the folder, which is made when needed; the first process does, for all.
 
     Raises:
         InputError: another run holds the lock, or the folder cannot be written.
