@@ -3,8 +3,8 @@ import json
 import pytest
 
 from sync_jax import sweep
+from sync_jax.errors import NonFiniteError
 from sync_jax.evaluation.report import read_report
-from sync_jax.train import NonFiniteError
 from tests import tiny
 
 VARY = ["method=ce,sync", "target_coverage=0.7,0.8", "seed=0,1"]
