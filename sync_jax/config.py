@@ -153,11 +153,7 @@ def default_config() -> ConfigDict:
 
 
 def find_method(name: str) -> Method:
-    """The method of a config's `method`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The method of a config's `method`."""
     return find(name, METHODS, Method, "config.method")
 
 
@@ -202,11 +198,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_path(name: str, value: str) -> None:
-    """Refuses what can be no path on a file system.
-
-    Raises:
-        InputError: the address of a bucket, or a null character.
-    """
+    """Raises InputError for the address of a bucket, and for a null character."""
     if "\0" in value:
         raise InputError(f"{name}={value!r} can be no path")
     if "://" in value:
@@ -223,11 +215,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def read_config(saved: Path) -> dict[str, Any]:
-    """A config as nested dicts, from a file that holds what `to_json` makes.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """A config as nested dicts, from a file that `to_json` wrote."""
     try:
         config = json.loads(saved.read_text())
         if not isinstance(config, dict):
@@ -248,11 +236,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fields by path of a saved config, in today's terms.
-
-    Args:
-        saved: as nested dicts; of this version or 0.1.
-    """
+    """Fields by path of a saved config, of this version or 0.1, in today's terms."""
     fields = dict(flatten(saved))
     if "train.steps_per_dispatch" not in fields:
         return fields
@@ -273,12 +257,7 @@ def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
-    """Fields in which a config and a saved one are different experiments, one phrase each.
-
-    Args:
-        config: this one.
-        saved: the other, as nested dicts.
-    """
+    """Fields in which a config and a saved one are different experiments, one phrase each."""
     theirs, ours = upgraded(saved), dict(flatten(json.loads(to_json(config))))
     return [
         f"config.{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
@@ -288,27 +267,10 @@ def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]
 
 
 def unknown_field(field: str, known: dict[str, Option] | None = None) -> str:
-    """One line on a path that names no field, such as 'train.epoch'.
-
-    Args:
-        field: the path.
-        known: the fields that there are; None: the default config's.
-    """
+    """One line on a path such as 'train.epoch' that is none of the known fields."""
     known = FIELDS if known is None else known
-    section, _, _ = field.rpartition(".")
-    while section and not any(name.startswith(f"{section}.") for name in known):
-        if section in known:
-            return f"config.{field}: config.{section} is a value and has no fields"
-        field = section
-        section, _, _ = section.rpartition(".")
-    prefix = f"{section}." if section else ""
-    name = field.removeprefix(prefix)
-    names = [x.removeprefix(prefix).partition(".")[0] for x in known if x.startswith(prefix)]
-    if name in names:
-        inner = [x.removeprefix(f"{field}.") for x in known if x.startswith(f"{field}.")]
-        return f"config.{field} is no value; choose from its fields {', '.join(sorted(inner))}"
-    where = f"config.{section}" if section else "config"
-    return (
-        f"config.{field}: {where} has no field {name!r}{suggestion(name, names)}; choose from "
-        f"{', '.join(sorted(set(names)))}"
+    section = field.partition(".")[0]
+    near = [x for x in known if x.startswith(f"{section}.")] or sorted(
+        {x.partition(".")[0] for x in known}
     )
+    return f"config.{field} is no field{suggestion(field, known)}; choose from {', '.join(near)}"

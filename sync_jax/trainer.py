@@ -51,13 +51,7 @@ def resolve(config: ConfigDict) -> list[str]:
     """
     validate(config)
     parse_steps(config.profile.steps)
-    left_out = complete(config.model)
-    if config.model.pretrained and not find_backbone(config.model.name).has_weights:
-        raise InputError(
-            f"config.model.pretrained={config.model.pretrained!r}: torchvision has no weights for "
-            f"{config.model.name}"
-        )
-    return left_out
+    return complete(config.model)
 
 
 def check_dataset(config: ConfigDict, info: DatasetInfo) -> None:
@@ -214,13 +208,9 @@ class Trainer:
 
     def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
         """Yields what each step after `start` takes; see `data.feed`."""
+        total = self.total_steps
         return training_feed(
-            part,
-            self.config,
-            self.placement,
-            self.mesh,
-            start=start,
-            total_steps=self.total_steps,
+            part, self.config, self.placement, self.mesh, start=start, total_steps=total
         )
 
     def steps_of(self, epochs: float) -> int:

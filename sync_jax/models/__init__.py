@@ -53,6 +53,11 @@ def complete(section: ConfigDict) -> list[str]:
         if name not in section:
             section[name] = option.default
         option.check(f"config.model.{name}", section[name])
+    if section.pretrained and not find_backbone(section.name).has_weights:
+        raise InputError(
+            f"config.model.pretrained={section.pretrained!r}: torchvision has no weights for "
+            f"{section.name}"
+        )
     return left_out
 
 

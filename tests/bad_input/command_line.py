@@ -32,10 +32,10 @@ CASES = {
     ),
     "unknown field": Bad(
         [QUICKSTART, "--config.train.epocs=3"],
-        "config.train has no field 'epocs' .did you mean 'epochs'..; choose from batch_size",
+        "config.train.epocs is no field .did you mean 'train.epochs'..; choose from train.epochs",
     ),
-    "unknown section": Bad([QUICKSTART, "--config.trian.epochs=3"], "did you mean 'train'"),
-    "field of a value": Bad([QUICKSTART, "--config.method.x=3"], "config.method is a value"),
+    "unknown section": Bad([QUICKSTART, "--config.trian.epochs=3"], "did you mean 'train.epochs'"),
+    "field of a value": Bad([QUICKSTART, "--config.method.x=3"], "config.method.x is no field"),
     "value for a section": Bad([QUICKSTART, "--config.train=3"], "config.train=3"),
     "no number": Bad([QUICKSTART, "--config.train.epochs=many"], "config.train.epochs=many"),
     "no integer": Bad([QUICKSTART, "--config.train.batch_size=1.5"], "config.train.batch_size=1.5"),
@@ -156,7 +156,7 @@ CASES = {
     "an end of its own": Bad(message="mine.py.*SystemExit: 0", **file("raise SystemExit(0)\n")),
     "no text": Bad(message="mine.py cannot be used: .*null bytes", **file("x = 1\0")),
     "misspelt field": Bad(
-        message="config.loss has no field 'alhpa' .did you mean 'alpha'",
+        message="config.loss.alhpa is no field .did you mean 'loss.alpha'",
         **changed("c.loss.alhpa = 1.0"),
     ),
     "wrong type": Bad(message="mine.py.*'seed'.*one", **changed("c.seed = 'one'")),

@@ -61,7 +61,7 @@ def test_a_method_and_its_score_train_report_and_compare(data_dir, tmp_path, cap
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("--config.loss.strength=2", "config.loss.strength=2.0 must be a finite number in [0, 1]"),
-    ("--config.loss.celing=2", "config.loss has no field 'celing' (did you mean 'ceiling'?)"),
+    ("--config.loss.celing=2", "config.loss.celing is no field (did you mean 'loss.ceiling'?)"),
 ])  # fmt: skip
 def test_its_hyperparameters_are_checked(argument, message, data_dir, tmp_path, capsys):
     assert run(*options(data_dir), *METHOD, argument, f"--workdir={tmp_path / 'run'}") == 2
