@@ -18,30 +18,13 @@ out for calibration is ours.
 
 from ml_collections import ConfigDict
 
-from sync_jax.config import default_config
+from sync_jax.configs import stanford_cars
 
 
 def get_config() -> ConfigDict:
-    """SGD at 0.1, halved every 25 of 500 epochs, without Nesterov or warm-up; augments as Cars."""
-    config = default_config()
+    """As configs/stanford_cars.py, for 500 epochs."""
+    config = stanford_cars.get_config()
     config.data.name = "food101"
-    config.data.calibration_size = 0  # a tenth
-    config.data.image_size = 224
-    config.data.short_side = 256
-    config.data.crop_padding = 0
-    config.data.min_crop_area = 0.08
-    config.data.rotation = 35.0
-    config.data.sharpen = 0.5
-    config.data.grey = 0.5
-    config.data.perspective = 0.5
-    config.data.posterise = 0.5
-    config.model.name = "resnet34"
-    config.model.stem = "imagenet"
-    config.optimizer.nesterov = False
-    config.optimizer.schedule = "step"
-    config.optimizer.warmup_epochs = 0.0
     config.train.epochs = 500.0
-    config.log.calibration_every_epochs = 5.0
     config.checkpoint.every_epochs = 5.0
-    config.evaluation.batch_size = 256
     return config

@@ -16,20 +16,14 @@ nearest pixel. The 6,000 calibration images, held out of the 73,257 for training
 from ml_collections import ConfigDict
 
 from sync_jax.config import default_config
+from sync_jax.configs import cifar10
 
 
 def get_config() -> ConfigDict:
-    """SGD at 0.1, halved every 25 of 300 epochs, without Nesterov or warm-up."""
-    config = default_config()
+    """As configs/cifar10.py, but for the calibration split and the augmentation."""
+    config = cifar10.get_config()
     config.data.name = "svhn"
+    config.data.calibration_size = default_config().data.calibration_size
     config.data.flip = False  # digits
     config.data.rotation = 15.0
-    config.data.crop_padding = 4
-    config.model.name = "vgg16_bn"
-    config.optimizer.nesterov = False
-    config.optimizer.schedule = "step"
-    config.optimizer.warmup_epochs = 0.0
-    config.train.epochs = 300.0
-    config.log.calibration_every_epochs = 5.0
-    config.checkpoint.every_epochs = 10.0
     return config
