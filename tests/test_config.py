@@ -1,5 +1,7 @@
+import builtins
 import json
 import math
+import os
 import runpy
 from pathlib import Path
 
@@ -158,6 +160,18 @@ def test_the_configs_are_valid(path):
     validate(config)
     assert complete(config.model) == []
     assert runpy.run_path(str(path))["__doc__"]
+
+
+def test_validation_touches_no_disk(monkeypatch):
+    def touched(*arguments, **options):
+        raise AssertionError(f"the disk is touched: {arguments}")
+
+    config = default_config()
+    config.data.name, config.data.folder = "image_folder", "pictures"
+    config.model.pretrained, config.data.source = "w.pth", "files"
+    for module, name in [(builtins, "open"), *((os, x) for x in ("stat", "scandir", "listdir"))]:
+        monkeypatch.setattr(module, name, touched)
+    validate(config)
 
 
 def test_every_field_is_checked():
