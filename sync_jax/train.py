@@ -83,8 +83,8 @@ def prepared(
 ) -> Iterator[Job]:
     """Loads the data, builds the trainer, and holds the run's folder meanwhile."""
     mesh = sharding.make_mesh()
-    if (published := dataset.info()) is not None:  # known before anything is prepared
-        check_dataset(config, published)
+    # What is known of the data is checked before anything is prepared, and again afterwards.
+    processes.together("checking the config", lambda: check_dataset(config, dataset.info()))
     placement, train_part, calibration_part = load_data(config, dataset, mesh, workdir, processes)
     info = known_info(dataset)
     check_dataset(config, info)

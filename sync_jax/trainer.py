@@ -54,12 +54,14 @@ def resolve(config: ConfigDict) -> list[str]:
     return complete(config.model)
 
 
-def check_dataset(config: ConfigDict, info: DatasetInfo) -> None:
-    """Checks that method, backbone and dataset go together.
+def check_dataset(config: ConfigDict, info: DatasetInfo | None) -> None:
+    """Checks that method, backbone and dataset, as far as it is known, go together.
 
     Raises:
         InputError: they do not; says what would.
     """
+    if info is None:
+        return
     if find_backbone(config.model.name).images_only and len(info.image_shape) < 3:
         raise InputError(
             f"config.model.name={config.model.name!r} takes images, and the data are feature "
