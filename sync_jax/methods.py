@@ -134,8 +134,6 @@ def _mc_dropout(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
 def _selectivenet(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """SelectiveNet (Geifman & El-Yaniv, 2019): `losses.selectivenet_loss`.
 
-    alpha * (sum(g l) / sum(g) + coverage_weight * max(0, c - mean(g))^2) + (1 - alpha) * mean(h)
-
     The paper's risk; its code divides by the batch size instead of by the coverage. The selection
     head is its code's, but for a bias that starts at the target (`models.heads.SelectionHead`).
     """
@@ -151,9 +149,8 @@ def _selectivenet(outputs: Outputs, labels: Array, mask: Array, config: ConfigDi
 def _sync(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """SelectiveNet with the softmax response as a selective prior: `losses.sync_loss`.
 
-    SelectiveNet's objective with g * p^prior_weight for g, plus sync_weight * mean(D(g, p)), where
-    p = stop_gradient(SR)^prior_power and D is bce or mse. A family of readings of the abstract of
-    arXiv 2602.11316, whose equation and code are not public.
+    A family of readings of the abstract of arXiv 2602.11316, whose equation and code are not
+    public.
     """
     return losses.sync_loss(
         *_three_heads(outputs),
@@ -171,8 +168,6 @@ def _three_heads(outputs: Outputs) -> tuple[Array, Array, Array]:
 def _deep_gamblers(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """Deep Gamblers (Liu et al., 2019): `losses.deep_gamblers_loss`.
 
-    mean(-log(p_y + p_abstain / payoff)), after a warm-up with the cross-entropy of the class logits
-
     In log space, where their code takes the logarithm of a sum of probabilities. The warm-up is
     theirs for a payoff such as 2.2, 100 of 300 epochs; without one the network abstains before it
     has learnt all classes (seen: half of Fashion-MNIST's stay unknown).
@@ -186,9 +181,6 @@ def _deep_gamblers(outputs: Outputs, labels: Array, mask: Array, config: ConfigD
 
 def _self_adaptive(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """Self-adaptive training (Huang et al., 2020): `losses.self_adaptive_loss`.
-
-    mean(-t log p_y - (1 - t) log p_abstain), where at every visit of an example its target t, at
-    first 1, becomes target_momentum * t + (1 - target_momentum) * softmax(class logits)_y
 
     Their code keeps a target per class; the loss reads the label's only, and ours keeps that one.
     Theirs warms up for 0 to 150 epochs, by repository; ours for none unless told to.
@@ -227,10 +219,7 @@ def _update_target_table(
 def _ccl_sc(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """CCL-SC (Wu et al., 2024): cross-entropy and `losses.contrastive_loss`.
 
-    mean(l) + contrast_weight * mean(SR * InfoNCE), where features meet the keys that a momentum
-    encoder made of earlier batches: attracted by right predictions of their label, repelled by
-    examples wrongly predicted as it
-
+    Features meet the keys that a momentum encoder made of earlier batches.
     Their code, once its queues are full, returns before it enqueues, so that they stand still,
     and moves the encoder once an epoch; ours move at every step, as in MoCo (He et al., 2020),
     where they come from. It waits for full queues; we use the places that are filled, for a short
@@ -324,7 +313,8 @@ _SELECTIVE = {
     "coverage_weight": Option(32.0, "[0, inf)", "weight of the coverage penalty (lambda)"),
     "alpha": Option(0.5, "[0, 1]", "share of the selective part; the rest is the auxiliary head's"),
 }
-# Each objective's docstring gives its equation, its source and where ours differs, and why.
+# Each objective's docstring gives its source and where ours differs, and why; losses.py has the
+# equations.
 METHODS: dict[str, Method] = {
     "ce": Method(heads=(), objective=_ce, score="softmax_response"),
     "mc_dropout": Method(
