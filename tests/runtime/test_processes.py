@@ -32,10 +32,10 @@ def meet(seconds=60.0):
 
 def start(script: str, indices: range, port: int, *more: object, count: int = 2, **options):
     """Starts some of `count` processes, each with its index, the port and the count."""
-    arguments = [[str(x) for x in (i, port, count, *more)] for i in indices]
+    program = [sys.executable, "-c", MEETING + script]
     return [
-        processes.start([[sys.executable, "-c", MEETING + script, *words]], **options)[0]
-        for words in arguments
+        processes.start([[*program, *map(str, (i, port, count, *more))]], **options)[0]
+        for i in indices
     ]
 
 
