@@ -24,23 +24,13 @@ def free_port() -> int:
 def start(
     commands: list[list[str]], *, devices: int = 1, stdin: int | None = None, **environment: str
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of one job; stdout and stderr of each are one pipe.
-
-    Args:
-        commands: one for each process; what tells them of each other is added.
-        devices: of each.
-        stdin: as Popen's.
-        environment: more variables.
-    """
+    """Starts a job, each process with so many devices; stdout and stderr of each are one pipe."""
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     variables |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
     options: list[list[str]] = [[]]
     if len(commands) > 1:
-        port = free_port()
-        options = [
-            [f"--coordinator=localhost:{port}", f"--processes={len(commands)}", f"--process={i}"]
-            for i in range(len(commands))
-        ]
+        job = (f"--coordinator=localhost:{free_port()}", f"--processes={len(commands)}")
+        options = [[*job, f"--process={i}"] for i in range(len(commands))]
     return [
         subprocess.Popen(
             [*command, *more],

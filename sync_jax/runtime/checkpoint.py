@@ -26,6 +26,10 @@ T = TypeVar("T")
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score
 _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 _DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
+_PASSING = (
+    *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
+    *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
+)
 
 
 class Restored(NamedTuple):
@@ -90,8 +94,8 @@ class Checkpoints:
         Args:
             state: a tree of arrays, which may be donated once this returns.
             step: steps done; nothing is written if that is saved already.
-            notes: of JSON's types, to be found with it.
-            score: the higher, the better, for `keep_best`; without one it is the worst.
+            notes: of JSON's types.
+            score: for `keep_best`, higher is better; None is the worst.
 
         Raises:
             WriteError: this or the earlier one cannot be written; those before are intact.
@@ -153,9 +157,8 @@ class Checkpoints:
             names = [path.name for path in self._folder.iterdir() if path.is_dir()]
         except OSError as error:
             raise FailedError(f"{self._folder} cannot be read: {error.strerror}") from error
-        return sorted(
-            (int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True
-        )
+        steps = [int(name) for name in names if name.isascii() and name.isdecimal()]
+        return sorted(steps, reverse=True)
 
     def _attempt(self, like: Any, step: int) -> Restored | str:
         """Reads a checkpoint, or says why it cannot be used; on all processes alike."""
@@ -169,24 +172,20 @@ class Checkpoints:
 
     def _on_all(self, step: int, what: str, function: Callable[[], T]) -> T | str:
         """Calls a function on every process; the reason instead, if it fails on any."""
-        what, reason = f"{what} checkpoint {step}", None
-
-        def tried() -> T | None:
-            nonlocal reason
-            try:
-                return function()
-            except Exception as error:  # Orbax and TensorStore raise what they like
-                if _is_passing(error):
-                    raise FailedError(
-                        f"{self._folder / str(step)} cannot be read now: {one_line(error)}; the "
-                        "same command tries again"
-                    ) from error
-                reason = one_line(error)
-                return None
-
-        result = self._processes.together(what, tried)
-        reasons = [reason for reason in self._processes.share(what, reason) if reason]
-        return reasons[0] if reasons else result  # type: ignore[return-value]
+        result, reason = None, None
+        try:
+            result = function()
+        except Exception as error:  # Orbax and TensorStore raise what they like
+            reason = [_is_passing(error), one_line(error)]
+        reasons = filter(None, self._processes.share(f"{what} checkpoint {step}", reason))
+        for passing, text in sorted(reasons, reverse=True):  # those that pass first
+            if passing:
+                raise FailedError(
+                    f"{self._folder / str(step)} cannot be read now: {text}; the same command "
+                    "tries again"
+                )
+            return text
+        return result  # type: ignore[return-value]
 
     def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
         """Reads this process's parts of the state, without waiting for another, and the notes."""
@@ -301,12 +300,10 @@ def fingerprints(state: Any) -> dict[str, list[int]]:
 
     Sums of integers, so that neither the number of devices nor the sharding matters.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     # One after the other: of arrays that are divided between devices each is a collective.
-    values = [jax.device_get(_fingerprint(leaf)) for _, leaf in leaves]
     return {
-        jax.tree_util.keystr(path): value.tolist()
-        for (path, _), value in zip(leaves, values, strict=True)
+        jax.tree_util.keystr(path): jax.device_get(_fingerprint(leaf)).tolist()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
     }
 
 
@@ -338,12 +335,8 @@ def _compare(state: Any, about: dict[str, Any]) -> None:
 
 def _is_passing(error: Exception) -> bool:
     """True for errors of the system, which say nothing about the files themselves."""
-    passing = (
-        *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
-        *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
-    )
     if isinstance(error, OSError):
-        return error.errno in passing
+        return error.errno in _PASSING
     # TensorStore raises ValueError, with the system's words in it.
-    texts = ("RESOURCE_EXHAUSTED", *map(os.strerror, passing))
+    texts = ("RESOURCE_EXHAUSTED", *map(os.strerror, _PASSING))
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -21,9 +21,8 @@ def use(folder: str) -> str | None:
     checked. Of several processes none keeps anything: on GPUs they measure kernels together while
     they compile, and a process that found its program would leave the others waiting.
 
-    Args:
-        folder: made when needed; '' keeps nothing. A program of one kind of processor is not
-            offered to another.
+    The folder is made when needed; '' keeps nothing. Programs of one kind of processor are not
+    offered to another.
 
     Returns:
         One line on why nothing is kept though a folder is named; None where all is well.

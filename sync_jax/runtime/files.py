@@ -18,11 +18,7 @@ class LockedError(Exception):
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file beside its place, makes sure that it is on the disk, and puts it there.
-
-    Args:
-        path: in a folder that exists; a file there is replaced.
-        write: writes the content.
+    """Writes a file beside its place, makes sure that it is on the disk, and moves it there.
 
     Raises:
         OSError: the file cannot be written; the file that was there is unchanged.
@@ -45,12 +41,6 @@ def flush(path: Path) -> None:
     """Makes sure that a file, or the names in a folder, are on the disk and survive a power cut.
 
     Does nothing on file systems that cannot do that, such as mounted buckets.
-
-    Args:
-        path: a file or folder that exists.
-
-    Raises:
-        OSError: the file cannot be written to the disk, because it is full for example.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -145,10 +145,7 @@ def _give_up(text: str, status: int) -> NoReturn:
 
 
 def outlast_others() -> None:
-    """Lets processes that end at the same SIGTERM do so before process 0, where they meet.
-
-    As soon as process 0 is gone, JAX aborts the others. So they announce their end to it.
-    """
+    """Lets the other processes end at the same SIGTERM before process 0: JAX aborts them then."""
     client: Any = global_state.client
     if client is None:
         return

@@ -18,10 +18,9 @@ from sync_jax.errors import InputError
 from sync_jax.runtime.console import one_line
 
 # JAX's names of the stages from a Python function to a program; they nest.
-_STAGES = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
+_STAGES = tuple(
+    f"/jax/core/compile/{stage}_duration"
+    for stage in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
 PHASES = ("training", "data", "compiling", "evaluating", "saving")
 _MOST = 1000  # steps of a trace: more make a file that is too large to be opened
@@ -199,11 +198,7 @@ def peak_device_bytes() -> int | None:
 
 
 def parse_steps(text: str) -> range:
-    """Reads '100-110', or '100' alone, as steps counted from 1; '' as none.
-
-    Raises:
-        InputError: the text is something else.
-    """
+    """Reads '100-110', or '100', as steps counted from 1, and '' as none; InputError otherwise."""
     if not text:
         return range(0)
     found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)

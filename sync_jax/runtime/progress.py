@@ -26,14 +26,7 @@ class Progress:
     """A progress bar on a terminal, plain lines elsewhere. A context manager."""
 
     def __init__(self, *, total_steps: int, start_step: int, batch_size: int, shown: bool = True):
-        """Prepares the display; nothing is shown before it is entered.
-
-        Args:
-            total_steps: of the run.
-            start_step: steps done.
-            batch_size: examples of a step, for the rate.
-            shown: True for one of several processes.
-        """
+        """Prepares the display of one process; the others have `shown` False."""
         self._shown, self._total, self._batch_size = shown, total_steps, batch_size
         self._first: tuple[int, float] | None = None  # step and time after the compilation
         console = rich.console.Console()
@@ -94,12 +87,7 @@ class MetricWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard's event file. A context manager."""
 
     def __init__(self, workdir: Path, *, start_step: int):
-        """Opens both, and drops the entries that an interrupted run wrote after its checkpoint.
-
-        Args:
-            workdir: exists.
-            start_step: steps done; later entries are dropped, for these steps are done again.
-        """
+        """Opens both, and drops entries after `start_step`: these steps are done again."""
         path = self._path = workdir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
         text = "".join(json.dumps(entry) + "\n" for entry in kept)

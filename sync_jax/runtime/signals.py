@@ -15,11 +15,8 @@ from types import FrameType
 def ending_at_sigterm(before: Callable[[], None] | None = None) -> Iterator[None]:
     """Ends the process at SIGTERM, with status 75, where nothing has to be saved.
 
-    Exits immediately: an exception raised during garbage collection would be swallowed. Inside,
-    `terminated` takes precedence.
-
-    Args:
-        before: called first.
+    Exits immediately, after calling `before`: an exception raised during garbage collection would
+    be swallowed. Inside, `terminated` takes precedence.
     """
 
     def end() -> None:
@@ -37,12 +34,9 @@ def ending_at_sigterm(before: Callable[[], None] | None = None) -> Iterator[None
 
 @contextlib.contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
-    """Notes SIGTERM instead of dying of it; a second one kills.
+    """Notes SIGTERM, of which the function that it yields tells; a second one kills.
 
     A signal that was noted and led to nothing is sent again at the end.
-
-    Yields:
-        A function that returns True once a signal has come.
     """
     asked = threading.Event()
     with _on_sigterm(asked.set):
@@ -72,14 +66,7 @@ def _on_sigterm(do: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Prints the stacks of all threads to stderr whenever nothing has happened for too long.
-
-    Args:
-        seconds: how long is too long; 0: never.
-
-    Yields:
-        A function to be called whenever something has happened.
-    """
+    """Prints all stacks to stderr when the yielded function is not called for so long; 0: never."""
     last = time.monotonic()
     over = threading.Event()
 
@@ -90,15 +77,12 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
     def watch() -> None:
         warned_at = last
         while not over.wait(seconds / 10):
-            since = time.monotonic() - max(last, warned_at)
-            if since > seconds:
+            if time.monotonic() - max(last, warned_at) > seconds:
                 warned_at = time.monotonic()
-                print(
-                    f"sync_jax: no step has finished for {warned_at - last:.0f} s; what each "
-                    "thread is doing:",
-                    file=sys.stderr,
-                    flush=True,
+                text = (
+                    f"no step has finished for {warned_at - last:.0f} s; what each thread is doing:"
                 )
+                print(f"sync_jax: {text}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(2, all_threads=True)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)

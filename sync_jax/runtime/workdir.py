@@ -43,11 +43,7 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Refuses a folder that cannot be the run's, or is another run's.
-
-    Raises:
-        InputError: naming the fields that differ.
-    """
+    """Refuses a folder that cannot be the run's: InputError, naming the fields that differ."""
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
         path, report = workdir / "config.json", workdir / "report.json"
@@ -83,8 +79,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
     """Makes the folder and saves the resolved config in it.
 
     Raises:
-        InputError: that is not allowed there.
-        WriteError: it fails, on a full disk for example.
+        InputError, WriteError: that is not allowed there, or fails on a full disk for example.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)

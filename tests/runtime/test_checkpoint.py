@@ -20,7 +20,6 @@ from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 from sync_jax.errors import InputError, WriteError
 from sync_jax.runtime import checkpoint, sharding
 from sync_jax.runtime.checkpoint import Checkpoints
-from sync_jax.steps import TrainState
 
 fingerprints = checkpoint.fingerprints
 
@@ -29,31 +28,40 @@ fingerprints = checkpoint.fingerprints
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def state(value: float) -> TrainState:
+def state(value: float) -> dict[str, object]:
     def tree() -> dict[str, jax.Array]:
         return {"kernel": jnp.full((3, 2), value), "bias": jnp.arange(2.0) * value}
 
-    return TrainState(
-        step=jnp.int32(value),
-        params=tree(),
-        batch_stats={},
-        opt_state=(tree(), jnp.int32(7)),
-        memory=jnp.full(5, value),
-    )
+    return {
+        "step": jnp.int32(value),
+        "params": tree(),
+        "opt_state": (tree(), jnp.int32(7)),
+        "memory": jnp.full(5, value),
+    }
 
 
 def test_restores_the_latest_bit_for_bit_and_keeps_so_many(tmp_path):
+    """Also where the state is donated and the notes change while they are written."""
+    notes = {"config": {"a": [1, 2.5, "x", None, True]}, "unlogged": [[3, {"loss": 0.1 + 0.2}]]}
+    given = copy.deepcopy(notes)
+    change = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest_step() is None
+        assert checkpoints.restore(state(0.0)) is None
         for step in (1, 2, 3):
-            checkpoints.save(state(step / 3), step)
-        checkpoints.wait()
+            current = state(step / 3)
+            checkpoints.save(current, step, notes=given)
+            change(current)
+        given["unlogged"].append([4, {"loss": 1.0}])
+    (tmp_path / "c" / "²").mkdir()  # a digit to Python, and no step
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest_step() == 3
-        restored, step, _ = checkpoints.restore(state(0.0))
-        assert step == 3
-        chex.assert_trees_all_equal(restored, state(3 / 3))
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3"}
+        restored = checkpoints.restore(state(0.0))
+        assert (restored.step, restored.notes) == (3, notes)
+        chex.assert_trees_all_equal(restored.state, state(3 / 3))
+        with pytest.raises(InputError, match=rf"no checkpoint can be restored.*{tmp_path}/c/3: "):
+            checkpoints.restore(state(0.0) | {"memory": jnp.ones((5, 5))})  # another network
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3", "²"}
 
 
 def test_a_save_in_progress_is_no_checkpoint_and_what_is_left_of_it_goes(tmp_path):
@@ -95,49 +103,21 @@ def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
     too_late.cancel()
 
 
-def test_saved_state_may_be_donated(tmp_path):
-    change = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        current = state(1.0)
-        checkpoints.save(current, 1)
-        change(current)
-        checkpoints.wait()
-        chex.assert_trees_all_equal(checkpoints.restore(state(0.0)).state, state(1.0))
-
-
-def test_nothing_to_restore(tmp_path):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        (tmp_path / "²").mkdir()  # a digit to Python, and no step
-        assert checkpoints.restore(state(0.0)) is None
-
-
-def test_another_network_is_refused_by_name(tmp_path):
-    other = state(1.0).replace(params={"kernel": jnp.ones((5, 5))})
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(state(1.0), 4)
-        checkpoints.wait()
-        with pytest.raises(InputError, match=rf"no checkpoint can be restored.*{tmp_path}/4: "):
-            checkpoints.restore(other)
-
-
 def spoil(folder, how):
     """Damages every file of a checkpoint that is large enough to hold numbers, or all of it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if how == "emptied folder":
         shutil.rmtree(folder)
         folder.mkdir()
+        return
     for path in files:
-        if how == "emptied":
-            path.write_bytes(b"")
-        elif how == "truncated":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        elif how == "numbers flipped" and "/d/" in str(path):
-            data = bytearray(path.read_bytes())
-            for i in range(len(data)):
-                data[i] ^= 1
-            path.write_bytes(bytes(data))
-        elif how == "a part is missing" and "/d/" in str(path):
+        data = path.read_bytes()
+        if how in ("emptied", "truncated"):
+            path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
+        elif "/d/" in str(path):
             path.unlink()
+            if how == "numbers flipped":
+                path.write_bytes(bytes(x ^ 1 for x in data))
 
 
 DAMAGES = ("emptied folder", "emptied", "truncated", "numbers flipped", "a part is missing")
@@ -266,24 +246,9 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "8", "9", "10"}
 
 
-def test_notes_come_back_as_they_were(tmp_path):
-    notes = {"config": {"a": [1, 2.5, "x", None, True]}, "unlogged": [[3, {"loss": 0.1 + 0.2}]]}
-    given = copy.deepcopy(notes)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(state(1.0), 1, notes=given)
-        given["unlogged"].append([4, {"loss": 1.0}])  # while it is written in the background
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        assert checkpoints.restore(state(0.0)).notes == notes
-
-
-def save_and_wait(checkpoints, state, step):
-    checkpoints.save(state, step)
-    checkpoints.wait()
-
-
 def test_a_write_that_fails_is_one_line_and_the_earlier_checkpoint_stays(tmp_path):
     """The system refuses files of more than so many bytes, as a full disk does."""
-    big = state(1.0).replace(memory=jnp.asarray(np.random.default_rng(0).normal(size=200_000)))
+    big = state(1.0) | {"memory": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(big, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -291,8 +256,9 @@ def test_a_write_that_fails_is_one_line_and_the_earlier_checkpoint_stays(tmp_pat
     try:
         checkpoints = Checkpoints(tmp_path, keep=3)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(WriteError, match=rf"^{tmp_path} cannot be written: ") as caught:
-            save_and_wait(checkpoints, big, 2)
+        with pytest.raises(WriteError, match=rf"^{tmp_path} cannot be written: ") as caught:  # noqa: PT012
+            checkpoints.save(big, 2)
+            checkpoints.wait()
         assert "\n" not in str(caught.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
