@@ -33,42 +33,28 @@ _SEED = "[0, 2147483647]"
 _COUNT, _SIZE = "[1, inf)", "[0, inf)"
 
 FIELDS: dict[str, Option] = {
-    "method": Option("sync", "", "a name in methods.METHODS, or yours as package.module:NAME"),
-    "seed": Option(0, _SEED, "of the initialisation, the order of examples, the augmentation"),
-    "target_coverage": Option(
-        0.8, "(0, 1]", "that SelectiveNet and SYNC train for; the report's operating point"
-    ),
+    "method": Option("sync", "", "a name in methods.METHODS, or package.module:NAME"),
+    "seed": Option(0, _SEED, "of initialisation, order of examples and augmentation"),
+    "target_coverage": Option(0.8, "(0, 1]", "that training aims at; the operating point"),
     "data.name": Option("fashion_mnist", "", "a name in data.registry, or tfds:NAME"),
     "data.data_dir": Option(os.path.join("~", ".cache", "sync_jax"), "", "prepared datasets"),
     "data.source": Option("", "", "folder with the published files; empty: look for them"),
     "data.folder": Option("", "", "image_folder: the pictures, as folder/class/picture"),
-    # Of pictures (imagenet100, stanford_cars, food101, image_folder, tfds:NAME), in pixels.
-    "data.image_size": Option(64, "[8, 1024]", "side of the network's input, for pictures"),
-    "data.short_side": Option(
-        0, "[0, 1024]", "short side that pictures are resized to; 0: stored_size"
-    ),
-    "data.stored_size": Option(
-        0,
-        "[0, 1024]",
-        "square from the middle of that, kept in device memory; 0: short_side or image_size",
-    ),
-    "data.placement": Option(
-        "auto",
-        ("auto", "device", "disk", "host"),
-        "training images in device memory, as squares on the disk, or decoded for each batch on "
-        "the host; auto: the first of these that has room",
-    ),
+    # Of encoded pictures, in pixels. Training crops squares that are stored; evaluation takes the
+    # middle of them.
+    "data.image_size": Option(64, "[8, 1024]", "side of the network's input"),
+    "data.short_side": Option(0, "[0, 1024]", "pictures are resized to; 0: stored_size"),
+    "data.stored_size": Option(0, "[0, 1024]", "square kept; 0: short_side or image_size"),
+    # Training images in device memory, as squares on the disk, or decoded for each batch on the
+    # host; auto: the first of these that has room.
+    "data.placement": Option("auto", ("auto", "device", "disk", "host")),
     "data.workers": Option(0, "[0, 256]", "host: processes that decode; 0: threads of this one"),
-    "data.calibration_size": Option(
-        6000, _SIZE, "examples held out of the training split; 0: a tenth"
-    ),
+    "data.calibration_size": Option(6000, _SIZE, "held out of the training split; 0: a tenth"),
     "data.split_seed": Option(0, _SEED, "of that hold-out, so that runs of all seeds share it"),
     "data.crop_padding": Option(2, "[0, 64]", "pixels of padding before a random crop; 0: none"),
     "data.flip": Option(True, "", "mirror left to right at random"),
     "data.rotation": Option(0.0, "[0, 180]", "degrees, at random either way"),
-    "data.min_crop_area": Option(
-        1.0, "(0, 1]", "random crop of this share of the area or more, resized; 1: none"
-    ),
+    "data.min_crop_area": Option(1.0, "(0, 1]", "least share of a random resized crop; 1: none"),
     "data.jitter": Option(0.0, "[0, 1]", "brightness, contrast, saturation times 1 - x to 1 + x"),
     "data.sharpen": Option(0.0, "[0, 1]", "probability of doubled sharpness"),
     "data.grey": Option(0.0, "[0, 1]", "probability of losing the colours"),
@@ -76,15 +62,9 @@ FIELDS: dict[str, Option] = {
     "data.posterise": Option(0.0, "[0, 1]", "probability of keeping 2 bits a channel"),
     "model.name": Option("cnn", "", "a name in models.BACKBONES, or package.module:NAME"),
     "model.dtype": Option("float32", ("float32", "bfloat16"), "of the network's arithmetic"),
-    "model.pretrained": Option(
-        "", "", "a .safetensors or .pth file with torchvision's names; empty: random weights"
-    ),
-    "loss.entropy_weight": Option(
-        0.0, "[0, inf)", "any method: weight of the probabilities' entropy (+EM; often 0.01)"
-    ),
-    "loss.warmup_epochs": Option(
-        -1.0, "", "first epochs that minimise cross-entropy alone; negative: the method's own"
-    ),
+    "model.pretrained": Option("", "", "a .safetensors or .pth file with torchvision's names"),
+    "loss.entropy_weight": Option(0.0, "[0, inf)", "of the probabilities' entropy (+EM)"),
+    "loss.warmup_epochs": Option(-1.0, "", "of cross-entropy alone; negative: the method's own"),
     "optimizer.learning_rate": Option(0.1, "(0, inf)", "peak"),
     "optimizer.momentum": Option(0.9, "[0, 1]"),
     "optimizer.nesterov": Option(True),
@@ -96,46 +76,29 @@ FIELDS: dict[str, Option] = {
     "optimizer.sharded": Option(False, "", "divide the optimizer's state between the devices"),
     "train.epochs": Option(30.0, "(0, 1e6]", "may be fractional"),
     "train.batch_size": Option(128, _COUNT, "over all devices together"),
-    "train.microbatches": Option(1, _COUNT, "gradient accumulation: parts of each device's share"),
-    "train.on_nonfinite": Option(
-        "stop", ("stop", "skip"), "a step that is not finite: stop the run, or leave it out"
-    ),
-    "train.nonfinite_budget": Option(10, _SIZE, "steps that may be left out"),
+    "train.microbatches": Option(1, _COUNT, "gradient accumulation: parts of a device's share"),
+    "train.on_nonfinite": Option("stop", ("stop", "skip"), "a step that is not finite"),
+    "train.nonfinite_budget": Option(10, _SIZE, "steps that may be skipped"),
     "log.every_steps": Option(50, _COUNT),
-    "log.calibration_every_epochs": Option(
-        1.0, "(0, 1e6]", "accuracy and mean g on the calibration split"
-    ),
+    "log.calibration_every_epochs": Option(1.0, "(0, 1e6]", "metrics of the calibration split"),
     "checkpoint.every_epochs": Option(1.0, "(0, 1e6]"),
     "checkpoint.keep": Option(3, _COUNT, "the latest so many"),
+    # On the calibration split, of the checkpoints that are saved where it is logged.
     "checkpoint.keep_best": Option(1, _SIZE, "and so many with the best value of best_metric"),
-    "checkpoint.best_metric": Option(
-        "aurc",
-        ("aurc", "accuracy", "negative_log_likelihood"),
-        "on the calibration split, of checkpoints that are saved where it is logged",
-    ),
-    "process.wait_seconds": Option(600.0, "(0, inf)", "for the other processes, at each meeting"),
-    "process.watchdog_seconds": Option(
-        600.0, "[0, inf)", "print all stacks when no step has finished for so long; 0: never"
-    ),
-    "process.compilation_cache": Option(
-        os.path.join("~", ".cache", "sync_jax_compiled"),
-        "",
-        "folder for compiled programs, the user's alone; empty: none are kept; "
-        "JAX_COMPILATION_CACHE_DIR takes precedence",
-    ),
+    "checkpoint.best_metric": Option("aurc", ("aurc", "accuracy", "negative_log_likelihood")),
+    "process.wait_seconds": Option(600.0, "(0, inf)", "for the other processes, each time"),
+    "process.watchdog_seconds": Option(600.0, "[0, inf)", "without a step: print all stacks"),
+    # The user's alone; empty: nothing is kept. JAX_COMPILATION_CACHE_DIR takes precedence.
+    "process.compilation_cache": Option(os.path.join("~", ".cache", "sync_jax_compiled")),
     "profile.steps": Option("", "", "steps to write a trace of, such as 100-110; empty: none"),
     "evaluation.batch_size": Option(1000, "[1, 100000]"),
     "evaluation.coverages": Option(COVERAGES, "(0, 100]", "percent", each="percentages"),
     # Each certificate holds with confidence 1 - delta over the draw of the calibration split. The
     # defaults are what some thousands of calibration examples can prove, at the confidence that
     # people are used to from intervals: one calibration split in twenty may mislead.
-    "evaluation.target_risks": Option(
-        (0.01, 0.02, 0.05), "[1e-6, 1)", "error rates to certify", each="error rates"
-    ),
+    "evaluation.target_risks": Option((0.01, 0.02, 0.05), "[1e-6, 1)", each="error rates"),
     "evaluation.delta": Option(0.05, "(0, 1)", "chance that a certificate is broken"),
-    "evaluation.scores": Option(
-        (), "", "scores of yours beside the built-in ones", each="names package.module:SCORE"
-    ),
+    "evaluation.scores": Option((), each="names package.module:SCORE of your own scores"),
 }
 for _method in METHODS.values():
     FIELDS |= {f"loss.{name}": option for name, option in _method.hyperparameters.items()}
