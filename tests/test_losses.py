@@ -496,14 +496,3 @@ def test_low_precision_inputs_are_computed_in_float32(objective):
     chex.assert_type([loss, *terms.values()], jnp.float32)
     chex.assert_trees_all_equal((loss, terms), COMPILED[objective](*exact, labels)[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(list(grads), low)
-
-
-@given(
-    logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-1e4, 1e4, width=32)),
-    power=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
-)
-@settings(max_examples=50)
-def test_prior_lies_between_chance_and_one(logits, power):
-    prior = losses.softmax_response_prior(jnp.asarray(logits), power=power)
-    assert np.all(prior <= 1)
-    assert np.all(prior >= (1 / 5) ** power * (1 - 1e-6))
