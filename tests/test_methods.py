@@ -76,21 +76,18 @@ def available(name):
     return {name: outputs[name] for name in names}, labels, mask
 
 
-def test_the_methods_are_the_issues():
-    assert METHODS.keys() == {
-        *("ce", "mc_dropout", "selectivenet", "sync", "deep_gamblers", "self_adaptive"),
-        "ccl_sc",
-    }
-    assert METHODS["ce"].heads == ()
-    assert METHODS["ce"].score == "softmax_response"
-    for name in ("selectivenet", "sync"):
-        assert set(METHODS[name].heads) == {"selection", "auxiliary"}
-        assert METHODS[name].score == "selection"
-    for name in ("deep_gamblers", "self_adaptive"):
-        assert METHODS[name].heads == ("abstention",)
-        assert METHODS[name].score == "abstention"
-    assert METHODS["ccl_sc"].score == "softmax_response"
-    assert {name for name, method in METHODS.items() if method.memory} == REMEMBERED.keys()
+@pytest.mark.parametrize(("name", "heads", "score"), [
+    ("ce", (), "softmax_response"),
+    ("selectivenet", ("selection", "auxiliary"), "selection"),
+    ("sync", ("selection", "auxiliary"), "selection"),
+    ("deep_gamblers", ("abstention",), "abstention"),
+    ("self_adaptive", ("abstention",), "abstention"),
+    ("mc_dropout", ("dropout",), "softmax_response"),
+    ("ccl_sc", ("features",), "softmax_response"),
+])  # fmt: skip
+def test_heads_and_scores(name, heads, score):
+    assert (METHODS[name].heads, METHODS[name].score) == (heads, score)
+    assert bool(METHODS[name].memory) == (name in REMEMBERED)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -108,35 +105,23 @@ def test_objectives_are_the_losses_with_the_configs_values():
     outputs, labels, mask = make_outputs()
     config = unusual_config()
     common = {"target_coverage": 0.9, "coverage_weight": 7.0, "alpha": 0.3, "mask": mask}
-    arrays = (
-        outputs["logits"],
-        outputs["selection_logits"],
-        outputs["auxiliary_logits"],
-        labels,
-    )
+    heads = ("logits", "selection_logits", "auxiliary_logits")
+    arrays = (*(outputs[name] for name in heads), labels)
+    own = {"prior_power": 2.0, "prior_weight": 0.6, "sync_weight": 1.7, "divergence": "mse"}
     expected = {
         "ce": losses.cross_entropy_loss(outputs["logits"], labels, mask=mask),
         "selectivenet": losses.selectivenet_loss(*arrays, **common),
-        "sync": losses.sync_loss(
-            *arrays,
-            **common,
-            prior_power=2.0,
-            prior_weight=0.6,
-            sync_weight=1.7,
-            divergence="mse",
-        ),
+        "sync": losses.sync_loss(*arrays, **common, **own),
     }
     expected["mc_dropout"] = expected["ce"]
-    for name, per_example in {
-        "deep_gamblers": losses.deep_gamblers_loss(
-            outputs["logits"], outputs["abstention_logits"], labels, payoff=1.9
-        ),
-        "self_adaptive": losses.self_adaptive_loss(
-            outputs["logits"], outputs["abstention_logits"], labels, outputs["targets"]
-        ),
-    }.items():
+    abstaining = outputs["logits"], outputs["abstention_logits"]
+    gambler = losses.deep_gamblers_loss(*abstaining, labels, payoff=1.9)
+    adaptive = losses.self_adaptive_loss(*abstaining, labels, outputs["targets"])
+    for name, term, per_example in (
+        ("deep_gamblers", "gambler_loss", gambler),
+        ("self_adaptive", "self_adaptive_loss", adaptive),
+    ):
         loss = losses.masked_mean(per_example, mask)
-        term = {"deep_gamblers": "gambler_loss", "self_adaptive": "self_adaptive_loss"}[name]
         expected[name] = loss, {term: loss}
     contrastive = losses.masked_mean(
         losses.contrastive_loss(
@@ -224,7 +209,7 @@ def step_of(name, *, warmup_steps=0, step=0, memory=None, **changes):
     return loss, terms, after, gradient
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["sync", "ccl_sc"])
 def test_entropy_minimisation_adds_its_weight_times_the_mean_entropy(name):
     outputs, _, mask = make_outputs()
     entropy = losses.masked_mean(losses.entropy(outputs["logits"]), mask)
@@ -234,7 +219,7 @@ def test_entropy_minimisation_adds_its_weight_times_the_mean_entropy(name):
     chex.assert_trees_all_equal(terms, plain_terms | {"entropy": entropy})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["sync", "self_adaptive", "ccl_sc"])
 def test_a_warm_up_is_plain_cross_entropy_and_ends(name):
     outputs, labels, mask = make_outputs()
     expected = jax.grad(lambda x: losses.cross_entropy_loss(x, labels, mask=mask)[0])
@@ -247,12 +232,9 @@ def test_a_warm_up_is_plain_cross_entropy_and_ends(name):
     chex.assert_trees_all_equal((after[0], *after[2:]), (without[0], *without[2:]))
 
 
-def test_the_memory_waits_for_the_warm_up():
+def test_memories_wait_for_the_warm_up_and_the_encoder_is_the_network_until_it_is_over():
     assert (step_of("self_adaptive", warmup_steps=3, step=2)[2] == 1).all()
     assert (step_of("self_adaptive", warmup_steps=3, step=3)[2] < 1).sum() == 5  # one is masked
-
-
-def test_the_encoder_is_the_network_until_the_warm_up_is_over():
     params = {"class_head": {"kernel": jnp.ones((4, 3))}}
     old = METHODS["ccl_sc"].memory.create(jax.tree.map(jnp.zeros_like, params), 8, default_config())
     warming = step_of("ccl_sc", warmup_steps=3, step=2, memory=old)[2]
@@ -267,7 +249,7 @@ def test_the_encoder_is_the_network_until_the_warm_up_is_over():
     assert [int(later[name]["next"]) for name in ("correct", "error")] == queued
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_queue_keeps_the_newest_in_a_ring(size):
     rng = np.random.default_rng(size)
     queue = {
@@ -293,7 +275,7 @@ def test_targets_after_n_visits_equal_the_closed_form():
     outputs, labels, mask = make_outputs()
     right = np.exp(-losses.cross_entropy(outputs["logits"], labels))
     memory = None
-    for visits in range(1, 8):
+    for visits in range(1, 4):
         memory = step_of("self_adaptive", memory=memory, target_momentum=0.7)[2]
         decay = 0.7**visits
         expected = np.ones(8)

@@ -19,21 +19,15 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def find_backbone(name: str) -> Backbone:
-    """The backbone of a config's `model.name`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Returns the backbone of a config's `model.name`, or raises an InputError."""
     return find(name, BACKBONES, Backbone, "config.model.name")
 
 
 def complete(section: ConfigDict) -> list[str]:
     """Adds the backbone's options to the `model` section of a config, and checks them.
 
-    An option of another backbone, which a config file may have set, is removed.
-
-    Returns:
-        A line for each option that was removed.
+    An option of another backbone, which a config file may have set, is removed; returns a line for
+    each.
 
     Raises:
         InputError: there is no such backbone or option, or a value is out of bounds.
@@ -62,7 +56,7 @@ def complete(section: ConfigDict) -> list[str]:
 
 
 def make_backbone(section: ConfigDict) -> nn.Module:
-    """The backbone of a config's `model` section; options that are missing have their defaults."""
+    """Builds the backbone of a config's `model` section; missing options have their defaults."""
     section = section.copy_and_resolve_references()
     complete(section)
     return find_backbone(section.name).build(section)
@@ -77,25 +71,13 @@ def make_network(
     dropout: float = 0.5,
     dropout_samples: int = 100,
 ) -> SelectiveNetwork:
-    """The network of a config: its backbone and a method's heads.
+    """Builds the network of a config's `model` section: its backbone and a method's heads.
 
-    Args:
-        section: `model`.
-        heads: see `SelectiveNetwork`; with 'dropout' among them, the class head has it.
-        num_classes: likewise.
-        target_coverage: likewise.
-        dropout: rate, with 'dropout' among the heads.
-        dropout_samples: that evaluation averages over, likewise.
+    The arguments are those of `SelectiveNetwork`; without 'dropout' among the heads there is none.
     """
     backbone = make_backbone(section)
-    drops = "dropout" in heads
-    if drops and hasattr(backbone, "last_dropout"):
+    if "dropout" not in heads:
+        dropout, dropout_samples = 0.0, 0
+    elif hasattr(backbone, "last_dropout"):
         backbone = backbone.clone(last_dropout=0.0)  # the class head's own takes its place
-    return SelectiveNetwork(
-        backbone=backbone,
-        num_classes=num_classes,
-        heads=heads,
-        target_coverage=target_coverage,
-        dropout=dropout if drops else 0.0,
-        dropout_samples=dropout_samples if drops else 0,
-    )
+    return SelectiveNetwork(backbone, num_classes, heads, target_coverage, dropout, dropout_samples)

@@ -17,7 +17,8 @@ class Backbone:
 
     Attributes:
         build: makes the module from the `model` section of a config, with every option in it. The
-            module maps `[batch, ...]`, normalised, and the keyword `train` to `[batch, units]`.
+            module maps `[batch, ...]`, normalised, to `[batch, units]`. With the keyword `train`,
+            BatchNorm uses, and updates by, the batch's statistics, and units drop.
         options: by name; the fields `config.model.NAME`.
         images_only: True if it cannot take feature vectors `[batch, d]`.
         has_weights: True if torchvision publishes weights for it; see `pretrained`.

@@ -15,10 +15,8 @@ from sync_jax.options import Option
 class CNN(nn.Module):
     """Three convolutions and a dense layer, each with BatchNorm and ReLU.
 
-    Where the time of such a network goes on a CPU decided its form. The first convolution halves
-    the resolution itself, for at full resolution with one to three input channels a convolution
-    runs far below the arithmetic that the machine can do. Pooling is `max_pool_2x2` below. 28 x 28
-    pixels become 14 x 14, 7 x 7, then 3 x 3.
+    The first convolution halves the resolution: at full resolution, with one to three input
+    channels, a CPU would spend most of the time there. 28 x 28 pixels become 14 x 14, 7 x 7, 3 x 3.
 
     Attributes:
         width: channels of the first convolution; the next two have twice and four times as many.
@@ -32,12 +30,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """Maps images `[batch, height, width, channels]` to features `[batch, features]`.
-
-        Args:
-            images: normalised, at least 8 x 8 pixels.
-            train: whether BatchNorm uses, and updates by, this batch's statistics.
-        """
+        """Maps images `[batch, height, width, channels]` of 8 x 8 pixels or more to features."""
 
         def norm_relu(x: Array) -> Array:
             # 0.9 rather than 0.99: short runs end before a slower average has caught up.
@@ -55,16 +48,10 @@ class CNN(nn.Module):
 
 
 def max_pool_2x2(x: Array) -> Array:
-    """Maximum over 2 x 2 windows; an odd last row or column is dropped.
+    """Takes the maximum over 2 x 2 windows; an odd last row or column is dropped.
 
-    Equal to flax's `max_pool`, whose gradient is some twenty times slower on a CPU; only where the
-    two largest of a window are equal does the gradient differ: it is shared between them.
-
-    Args:
-        x: `[batch, height, width, channels]`.
-
-    Returns:
-        `[batch, height // 2, width // 2, channels]`.
+    The gradient of flax's `max_pool` is some twenty times slower on a CPU. It differs only where
+    the two largest of a window are equal: here they share it.
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     x = x[:, :height, :width]

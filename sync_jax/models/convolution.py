@@ -7,17 +7,15 @@ results differ by rounding only.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
-# A map of few places is a sum over pairs of an input's and an output's place.
-_FEW_PLACES = 4
+Pads = Sequence[tuple[int, int]]
+_FEW_PLACES = 4  # a sum over pairs of an input's and an output's place is fast
 # With fewer channels Winograd's additions cost more than the multiplications that they save; in the
 # kernel's gradient, where XLA is slower, with fewer than half as many.
 _WINOGRAD_CHANNELS = 64
@@ -25,73 +23,71 @@ _WINOGRAD_CHANNELS = 64
 _FEW_CHANNELS = 4
 
 
-class Conv(nn.Module):
-    """A convolution with the parameters of flax's, under the same names.
-
-    Attributes:
-        features: channels of the result.
-        kernel_size: rows and columns.
-        strides: of rows and columns.
-        padding: on every side, or 'SAME'.
-        use_bias: whether there is one.
-        kernel_init: of the kernel.
-        dtype: of the arithmetic; parameters are float32.
-    """
-
-    features: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: str | int = "SAME"
-    use_bias: bool = True
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[batch, height, width, channels]` to `[batch, height, width, features]`."""
-        shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        if isinstance(self.padding, str):
-            rows, columns = jax.lax.padtype_to_pads(
-                x.shape[1:3], self.kernel_size, self.strides, self.padding
-            )
-        else:
-            rows = columns = (self.padding, self.padding)
-        y = convolve(x.astype(self.dtype), kernel, self.strides, (rows, columns))
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
-
-
-def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    """A convolution, computed in whichever way is fast.
+def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: str | Pads) -> Array:
+    """Convolves in whichever way is fast; returns `[batch, height, width, outputs]`.
 
     Args:
         x: `[batch, height, width, channels]`.
         kernel: `[rows, columns, channels, outputs]`.
         strides: of rows and columns.
-        padding: zeros before and after, of rows and columns.
-
-    Returns:
-        `[batch, height, width, outputs]`.
+        padding: 'SAME', or zeros before and after, of rows and columns.
     """
+    size, strides = kernel.shape[:2], tuple(strides)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+    padding = tuple(padding)
+    native = functools.partial(_native, strides=strides, padding=padding)
     # Lower precision is emulated on a CPU, and Winograd's sums would lose more of it.
     if jax.default_backend() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
-        return _native(x, kernel, strides, padding)
-    size = kernel.shape[:2]
+        return native(x, kernel)
     if size == (1, 1) and padding == ((0, 0), (0, 0)):
         return _matmul(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     if (size, strides, padding) == ((3, 3), (1, 1), ((1, 1), (1, 1))):
         if x.shape[1] * x.shape[2] <= _FEW_PLACES:
-            return _place_by_place(x, kernel)
+            # XLA's own gradient of the kernel is fast on maps as small as these.
+            gradients = _gradient(_place_by_place, 0), _gradient(native, 1)
+            return _with_gradients(_place_by_place, *gradients)(x, kernel)
         if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS:
-            return _winograd(x, kernel)
+            gradients = _winograd_input_gradient, _winograd_kernel_gradient
+            return _with_gradients(_winograd, *gradients)(x, kernel)
         if min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS // 2:
-            return _native_forward(x, kernel, strides, padding, _winograd_kernel_gradient)
+            gradients = _gradient(native, 0), _winograd_kernel_gradient
+            return _with_gradients(native, *gradients)(x, kernel)
     if strides != (1, 1) and kernel.shape[2] >= _FEW_CHANNELS:
         of_kernel = functools.partial(_patches_kernel_gradient, strides=strides, padding=padding)
-        return _native_forward(x, kernel, strides, padding, of_kernel)
-    return _native(x, kernel, strides, padding)
+        return _with_gradients(native, _gradient(native, 0), of_kernel)(x, kernel)
+    return native(x, kernel)
+
+
+# A convolution with the parameters of flax's, under the same names; without dilation and groups.
+Conv = functools.partial(
+    nn.Conv, conv_general_dilated=lambda *arguments, **defaults: convolve(*arguments)
+)
+
+Convolution = Callable[[Array, Array], Array]  # of an input and a kernel
+Gradient = Callable[[Array, Array, Array], Array]  # of input, kernel and the output's gradient
+
+
+def _with_gradients(forward: Convolution, of_input: Gradient, of_kernel: Gradient) -> Convolution:
+    """Replaces the gradients of a convolution."""
+    function = jax.custom_vjp(forward)
+
+    def backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+        return of_input(*saved, gradient), of_kernel(*saved, gradient)
+
+    function.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
+    return function
+
+
+def _gradient(forward: Convolution, argument: int) -> Gradient:
+    """JAX's own gradient of the input (0) or the kernel (1)."""
+    return lambda x, kernel, gradient: jax.vjp(forward, x, kernel)[1](gradient)[argument]
+
+
+def _native(x: Array, kernel: Array, strides: Sequence[int], padding: Pads) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _matmul(x: Array, matrix: Array) -> Array:
@@ -104,16 +100,8 @@ def _matmul_gradient(x: Array, gradient: Array) -> Array:
     return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
 
 
-# --- Few places -----------------------------------------------------------------------------------
-
-
-@jax.custom_vjp
 def _place_by_place(x: Array, kernel: Array) -> Array:
     """3 x 3, padded by 1: each place of the output sums over all places of the input near it."""
-    return _sum_over_places(x, kernel)
-
-
-def _sum_over_places(x: Array, kernel: Array) -> Array:
     height, width = x.shape[1:3]
     places = [(i, j) for i in range(height) for j in range(width)]
     outputs = [
@@ -130,96 +118,22 @@ def _sum_over_places(x: Array, kernel: Array) -> Array:
     return jnp.stack(outputs, axis=1).reshape(x.shape[0], height, width, -1)
 
 
-def _place_by_place_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _sum_over_places(x, kernel), (x, kernel)
-
-
-def _place_by_place_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    _, pullback = jax.vjp(lambda x: _sum_over_places(x, kernel), x)
-    # Of the kernel XLA's own is fast on maps as small as these.
-    pads = ((1, 1), (1, 1))
-    _, pullback_of_kernel = jax.vjp(lambda kernel: _native(x, kernel, (1, 1), pads), kernel)
-    return pullback(gradient)[0], pullback_of_kernel(gradient)[0]
-
-
-_place_by_place.defvjp(_place_by_place_forward, _place_by_place_backward)
-
-
-# --- XLA's own, but for the kernel's gradient -----------------------------------------------------
-
-# Of a layer's input, kernel and output's gradient.
-KernelGradient = Callable[[Array, Array, Array], Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _native_forward(
-    x: Array,
-    kernel: Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    kernel_gradient: KernelGradient,
-) -> Array:
-    """XLA's convolution and its gradient of the input, with another of the kernel."""
-    del kernel_gradient
-    return _native(x, kernel, strides, padding)
-
-
-def _native_forward_forward(
-    x: Array,
-    kernel: Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    kernel_gradient: KernelGradient,
-) -> tuple[Array, tuple[Array, Array]]:
-    return _native_forward(x, kernel, strides, padding, kernel_gradient), (x, kernel)
-
-
-def _native_forward_backward(
-    strides: tuple[int, int],
-    padding: Padding,
-    kernel_gradient: KernelGradient,
-    saved: tuple[Array, Array],
-    gradient: Array,
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    _, pullback = jax.vjp(lambda x: _native(x, kernel, strides, padding), x)
-    return pullback(gradient)[0], kernel_gradient(x, kernel, gradient)
-
-
-_native_forward.defvjp(_native_forward_forward, _native_forward_backward)
-
-
-def _native(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
 def _patches_kernel_gradient(
-    x: Array, kernel: Array, gradient: Array, *, strides: tuple[int, int], padding: Padding
+    x: Array, kernel: Array, gradient: Array, *, strides: Sequence[int], padding: Pads
 ) -> Array:
-    """One product of a matrix of patches with the output's gradient."""
-    patches = _patches(x, kernel, strides, padding)
-    return _matmul_gradient(patches, gradient).reshape(kernel.shape)
-
-
-def _patches(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    """What each place of the output sees, `[batch, height, width, rows * columns * channels]`."""
-    rows, columns = kernel.shape[:2]
+    """One product of a matrix with the output's gradient: what each place of the output sees."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height = (x.shape[1] - rows) // strides[0] + 1
-    width = (x.shape[2] - columns) // strides[1] + 1
+    height, width = gradient.shape[1:3]
     parts = [
         x[
             :,
             i : i + (height - 1) * strides[0] + 1 : strides[0],
             j : j + (width - 1) * strides[1] + 1 : strides[1],
         ]
-        for i in range(rows)
-        for j in range(columns)
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
     ]
-    return jnp.concatenate(parts, axis=-1)
+    return _matmul_gradient(jnp.concatenate(parts, axis=-1), gradient).reshape(kernel.shape)
 
 
 # --- Winograd -------------------------------------------------------------------------------------
@@ -240,7 +154,7 @@ Grid = list[list[Array]]  # by row and column of a tile
 
 
 def _both_ways(transform: Callable[[list[Array]], list[Array]], grid: Grid) -> Grid:
-    """A transform of the rows of a tile, then of its columns."""
+    """Transforms the rows of a tile, then its columns."""
     by_column = [transform(list(column)) for column in zip(*grid, strict=True)]
     return [transform(list(row)) for row in zip(*by_column, strict=True)]
 
@@ -288,49 +202,31 @@ def _kernel_tiles(kernel: Array) -> Grid:
     return _both_ways(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
 
 
-def _output(products: Grid, height: int, width: int) -> Array:
-    """`[batch, height, width, outputs]` of A' m."""
+def _filter(x: Array, kernels: Grid) -> Array:
+    """`[batch, height, width, outputs]`: A' of the products of B' d with the kernel's tiles."""
+    inputs = _input_tiles(x)
+    products = [[_matmul(inputs[i][j], kernels[i][j]) for j in range(4)] for i in range(4)]
     columns = [jnp.stack(row, axis=3) for row in _both_ways(_to_output, products)]
     y = jnp.stack(columns, axis=2)
     batch, rows, _, across, _, outputs = y.shape
-    return y.reshape(batch, 2 * rows, 2 * across, outputs)[:, :height, :width]
+    return y.reshape(batch, 2 * rows, 2 * across, outputs)[:, : x.shape[1], : x.shape[2]]
 
 
-@jax.custom_vjp
 def _winograd(x: Array, kernel: Array) -> Array:
     """3 x 3, stride 1, padded by 1."""
-    inputs, kernels = _input_tiles(x), _kernel_tiles(kernel)
-    products = [[_matmul(inputs[i][j], kernels[i][j]) for j in range(4)] for i in range(4)]
-    return _output(products, *x.shape[1:3])
+    return _filter(x, _kernel_tiles(kernel))
 
 
-def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _winograd(x, kernel), (x, kernel)
-
-
-def _winograd_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    height, width = x.shape[1:3]
-    turned = (3, 1, 2, 0)
-    inputs, kernels = _input_tiles(gradient), _kernel_tiles(kernel)
-    products = [
-        [_matmul(inputs[i][j], kernels[turned[i]][turned[j]].T) for j in range(4)] for i in range(4)
-    ]
-    of_x = _output(products, height, width)
-    return of_x, _winograd_kernel_gradient(x, kernel, gradient)
+def _winograd_input_gradient(x: Array, kernel: Array, gradient: Array) -> Array:
+    del x
+    turned, kernels = (3, 1, 2, 0), _kernel_tiles(kernel)
+    return _filter(gradient, [[kernels[i][j].T for j in turned] for i in turned])
 
 
 def _winograd_kernel_gradient(x: Array, kernel: Array, gradient: Array) -> Array:
     del kernel
     height, width = x.shape[1:3]
     even = jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    outputs = _both_ways(_of_output, _quarters(even))
-    inputs = _input_tiles(x)
-    of_kernel = _both_ways(
-        _to_kernel,
-        [[_matmul_gradient(inputs[i][j], outputs[i][j]) for j in range(4)] for i in range(4)],
-    )
-    return jnp.stack([jnp.stack(row) for row in of_kernel])
-
-
-_winograd.defvjp(_winograd_forward, _winograd_backward)
+    outputs, inputs = _both_ways(_of_output, _quarters(even)), _input_tiles(x)
+    products = [[_matmul_gradient(inputs[i][j], outputs[i][j]) for j in range(4)] for i in range(4)]
+    return jnp.stack([jnp.stack(row) for row in _both_ways(_to_kernel, products)])

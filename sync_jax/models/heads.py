@@ -9,7 +9,6 @@ from jax import Array
 
 from sync_jax.losses import entropy
 
-SELECTION_UNITS = 512  # SelectiveNet's
 # The features enter the selection logit divided by this, as in SelectiveNet's code: otherwise the
 # coverage penalty's first, large gradients blow up the shared features and g saturates at 1.
 SELECTION_SCALE = 10.0
@@ -19,13 +18,12 @@ class SelectiveNetwork(nn.Module):
     """A backbone with a class head and, as the method asks, selection, auxiliary, abstention heads.
 
     Attributes:
-        backbone: images `[batch, height, width, channels]` to features `[batch, units]`; called
-            with the keyword `train`.
-        num_classes: classes of the class and the auxiliary head.
+        backbone: maps images to features `[batch, units]`; see `Backbone.build`.
+        num_classes: outputs of the class and the auxiliary head.
         heads: any of 'selection', 'auxiliary', 'abstention', and 'features': no head, but the
             features themselves among the outputs of training.
-        target_coverage: where the selection function starts, in `(0, 1)`, or 1 for no head start.
-        dropout: rate of dropout on the features of the class head; for MC-dropout.
+        target_coverage: in `(0, 1]`; where the selection function starts.
+        dropout: rate of dropout on the features of the class head, for MC-dropout.
         dropout_samples: of the class probabilities, averaged over in evaluation; 0: none.
     """
 
@@ -38,19 +36,14 @@ class SelectiveNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
-        """Returns `logits` and what the heads add, float32.
-
-        Args:
-            images: `[batch, height, width, channels]`, normalised.
-            train: whether BatchNorm uses, and updates by, this batch's statistics.
+        """Maps what the backbone takes to float32 outputs.
 
         Returns:
             logits `[batch, classes]`, and per head selection_logits `[batch]`, auxiliary_logits
-            `[batch, classes]` or abstention_logits `[batch]`: the C+1-th output of those methods
-            that have one, apart, so that no argmax over classes can meet it. With 'features', in
-            training, features `[batch, units]`, those that the heads see. With dropout samples,
-            in evaluation, logits are the logarithms of the mean probabilities, and expected_entropy
-            `[batch]` is the mean of the samples' entropies (nats).
+            `[batch, classes]` or abstention_logits `[batch]`, apart from the classes, so that no
+            argmax can meet it. With 'features', in training, features `[batch, units]`. With
+            dropout samples, in evaluation, logits are the logarithms of the mean probabilities,
+            and expected_entropy `[batch]` is the mean of the samples' entropies (nats).
         """
         features = self.backbone(images, train=train).astype(jnp.float32)
         class_head = nn.Dense(self.num_classes, name="class_head")
@@ -63,9 +56,8 @@ class SelectiveNetwork(nn.Module):
             selection = SelectionHead(self.target_coverage, name="selection_head")
             outputs["selection_logits"] = selection(features, train=train)
         if "auxiliary" in self.heads:
-            outputs["auxiliary_logits"] = nn.Dense(self.num_classes, name="auxiliary_head")(
-                features
-            )
+            auxiliary = nn.Dense(self.num_classes, name="auxiliary_head")
+            outputs["auxiliary_logits"] = auxiliary(features)
         if "abstention" in self.heads:
             abstention = nn.Dense(1, name="abstention_head")
             outputs["abstention_logits"] = abstention(features)[:, 0]
@@ -74,10 +66,10 @@ class SelectiveNetwork(nn.Module):
         return outputs
 
     def _sampled(self, class_head: nn.Dense, features: Array) -> dict[str, Array]:
-        """Mean probabilities and mean entropy over dropout samples.
+        """Averages probabilities and entropy over dropout samples.
 
-        A sample drops the same features of every example: one subnetwork of the many. So the
-        result depends neither on the batch size nor on the devices, and the backbone runs once.
+        A sample drops the same features of every example, so the result depends neither on the
+        batch size nor on the devices, and the backbone runs once.
         """
         keep = 1.0 - self.dropout
         shape = (self.dropout_samples, features.shape[-1])
@@ -94,9 +86,6 @@ class SelectionHead(nn.Module):
 
     Dense 512, ReLU, BatchNorm, division by 10, Dense 1. The last bias starts at the logit of the
     target coverage, so that training begins with the coverage that it is to end with.
-
-    Attributes:
-        target_coverage: in `(0, 1]`.
     """
 
     target_coverage: float
@@ -106,7 +95,7 @@ class SelectionHead(nn.Module):
         """Maps features `[batch, units]` to selection logits `[batch]`."""
         # A coverage of exactly 1 has an infinite logit; g starts at 0.999 then.
         start = min(self.target_coverage, 0.999)
-        x = nn.relu(nn.Dense(SELECTION_UNITS)(features))
+        x = nn.relu(nn.Dense(512)(features))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         bias_init = nn.initializers.constant(math.log(start / (1.0 - start)))
         return nn.Dense(1, bias_init=bias_init)(x / SELECTION_SCALE)[:, 0]

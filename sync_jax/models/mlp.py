@@ -12,10 +12,7 @@ from sync_jax.options import Option
 class MLP(nn.Module):
     """Dense layers, each with BatchNorm and ReLU.
 
-    Attributes:
-        width: units of each layer.
-        layers: number of layers.
-        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
+    `dtype` is of the arithmetic; parameters and BatchNorm's statistics are float32.
     """
 
     width: int = 256

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sync_jax.errors import InputError
@@ -31,6 +30,8 @@ _STORAGES = {
     "ByteStorage": "<u1",
     "BoolStorage": "?",
 }
+# Our names of arrays and torchvision's, where they differ.
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
 def load_pretrained(
@@ -39,9 +40,9 @@ def load_pretrained(
     """Replaces what a file has weights for.
 
     Args:
-        path: the file.
-        params: of a `SelectiveNetwork` with a ResNet or VGG16 as its backbone; shapes alone
-            will do, to see whether the file can be used.
+        path: a .safetensors, .pth or .pt file.
+        params: of a `SelectiveNetwork` with a ResNet or VGG16 as its backbone; shapes alone will
+            do, to see whether the file can be used.
         batch_stats: likewise.
 
     Returns:
@@ -57,96 +58,65 @@ def load_pretrained(
             "or .pt"
         )
     weights = read_weights(path)
-    used: set[str] = set()
+    unused = {name for name in weights if not name.endswith("num_batches_tracked")}
+    loaded: list[str] = []
     missing: list[str] = []
     mismatched: list[str] = []
 
     def replace(tree_path: Any, ours: Any) -> Any:
-        names = [key.key for key in tree_path]
-        theirs = torch_name(names)
-        if theirs is None or theirs not in weights:
-            missing.append("/".join(names))
+        names = [key.key for key in tree_path[1:]]
+        theirs, name = torch_name(names), "/".join(names)
+        if theirs not in weights:
+            missing.append(name)
             return ours
-        used.add(theirs)
+        unused.discard(theirs)
         value = from_torch(weights[theirs])
         if value.shape != ours.shape:
-            mismatched.append(
-                f"{theirs} {weights[theirs].shape} for {'/'.join(names)} {ours.shape}"
-            )
+            mismatched.append(f"{theirs} {weights[theirs].shape} for {name} {ours.shape}")
             return ours
         if not np.all(np.isfinite(value)):
             raise InputError(f"{path}: {theirs} holds a number that is not finite")
+        loaded.append(name)
         return value.astype(ours.dtype)
 
-    new_params = jax.tree_util.tree_map_with_path(replace, params)
-    new_stats = jax.tree_util.tree_map_with_path(replace, batch_stats)
-    loaded = len(used) - len(mismatched)
+    params, batch_stats = jax.tree_util.tree_map_with_path(replace, (params, batch_stats))
     if not loaded:
-        found = ", ".join(sorted(weights)[:3])
-        raise InputError(f"{path}: no name and shape fits this network; it holds {found}, ...")
-    unused = sorted(
-        name for name in weights.keys() - used if not name.endswith("num_batches_tracked")
-    )
-    parts = [f"{loaded} arrays from {path.name}"]
-    for what, names in (
+        some = ", ".join(sorted(weights)[:3])
+        raise InputError(f"{path}: no name and shape fits this network; it holds {some}, ...")
+    message = f"pretrained: {len(loaded)} arrays from {path.name}"
+    for what, found in (
         ("not in the file", missing),
         ("of another shape", mismatched),
-        ("not in this network", unused),
+        ("not in this network", sorted(unused)),
     ):
-        if names:
-            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            parts.append(f"{what}: {', '.join(names[:6])}{more}")
-    return new_params, new_stats, printable("pretrained: " + "; ".join(parts))
+        if found:
+            more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+            message += f"; {what}: {', '.join(found[:6])}{more}"
+    return params, batch_stats, printable(message)
 
 
-def torch_name(names: list[str]) -> str | None:
-    """What torchvision calls an array of ours; None where it has no such thing.
-
-    Args:
-        names: the path in params or batch_stats, such as ["backbone", "bn1", "scale"].
-    """
-    leaf = {
-        "kernel": "weight",
-        "scale": "weight",
-        "bias": "bias",
-        "mean": "running_mean",
-        "var": "running_var",
-    }.get(names[-1])
+def torch_name(names: list[str]) -> str:
+    """Returns torchvision's name for a path such as ["backbone", "bn1", "scale"]."""
+    module, leaf = ".".join(names[1:-1]), _LEAVES.get(names[-1], names[-1])
     if names[0] == "class_head":
-        return f"fc.{leaf}"
-    module = ".".join(names[1:-1])
-    if match := re.fullmatch(r"features_(conv|norm)(\d+)", module):
-        kind, number = match[1], int(match[2])
-        return f"features.{_vgg_index(number) + (kind == 'norm')}.{leaf}"
+        module = "fc"
+    elif match := re.fullmatch(r"features_(conv|norm)(\d+)", module):
+        number = int(match[2])
+        index = [i for i, layer in enumerate(LAYERS) if layer != "pool"][number]
+        # In torchvision's `features` BatchNorm and ReLU come after each convolution.
+        module = f"features.{index + 2 * number + (match[1] == 'norm')}"
     module = re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", module)
-    module = module.replace("downsample_conv", "downsample.0").replace(
-        "downsample_bn", "downsample.1"
-    )
-    return f"{module}.{leaf}"
-
-
-def _vgg_index(number: int) -> int:
-    """Where torchvision's `features` has a convolution; BatchNorm comes next, then ReLU."""
-    index = 0
-    for layer in LAYERS:
-        if isinstance(layer, str):
-            index += 1
-        elif number:
-            number, index = number - 1, index + 3
-        else:
-            break
-    return index
+    module = module.replace("downsample_conv", "downsample.0")
+    return f"{module.replace('downsample_bn', 'downsample.1')}.{leaf}"
 
 
 def from_torch(array: np.ndarray) -> np.ndarray:
-    """Kernels `[out, in, h, w]` to `[h, w, in, out]` and `[out, in]` to `[in, out]`."""
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    return array.T if array.ndim == 2 else array
+    """Maps kernels `[out, in, h, w]` to `[h, w, in, out]` and `[out, in]` to `[in, out]`."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file or of a state dict that `torch.save` wrote.
+    """Reads the arrays of a .safetensors file or of a state dict that `torch.save` wrote.
 
     Raises:
         InputError: it cannot be read, is damaged, or holds something else than arrays.
@@ -163,13 +133,8 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         ) from None
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds something else than weights: {error}") from error
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # what a damaged pickle raises is anybody's guess
-        raise InputError(
-            f"{path} cannot be read, or holds something else than weights: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # a damaged pickle can raise any
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _read_state_dict(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:

@@ -42,31 +42,27 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """Maps images `[batch, height, width, channels]` to features `[batch, units]`.
+        """Maps images `[batch, height, width, channels]` to 8 x width features, or 32 x width."""
 
-        Args:
-            images: normalised.
-            train: whether BatchNorm uses, and updates by, this batch's statistics.
+        def conv(channels: int, size: int, stride: int, name: str) -> nn.Module:
+            return Conv(
+                channels,
+                (size, size),
+                strides=(stride, stride),
+                padding=size // 2,  # explicit: 'SAME' pads unevenly where there is a stride
+                use_bias=False,
+                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                dtype=self.dtype,
+                name=name,
+            )
 
-        Returns:
-            The features; units are 8 x width, of bottlenecks 32 x width.
-        """
-        conv = functools.partial(
-            Conv,
-            use_bias=False,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            dtype=self.dtype,
-        )
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
         )
+        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = nn.relu(norm(name="bn1")(conv(self.width, size, stride, "conv1")(images)))
         if self.stem == "imagenet":
-            x = conv(self.width, (7, 7), strides=(2, 2), padding=3, name="conv1")(images)
-            x = nn.relu(norm(name="bn1")(x))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        else:
-            x = conv(self.width, (3, 3), padding=1, name="conv1")(images)
-            x = nn.relu(norm(name="bn1")(x))
         for stage, blocks in enumerate(self.stages):
             for block in range(blocks):
                 x = Block(
@@ -79,7 +75,7 @@ class ResNet(nn.Module):
                 )(x)
         if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
             # jaxlib 0.12 fuses the mean with the sum of two convolutions below it, and then reads
-            # memory that nobody has written.
+            # uninitialised memory.
             x = jax.lax.optimization_barrier(x)
         return jnp.mean(x, axis=(1, 2))
 
@@ -87,54 +83,36 @@ class ResNet(nn.Module):
 class Block(nn.Module):
     """A residual block; the shortcut has a 1 x 1 convolution where the shape changes.
 
-    Attributes:
-        channels: of its 3 x 3 convolutions.
-        stride: of the block.
-        bottleneck: see `ResNet`.
-        conv: makes a convolution.
-        norm: makes a BatchNorm.
+    `conv` makes a convolution of so many channels, size, stride and name, `norm` a BatchNorm.
     """
 
     channels: int
     stride: int
     bottleneck: bool
-    conv: Callable[..., nn.Module]
+    conv: Callable[[int, int, int, str], nn.Module]
     norm: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps `[batch, height, width, channels]` to the block's own number of channels."""
-        strides = (self.stride, self.stride)
-        # Explicit paddings: 'SAME' pads unevenly where there is a stride.
+        layers = [(1, 3, self.stride), (1, 3, 1)]
         if self.bottleneck:
-            layers = [(1, 1, (1, 1), 0), (1, 3, strides, 1), (4, 1, (1, 1), 0)]
-        else:
-            layers = [(1, 3, strides, 1), (1, 3, (1, 1), 1)]
+            layers = [(1, 1, 1), (1, 3, self.stride), (4, 1, 1)]
         y = x
-        for i, (factor, size, stride, padding) in enumerate(layers, 1):
-            y = self.conv(
-                factor * self.channels,
-                (size, size),
-                strides=stride,
-                padding=padding,
-                name=f"conv{i}",
-            )(y)
+        for i, (factor, size, stride) in enumerate(layers, 1):
+            y = self.conv(factor * self.channels, size, stride, f"conv{i}")(y)
             y = self.norm(name=f"bn{i}")(y)
             if i < len(layers):
                 y = nn.relu(y)
         if x.shape != y.shape:
-            x = self.conv(y.shape[-1], (1, 1), strides=strides, padding=0, name="downsample_conv")(
-                x
-            )
+            x = self.conv(y.shape[-1], 1, self.stride, "downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x)
         return nn.relu(x + y)
 
 
 def _backbone(stages: tuple[int, ...], bottleneck: bool) -> Backbone:
     return Backbone(
-        build=lambda config: ResNet(
-            stages, bottleneck, config.width, stem=config.stem, dtype=config.dtype
-        ),
+        build=lambda config: ResNet(stages, bottleneck, config.width, config.stem, config.dtype),
         options={
             "width": Option(64, WIDTH, "channels of the first stage"),
             "stem": Option(

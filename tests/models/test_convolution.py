@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from sync_jax.models import convolution
 from sync_jax.models.convolution import Conv, convolve
@@ -17,9 +16,7 @@ from sync_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 ONE, NONE = ((1, 1), (1, 1)), ((0, 0), (0, 0))
 # Height, width, channels, outputs, kernel size, stride, padding.
 CASES = {
-    "winograd": (6, 6, 64, 64, 3, 1, ONE),
-    "winograd, odd sizes": (5, 7, 65, 66, 3, 1, ONE),
-    "one place": (1, 1, 5, 6, 3, 1, ONE),
+    "winograd": (5, 6, 65, 66, 3, 1, ONE),
     "few places": (2, 2, 5, 6, 3, 1, ONE),
     "few places, three in a row": (1, 3, 5, 6, 3, 1, ONE),
     "kernel's gradient by winograd": (5, 7, 33, 34, 3, 1, ONE),
@@ -27,7 +24,6 @@ CASES = {
     "patches, stride": (9, 8, 4, 5, 5, 2, ((1, 2), (2, 1))),
     "patches, more stride than kernel": (9, 8, 4, 5, 2, 3, NONE),
     "xla's own, a stem": (12, 13, 3, 4, 7, 2, ((3, 3), (3, 3))),
-    "patches, more channels": (8, 7, 20, 5, 3, 2, ONE),
     "1 x 1": (4, 5, 6, 7, 1, 1, NONE),
     "1 x 1, stride": (7, 6, 5, 4, 1, 2, NONE),
     "xla's own, 1 x 1, padded": (3, 3, 5, 4, 1, 1, ONE),
@@ -66,18 +62,17 @@ def test_values_and_gradients_are_xlas(case):
         for ours, theirs in zip(compiled(convolve, x, kernel, *case[5:]), exact, strict=True):
             assert ours.dtype == jnp.float64
             assert distance(ours, theirs) < 1e-14
-    x, kernel = arrays(case)
-    for ours, theirs in zip(compiled(convolve, x, kernel, *case[5:]), exact, strict=True):
-        assert ours.dtype == jnp.float32
-        assert distance(ours, theirs) < 1e-6
+    if case == CASES["winograd"]:  # whose sums lose the most
+        for ours, theirs in zip(compiled(convolve, *arrays(case), *case[5:]), exact, strict=True):
+            assert ours.dtype == jnp.float32
+            assert distance(ours, theirs) < 1e-6
 
 
 def test_each_way_is_taken(monkeypatch):
     """The cases above are of the ways that they are named after."""
     ways = {
-        **{"winograd": "_winograd", "few": "_place_by_place", "one": "_place_by_place"},
-        **{"patches": "_patches", "1": "_matmul", "xla's": "_native"},
-        "kernel's": "_winograd_kernel_gradient",
+        **{"winograd": "_winograd", "few": "_place_by_place", "1": "_matmul", "xla's": "_native"},
+        **{"patches": "_patches_kernel_gradient", "kernel's": "_winograd_kernel_gradient"},
     }
     taken = set()
 
@@ -94,21 +89,12 @@ def test_each_way_is_taken(monkeypatch):
         monkeypatch.setattr(convolution, way, noted(way))
     for name, case in CASES.items():
         taken.clear()
-        value_and_gradients(convolve, *arrays(case), *case[5:])
+        function = functools.partial(value_and_gradients, convolve, stride=case[5], padding=case[6])
+        jax.eval_shape(function, *arrays(case))
         way = ways[name.split()[0].rstrip(",")]
         assert way in taken, name
         if way == "_native":
             assert taken == {way}, name
-
-
-@pytest.mark.parametrize("name", ["few places", "patches, stride"])
-def test_gradients_are_those_of_the_values(name):
-    """By differences, without XLA's convolution."""
-    case = CASES[name]
-    with jax.enable_x64(True):
-        x, kernel = arrays(case, batch=1, dtype="float64")
-        function = functools.partial(convolve, strides=(case[5],) * 2, padding=case[6])
-        check_grads(jax.jit(function), (x, kernel), order=1, modes=["rev"])
 
 
 def test_elsewhere_and_in_low_precision_it_is_xlas(monkeypatch):
@@ -125,23 +111,18 @@ def test_elsewhere_and_in_low_precision_it_is_xlas(monkeypatch):
     assert primitives(x, kernel) == {"conv_general_dilated"}
 
 
-@pytest.mark.parametrize(("strides", "padding", "use_bias"), [
-    ((1, 1), "SAME", True), ((2, 2), "SAME", False), ((2, 2), 3, True),
-])  # fmt: skip
-def test_parameters_are_flaxs(strides, padding, use_bias):
-    fields = {"strides": strides, "padding": padding, "use_bias": use_bias}
-    ours, theirs = Conv(5, (3, 3), **fields), nn.Conv(5, (3, 3), **fields)
-    x = arrays(CASES["xla's own"])[0]
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), 3)])
+def test_parameters_are_flaxs(strides, padding):
+    ours, theirs = (kind(5, (3, 3), strides, padding, name="layer") for kind in (Conv, nn.Conv))
+    x = arrays(CASES["patches, stride"])[0]
     variables = theirs.init(jax.random.key(1), x)
     chex.assert_trees_all_equal(ours.init(jax.random.key(1), x), variables)
-    if use_bias:
-        variables["params"]["bias"] = jnp.arange(5.0)
-    chex.assert_trees_all_close(
-        ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-5, atol=1e-5
-    )
+    variables["params"]["bias"] = jnp.arange(5.0)
+    results = [layer.apply(variables, x) for layer in (ours, theirs)]
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["winograd", "few places", "patches, stride"])
+@pytest.mark.parametrize("name", ["winograd", "patches, stride"])
 def test_a_batch_stays_split_over_the_devices(name):
     """Each device convolves its own examples; only the kernel's gradient is exchanged."""
     case, mesh = CASES[name], make_mesh()
@@ -158,9 +139,3 @@ def test_a_batch_stays_split_over_the_devices(name):
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
     for found, wanted in zip(program(x, kernel), expected, strict=True):
         assert distance(found, wanted) < 1e-6
-
-
-def test_the_same_inputs_give_the_same_bits():
-    case = CASES["winograd"]
-    first, second = (compiled(convolve, *arrays(case), *case[5:]) for _ in range(2))
-    chex.assert_trees_all_equal(first, second)

@@ -9,10 +9,8 @@ import pytest
 
 from sync_jax.config import default_config
 from sync_jax.methods import METHODS
-from sync_jax.models import BACKBONES, make_backbone, make_network
-from sync_jax.models.cnn import CNN
+from sync_jax.models import make_backbone, make_network
 from sync_jax.models.heads import SelectionHead, SelectiveNetwork
-from sync_jax.scores import mutual_information
 
 BOTH = ("selection", "auxiliary")
 
@@ -34,14 +32,8 @@ def leaf_sizes(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def initialise(network, images, seed=0):
-    return jax.jit(lambda x: network.init(jax.random.key(seed), x, train=False))(images)
-
-
 @pytest.mark.parametrize(("heads", "names"), [
     ((), {"logits"}),
-    (("selection",), {"logits", "selection_logits"}),
-    (("auxiliary",), {"logits", "auxiliary_logits"}),
     (BOTH, {"logits", "selection_logits", "auxiliary_logits"}),
 ])  # fmt: skip
 def test_outputs(heads, names):
@@ -64,7 +56,9 @@ def test_outputs(heads, names):
 
 def test_parameters_by_hand():
     network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
-    variables = initialise(network, make_images(1))
+    variables = jax.eval_shape(
+        lambda x: network.init(jax.random.key(0), x, train=False), make_images(1)
+    )
     units = 64
     assert {name: leaf_sizes(tree) for name, tree in variables["params"].items()} == {
         "class_head": units * 3 + 3,
@@ -73,14 +67,6 @@ def test_parameters_by_hand():
         "selection_head": (units * 512 + 512) + 2 * 512 + (512 + 1),
     }
     assert leaf_sizes(variables["batch_stats"]) == 2 * 512
-
-
-def test_low_precision_features_are_lifted_to_float32():
-    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
-    images = make_images(4)
-    variables = initialise(network, images)
-    outputs = network.apply(variables, images.astype(jnp.bfloat16), train=False)
-    chex.assert_type(list(outputs.values()), jnp.float32)
 
 
 def test_selection_head_in_numpy():
@@ -128,48 +114,18 @@ def starting_selection(target_coverage):
     return np.asarray(mean_selection(jax.random.split(jax.random.key(0), 3)))
 
 
-@pytest.mark.parametrize("target_coverage", [0.5, 0.7, 0.8, 0.95])
+@pytest.mark.parametrize("target_coverage", [0.5, 0.8, 0.95, 1.0])
 def test_selection_starts_at_its_target(target_coverage):
-    for g in starting_selection(target_coverage).reshape(-1):
-        assert abs(g - target_coverage) < 0.02
+    np.testing.assert_allclose(starting_selection(target_coverage), target_coverage, atol=0.02)
 
 
-def test_selection_starts_at_its_target_on_the_cnn():
-    images = make_images()
-    network = SelectiveNetwork(
-        CNN(width=2, features=16), num_classes=3, heads=BOTH, target_coverage=0.8
-    )
-    outputs, _ = jax.jit(lambda x: network.init_with_output(jax.random.key(0), x, train=False))(
-        images
-    )
-    assert abs(jax.nn.sigmoid(outputs["selection_logits"]).mean() - 0.8) < 0.02
-
-
-def test_full_coverage_has_a_finite_start():
-    images = make_images()
-    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=1.0)
-    outputs = network.apply(initialise(network, images), images, train=False)
-    chex.assert_tree_all_finite(outputs)
-    np.testing.assert_allclose(jax.nn.sigmoid(outputs["selection_logits"]).mean(), 0.999, atol=2e-3)
-
-
-def test_statistics_change_only_in_training():
-    network = SelectiveNetwork(Flatten(), num_classes=3, heads=BOTH, target_coverage=0.8)
-    images = make_images()
-    variables = initialise(network, images)
-    before = variables["batch_stats"]
-    _, updates = network.apply(variables, images, train=True, mutable=["batch_stats"])
-    for old, new in zip(
-        jax.tree.leaves(before), jax.tree.leaves(updates["batch_stats"]), strict=True
-    ):
-        assert np.all(old != new)
-    _, updates = network.apply(variables, images, train=False, mutable=["batch_stats"])
-    chex.assert_trees_all_equal(updates.get("batch_stats", before), before)
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("method", "backbone"), [
+    *((method, "cnn") for method in METHODS),
+    *(("mc_dropout", name) for name in ("mlp", "vgg16_bn", "resnet18")),
+    ("sync", "vgg16_bn"),
+])  # fmt: skip
 def test_make_network_follows_the_config(method, backbone):
+    method = METHODS[method]
     config = default_config().model
     config.name = backbone
     config.width = 3
@@ -205,15 +161,13 @@ def test_make_network_follows_the_config(method, backbone):
 # --- Dropout --------------------------------------------------------------------------------------
 
 
-def dropout_network(dropout=0.5, samples=400):
-    return SelectiveNetwork(
-        Flatten(), 3, heads=("dropout",), dropout=dropout, dropout_samples=samples
-    )
+def dropout_network(samples):
+    return SelectiveNetwork(Flatten(), 3, ("dropout",), dropout=0.5, dropout_samples=samples)
 
 
 def test_samples_are_averaged_as_probabilities():
     """Against the mean over masks in NumPy; every example sees the same masks."""
-    network = dropout_network(samples=7)
+    network = dropout_network(7)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 2, 1)), jnp.float32)
     variables = network.init(jax.random.key(1), images, train=False)
     outputs = network.apply(variables, images, train=False)
@@ -230,21 +184,11 @@ def test_samples_are_averaged_as_probabilities():
     np.testing.assert_allclose(alone["logits"], outputs["logits"][2:3], rtol=1e-6)
 
 
-def test_without_dropout_the_samples_agree():
-    network = dropout_network(dropout=0.0, samples=3)
-    images = jnp.ones((2, 2, 2, 1))
-    variables = network.init(jax.random.key(1), images, train=False)
-    outputs = network.apply(variables, images, train=False)
-    plain = SelectiveNetwork(Flatten(), 3).apply(variables, images, train=False)
-    np.testing.assert_allclose(outputs["logits"], jax.nn.log_softmax(plain["logits"]), atol=1e-6)
-    information = -np.asarray(mutual_information(outputs))
-    np.testing.assert_allclose(information, 0, atol=1e-6)
-
-
 def test_training_drops_by_its_key():
-    network, images = dropout_network(), jnp.ones((64, 4, 4, 1))
+    network, images = dropout_network(400), jnp.ones((64, 4, 4, 1))
     variables = network.init(jax.random.key(1), images, train=False)
 
+    @jax.jit
     def logits(seed):
         rngs = {"dropout": jax.random.key(seed)}
         return network.apply(variables, images, train=True, rngs=rngs)["logits"]
