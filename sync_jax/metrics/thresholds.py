@@ -5,15 +5,16 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics.arrays import (
+from sync_jax.metrics.sample import (
     FloatArray,
     IntArray,
+    group_ties,
     is_binary,
+    loss_sample,
     rank_of_coverage,
     ratio,
     vector,
 )
-from sync_jax.metrics.sample import group_ties, loss_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,6 @@ def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None)
         confidence: [n], higher = more confident.
         loss: [n], finite and non-negative.
         threshold: may be infinite; None (an infeasible certificate's) accepts nothing.
-
-    Raises:
-        ValueError: also where threshold is NaN.
     """
     sample = loss_sample(confidence, loss)
     if threshold is not None and np.isnan(threshold):
@@ -69,12 +67,9 @@ def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None)
 
 
 def threshold_for_coverage(confidence: ArrayLike, *, coverage: float) -> float:
-    """Largest threshold that accepts at least this coverage, ties accepted together.
+    """Largest threshold that accepts at least this coverage in (0, 1], ties accepted together.
 
     Choose it on the calibration split and apply it with `deployed` to another.
-
-    Raises:
-        ValueError: confidence empty or NaN; coverage outside (0, 1].
     """
     confidence = vector(confidence, "confidence")
     index = confidence.size - int(rank_of_coverage(coverage, confidence.size))
@@ -113,9 +108,6 @@ def threshold_table(
         confidence: [n], higher = more confident.
         loss: [n], 0/1.
         thresholds: [thresholds] in any order; None takes every distinct confidence.
-
-    Raises:
-        ValueError: also where loss is not 0/1, and thresholds empty, NaN or not a vector.
     """
     sample = loss_sample(confidence, loss)
     if not is_binary(sample.value):
