@@ -34,12 +34,15 @@ from sync_jax.metrics.probabilities import (
     expected_calibration_error,
     negative_log_likelihood,
 )
-from sync_jax.metrics.ranking import (
+from sync_jax.metrics.selection import (
     Convention,
+    Deployed,
     RiskCoverageCurve,
+    ThresholdTable,
     augrc,
     aurc,
     coverage_at_risk,
+    deployed,
     excess_augrc,
     excess_aurc,
     failure_auroc,
@@ -47,11 +50,6 @@ from sync_jax.metrics.ranking import (
     normalised_aurc,
     risk_coverage_curve,
     selective_risk,
-)
-from sync_jax.metrics.thresholds import (
-    Deployed,
-    ThresholdTable,
-    deployed,
     threshold_for_coverage,
     threshold_table,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics import ranking
+from sync_jax.metrics import selection
 from sync_jax.metrics.sample import FloatArray, Sample, vector
 
 # Resamples are evaluated in blocks of about this many examples: some ten arrays of 8 MB at a time.
@@ -35,18 +35,12 @@ class Interval:
     undefined: int
 
 
-# The metrics that can be evaluated on many resamples at once.
-_OF_SAMPLE: dict[Callable[..., Any], Callable[..., FloatArray]] = {
-    ranking.selective_risk: ranking.selective_risk_of_sample,
-    ranking.coverage_at_risk: ranking.coverage_at_risk_of_sample,
-    ranking.aurc: ranking.aurc_of_sample,
-    ranking.excess_aurc: ranking.excess_aurc_of_sample,
-    ranking.normalised_aurc: ranking.normalised_aurc_of_sample,
-    ranking.augrc: ranking.augrc_of_sample,
-    ranking.excess_augrc: ranking.excess_augrc_of_sample,
-    ranking.failure_auroc: ranking.failure_auroc_of_sample,
-    ranking.fpr_at_tpr: ranking.fpr_at_tpr_of_sample,
-}
+# The metrics that take many resamples at once, as a `Sample` with counts.
+_VECTORISED = (
+    *(selection.aurc, selection.excess_aurc, selection.normalised_aurc),
+    *(selection.augrc, selection.excess_augrc, selection.failure_auroc, selection.fpr_at_tpr),
+    *(selection.selective_risk, selection.coverage_at_risk),
+)
 
 
 def bootstrap_interval(
@@ -144,14 +138,15 @@ def bootstrap_values(
     confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
     n, rng = confidence.size, np.random.default_rng(seed)
     block = max(1, _BLOCK // n)
-    values: list[Any] = []
+    many: Callable[..., Any] = metric  # of a Sample, an array
+    values: list[float] = []
     for done in range(0, resamples, block):
         rows = min(block, resamples - done)
         index = rng.integers(n, size=(rows, n))
-        if metric in _OF_SAMPLE:
+        if metric in _VECTORISED:
             cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
             counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
-            values.extend(_OF_SAMPLE[metric](Sample(confidence, loss, counts), **options))
+            values.extend(many(Sample(confidence, loss, counts), loss, **options))
         else:
             values.extend(float(metric(confidence[i], loss[i], **options)) for i in index)
     return np.array(values)

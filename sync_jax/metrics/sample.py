@@ -1,7 +1,7 @@
 """What the metrics compute on: checked arrays, and examples grouped by equal confidence.
 
-A public ranking metric checks its arguments, which gives a `Sample`, and leaves the rest to its
-twin `..._of_sample`, which also takes many resamples at once and is what the bootstrap calls.
+A metric of confidence turns its arguments into a `Sample`, which stands for as many data sets as
+its counts have rows. The bootstrap passes such a `Sample` in the place of `confidence`.
 """
 
 import dataclasses
@@ -37,6 +37,11 @@ def vector(value: ArrayLike, name: str) -> FloatArray:
     if np.isnan(array).any():
         raise ValueError(f"{name} contains NaN")
     return array + 0.0  # -0.0 becomes 0.0: they tie, and must not differ in the output
+
+
+def number(value: Any) -> Any:
+    """A float; an array, where a metric was given several data sets or coverages."""
+    return float(value) if np.ndim(value) == 0 else value
 
 
 def is_binary(array: FloatArray) -> bool:
@@ -77,8 +82,8 @@ class Sample:
     value: FloatArray  # [n]: the loss, or for a metric of `correct` 1 where right, 0 where wrong
     counts: IntArray | None = None  # [..., n]
 
-    def best(self) -> "Sample":
-        """The same losses ranked perfectly."""
+    def best(self) -> Any:
+        """The same losses ranked perfectly, to be passed to a metric as `confidence`."""
         return dataclasses.replace(self, confidence=-self.value)
 
 
@@ -100,7 +105,9 @@ def correct_sample(confidence: ArrayLike, correct: ArrayLike) -> Sample:
     return sample
 
 
-def _sample(confidence: ArrayLike, value: ArrayLike, name: str) -> Sample:
+def _sample(confidence: Any, value: ArrayLike, name: str) -> Sample:
+    if isinstance(confidence, Sample):
+        return confidence
     confidence, value = vector(confidence, "confidence"), vector(value, name)
     if value.shape != confidence.shape:
         raise ValueError(f"{name} has shape {value.shape} but confidence {confidence.shape}")

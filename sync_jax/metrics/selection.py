@@ -1,4 +1,4 @@
-"""Metrics of a ranking: the risk-coverage curve, areas under it, and failure detection."""
+"""Metrics of a selection, by rank or by threshold: risk, coverage, areas, failure detection."""
 
 import dataclasses
 from typing import Any, Literal, overload
@@ -10,7 +10,6 @@ from scipy.special import xlogy
 from sync_jax.metrics.sample import (
     FloatArray,
     IntArray,
-    Sample,
     before,
     ceiling,
     correct_sample,
@@ -19,8 +18,10 @@ from sync_jax.metrics.sample import (
     group_ties,
     is_binary,
     loss_sample,
+    number,
     rank_of_coverage,
     ratio,
+    vector,
 )
 
 Convention = Literal["mean", "fd_shifts", "torch_uncertainty"]
@@ -82,14 +83,9 @@ def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLik
         loss: [n], finite and non-negative.
         coverage: one coverage in (0, 1], or an array of them, whose shape the result has.
     """
-    risk = selective_risk_of_sample(loss_sample(confidence, loss), coverage=coverage)
-    return float(risk) if np.ndim(coverage) == 0 else risk
-
-
-def selective_risk_of_sample(sample: Sample, *, coverage: ArrayLike) -> FloatArray:
-    """The twin of `selective_risk`: [..., *coverage.shape]."""
+    sample = loss_sample(confidence, loss)
     rank = rank_of_coverage(coverage, sample.value.size)
-    return expected_risks(group_ties(sample))[..., rank - 1]
+    return number(expected_risks(group_ties(sample))[..., rank - 1])
 
 
 def coverage_at_risk(confidence: ArrayLike, loss: ArrayLike, *, risk: float) -> float:
@@ -98,17 +94,13 @@ def coverage_at_risk(confidence: ArrayLike, loss: ArrayLike, *, risk: float) -> 
     The curve need not be monotone: a larger coverage may meet a risk that a smaller one misses.
     Computed on the data at hand, so no promise about new data: see `sync_jax.guarantees`.
     """
-    return float(coverage_at_risk_of_sample(loss_sample(confidence, loss), risk=risk))
-
-
-def coverage_at_risk_of_sample(sample: Sample, *, risk: float) -> FloatArray:
-    """The twin of `coverage_at_risk`: [...]."""
+    risks = expected_risks(group_ties(loss_sample(confidence, loss)))
     if not risk >= 0:
         raise ValueError(f"risk must be non-negative, got {risk}")
     # A mean of equal losses may round to just above them; no 0/1 risk lies that close to another.
-    met = expected_risks(group_ties(sample)) <= risk * (1 + 1e-12)
+    met = risks <= risk * (1 + 1e-12)
     n = met.shape[-1]
-    return np.where(met.any(axis=-1), n - np.argmax(met[..., ::-1], axis=-1), 0) / n
+    return number(np.where(met.any(axis=-1), n - np.argmax(met[..., ::-1], axis=-1), 0) / n)
 
 
 def aurc(confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "mean") -> float:
@@ -125,27 +117,22 @@ def aurc(confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "me
                 torch-uncertainty computes it. Its value depends on the order of ties; here it is
                 the expected one. Needs n >= 2.
     """
-    return float(aurc_of_sample(loss_sample(confidence, loss), convention=convention))
-
-
-def aurc_of_sample(sample: Sample, *, convention: Convention = "mean") -> FloatArray:
-    """The twin of `aurc`: [...]."""
-    groups = group_ties(sample)
+    groups = group_ties(loss_sample(confidence, loss))
     if convention == "fd_shifts":
         n_accepted, loss_sum = np.cumsum(groups.count, axis=-1), np.cumsum(groups.total, axis=-1)
         # A resample may leave groups empty. Those before its first example have no risk yet; they
         # have no width either, so any finite number does.
         risk = loss_sum / np.maximum(n_accepted, 1)
         risk_before = np.where(before(n_accepted) > 0, before(risk), risk)
-        return (groups.count * (risk + risk_before) / 2).sum(axis=-1) / n_accepted[..., -1]
+        return number((groups.count * (risk + risk_before) / 2).sum(axis=-1) / n_accepted[..., -1])
     risk = expected_risks(groups)
     if convention == "mean":
-        return risk.mean(axis=-1)
+        return number(risk.mean(axis=-1))
     if convention == "torch_uncertainty":
         n = risk.shape[-1]
         if n < 2:
             raise ValueError("confidence needs two examples in convention 'torch_uncertainty'")
-        return (risk.sum(axis=-1) - (risk[..., 0] + risk[..., -1]) / 2) / (n - 1)
+        return number((risk.sum(axis=-1) - (risk[..., 0] + risk[..., -1]) / 2) / (n - 1))
     raise ValueError(f"convention {convention!r} is none of mean, fd_shifts, torch_uncertainty")
 
 
@@ -163,22 +150,18 @@ def excess_aurc(
             0/1, and the sorted losses otherwise; it can be negative. torch-uncertainty defines
             none.
     """
-    return float(excess_aurc_of_sample(loss_sample(confidence, loss), convention=convention))
-
-
-def excess_aurc_of_sample(sample: Sample, *, convention: Convention = "mean") -> FloatArray:
-    """The twin of `excess_aurc`: [...]."""
+    sample = loss_sample(confidence, loss)
     if convention not in ("mean", "fd_shifts"):
         raise ValueError(f"convention {convention!r} defines no excess AURC: mean or fd_shifts")
-    area = aurc_of_sample(sample, convention=convention)
+    area = aurc(confidence, loss, convention=convention)
     best = expected_risks(group_ties(sample.best()))
     if convention == "mean":
-        return area - best.mean(axis=-1)
+        return number(area - best.mean(axis=-1))
     if is_binary(sample.value):
         risk = best[..., -1]
-        return area - (risk + xlogy(1 - risk, 1 - risk))
+        return number(area - (risk + xlogy(1 - risk, 1 - risk)))
     n = best.shape[-1]
-    return area - (best.sum(axis=-1) + (best[..., 0] - best[..., -1]) / 2) / n
+    return number(area - (best.sum(axis=-1) + (best[..., 0] - best[..., -1]) / 2) / n)
 
 
 def normalised_aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
@@ -187,16 +170,12 @@ def normalised_aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
     NAURC of Cattelan & Silva 2023, (AURC - best) / (risk at full coverage - best), in the
     convention "mean", where a random ranking's expected AURC is exactly the full-coverage risk.
     """
-    return float(normalised_aurc_of_sample(loss_sample(confidence, loss)))
-
-
-def normalised_aurc_of_sample(sample: Sample) -> FloatArray:
-    """The twin of `normalised_aurc`: [...]."""
+    sample = loss_sample(confidence, loss)
     best_risks = expected_risks(group_ties(sample.best()))
     best, random = best_risks.mean(axis=-1), best_risks[..., -1]
     # Equal losses leave no room but rounding between the best ranking and a random one.
     room = np.where(random - best > 1e-12 * random, random - best, 0.0)
-    return ratio(aurc_of_sample(sample) - best, room)
+    return number(ratio(aurc(confidence, loss) - best, room))
 
 
 def augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
@@ -206,24 +185,14 @@ def augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
     (1 - failure AUROC) a (1 - a) + (1 - a)^2 / 2: the chance that a random example is accepted at
     a random coverage and wrong.
     """
-    return float(augrc_of_sample(loss_sample(confidence, loss)))
-
-
-def augrc_of_sample(sample: Sample) -> FloatArray:
-    """The twin of `augrc`: [...]."""
-    total = expected_totals(group_ties(sample))
+    total = expected_totals(group_ties(loss_sample(confidence, loss)))
     # Linear inside ties, so the trapezoid over ranks is that over distinct confidences.
-    return (total.sum(axis=-1) - total[..., -1] / 2) / total.shape[-1] ** 2
+    return number((total.sum(axis=-1) - total[..., -1] / 2) / total.shape[-1] ** 2)
 
 
 def excess_augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
     """AUGRC minus that of the best ranking of the same losses (r^2/2 for a 0/1 loss of mean r)."""
-    return float(excess_augrc_of_sample(loss_sample(confidence, loss)))
-
-
-def excess_augrc_of_sample(sample: Sample) -> FloatArray:
-    """The twin of `excess_augrc`: [...]."""
-    return augrc_of_sample(sample) - augrc_of_sample(sample.best())
+    return augrc(confidence, loss) - augrc(loss_sample(confidence, loss).best(), loss)
 
 
 def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -239,16 +208,11 @@ def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
     Returns:
         The AUROC; NaN unless both classes occur.
     """
-    return float(failure_auroc_of_sample(correct_sample(confidence, correct)))
-
-
-def failure_auroc_of_sample(sample: Sample) -> FloatArray:
-    """The twin of `failure_auroc`: [...]."""
-    groups = group_ties(sample)
+    groups = group_ties(correct_sample(confidence, correct))
     right, wrong = groups.total, groups.count - groups.total
     n_right, n_wrong = right.sum(axis=-1), wrong.sum(axis=-1)
     wrong_below = n_wrong[..., None] - np.cumsum(wrong, axis=-1)
-    return ratio((right * (wrong_below + wrong / 2)).sum(axis=-1), n_right * n_wrong)
+    return number(ratio((right * (wrong_below + wrong / 2)).sum(axis=-1), n_right * n_wrong))
 
 
 def fpr_at_tpr(confidence: ArrayLike, correct: ArrayLike, *, tpr: float = 0.95) -> float:
@@ -266,16 +230,123 @@ def fpr_at_tpr(confidence: ArrayLike, correct: ArrayLike, *, tpr: float = 0.95) 
     Returns:
         The rate in [0, 1]; NaN unless both classes occur.
     """
-    return float(fpr_at_tpr_of_sample(correct_sample(confidence, correct), tpr=tpr))
-
-
-def fpr_at_tpr_of_sample(sample: Sample, *, tpr: float = 0.95) -> FloatArray:
-    """The twin of `fpr_at_tpr`: [...]."""
+    groups = group_ties(correct_sample(confidence, correct))
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must lie in (0, 1], got {tpr}")
-    groups = group_ties(sample)
     right = np.cumsum(groups.total, axis=-1)
     wrong = np.cumsum(groups.count - groups.total, axis=-1)
     enough = right >= ceiling(tpr * right[..., -1:])
     accepted = np.take_along_axis(wrong, np.argmax(enough, axis=-1)[..., None], axis=-1)[..., 0]
-    return np.where(right[..., -1] > 0, ratio(accepted, wrong[..., -1]), np.nan)
+    return number(np.where(right[..., -1] > 0, ratio(accepted, wrong[..., -1]), np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """What a fixed threshold gives on a split.
+
+    Attributes:
+        threshold: confidence >= threshold is accepted; None accepts nothing.
+        coverage: share accepted.
+        risk: mean loss of the accepted; NaN where nothing is accepted.
+        n: number of examples.
+        n_accepted: number accepted.
+        n_errors: number accepted with a loss above 0: the errors, where the loss is 0/1.
+        loss_sum: total loss of the accepted.
+    """
+
+    threshold: float | None
+    coverage: float
+    risk: float
+    n: int
+    n_accepted: int
+    n_errors: int
+    loss_sum: float
+
+
+def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None) -> Deployed:
+    """Coverage and risk of accepting confidence >= threshold, chosen on other data.
+
+    Args:
+        confidence: [n], higher = more confident.
+        loss: [n], finite and non-negative.
+        threshold: may be infinite; None (an infeasible certificate's) accepts nothing.
+    """
+    sample = loss_sample(confidence, loss)
+    if threshold is not None and np.isnan(threshold):
+        raise ValueError("threshold is NaN")
+    losses = sample.value
+    accepted = losses[:0] if threshold is None else losses[sample.confidence >= threshold]
+    accepted = np.sort(accepted)  # a float sum depends on its order; the result must not
+    total = float(accepted.sum())
+    return Deployed(
+        threshold=None if threshold is None else float(threshold),
+        coverage=accepted.size / losses.size,
+        risk=total / accepted.size if accepted.size else float("nan"),
+        n=losses.size,
+        n_accepted=accepted.size,
+        n_errors=int(np.count_nonzero(accepted)),
+        loss_sum=total,
+    )
+
+
+def threshold_for_coverage(confidence: ArrayLike, *, coverage: float) -> float:
+    """Largest threshold that accepts at least this coverage in (0, 1], ties accepted together.
+
+    Choose it on the calibration split and apply it with `deployed` to another.
+    """
+    confidence = vector(confidence, "confidence")
+    index = confidence.size - int(rank_of_coverage(coverage, confidence.size))
+    return float(np.partition(confidence, index)[index])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThresholdTable:
+    """Counts per threshold, arrays [thresholds]; accepted means confidence >= threshold.
+
+    Attributes:
+        threshold: the thresholds, as given, or every distinct confidence, descending.
+        n_accepted: accepted examples.
+        n_errors: accepted and wrong (missed by the selection).
+        n_rejected: rejected examples.
+        n_rejected_errors: rejected and wrong (caught by the selection).
+        coverage: n_accepted / n.
+        risk: n_errors / n_accepted; NaN where nothing is accepted.
+    """
+
+    threshold: FloatArray
+    n_accepted: IntArray
+    n_errors: IntArray
+    n_rejected: IntArray
+    n_rejected_errors: IntArray
+    coverage: FloatArray
+    risk: FloatArray
+
+
+def threshold_table(
+    confidence: ArrayLike, loss: ArrayLike, *, thresholds: ArrayLike | None = None
+) -> ThresholdTable:
+    """Integer counts for each threshold.
+
+    Args:
+        confidence: [n], higher = more confident.
+        loss: [n], 0/1.
+        thresholds: [thresholds] in any order; None takes every distinct confidence.
+    """
+    sample = loss_sample(confidence, loss)
+    if not is_binary(sample.value):
+        raise ValueError("loss must be 0/1 for a table of counts")
+    n, groups = sample.value.size, group_ties(sample)
+    threshold = groups.threshold if thresholds is None else vector(thresholds, "thresholds")
+    # How many of the distinct confidences, which descend, are >= each threshold.
+    points = np.searchsorted(-groups.threshold, -threshold, side="right")
+    n_accepted = np.append(0, np.cumsum(groups.count))[points]
+    errors = np.append(0, np.cumsum(groups.total.astype(np.int64)))
+    return ThresholdTable(
+        threshold=threshold,
+        n_accepted=n_accepted,
+        n_errors=errors[points],
+        n_rejected=n - n_accepted,
+        n_rejected_errors=errors[-1] - errors[points],
+        coverage=n_accepted / n,
+        risk=ratio(errors[points], n_accepted),
+    )
