@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
 import rich.text
 
@@ -45,7 +44,7 @@ from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable
-from sync_jax.runtime.files import write_atomically, write_text
+from sync_jax.runtime.files import write_text
 from sync_jax.scores import SCORES, Score
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
@@ -246,9 +245,9 @@ def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
         labelled[printable(f"{method} ({', '.join(apart)})" if apart else method)] = members
         seen: dict[Any, Path] = {}
         for run in members:
-            other = seen.setdefault(seed := run.config["seed"], run.workdir)
-            if other != run.workdir:
-                raise InputError(f"{run.workdir} and {other} are the same run: seed {seed}")
+            first = seen.setdefault(seed := run.config["seed"], run.workdir)
+            if first != run.workdir:
+                raise InputError(f"{run.workdir} and {first} are the same run: seed {seed}")
     return labelled
 
 
@@ -419,8 +418,7 @@ def show(record: dict[str, Any], out: Path) -> None:
 
 def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Path) -> None:
     """Draws each row's mean test risk-coverage curve with a band of one standard deviation."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    axes = reports.new_axes(8, 5)
     members = {
         f"{label}, {label_of(runs[0].report, score)}": (runs, score)
         for label, runs in groups.items()
@@ -435,14 +433,7 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
         style = "-" if score == "softmax_response" else "--"
         axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=row["label"])
         axes.fill_between(100 * GRID, mean - std, mean + std, color=f"C{i % 10}", alpha=0.15)
-    axes.set(
-        xlabel="coverage on test (%)",
-        ylabel="selective error on test (%)",
-        xlim=(0, 100),
-        title="Mean over seeds; bands: one standard deviation",
-    )
     axes.set_ylim(bottom=0)
     for text in axes.legend(loc="upper left", fontsize=8).get_texts():
         text.set_parse_math(False)  # a label is no formula
-    axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    reports.save_plot(axes, path, "Mean over seeds; bands: one standard deviation")

@@ -7,8 +7,8 @@ and risks are fractions. Fields:
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
     training                   steps, seconds (of the loop, earlier processes included), speed (of
-                               the last process: images_per_second and more, as of profiling.speed;
-                               null where it did no step; not in older reports)
+                               the last process, as of profiling.speed; null where it did no step;
+                               not in older reports)
     members                    of an ensemble alone: the runs that it combines
     method_score               the confidence score that the method is meant to be used with
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
@@ -18,11 +18,10 @@ and risks are fractions. Fields:
       label                    its name in tables (not in older reports)
       parameters               the score's arguments, chosen on the calibration split: p of
                                max_logit_pnorm (null: the softmax response is better), {} else
-      aurc.CONVENTION          on test: mean (expected value under random order of ties),
-                               fd_shifts, torch_uncertainty
-      excess_aurc.CONVENTION   mean (against the best ranking of as many errors), fd_shifts
-      normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
-                               on test; see sync_jax.metrics
+      aurc.CONVENTION, excess_aurc.CONVENTION, normalised_aurc, augrc, excess_augrc,
+      failure_auroc, fpr_at_95_tpr
+                               on test; see sync_jax.metrics. Conventions: mean, fd_shifts, and of
+                               aurc torch_uncertainty
       rank_based[]             coverage imposed on the test ranking, as published tables do:
                                coverage, selective_risk
       coverage_at_risk[]       the largest coverage of the test ranking with each target risk: risk,
@@ -34,19 +33,18 @@ and risks are fractions. Fields:
                                and of softmax_response and the method's own score alone:
       bootstrap_95             [lower, upper] of aurc, augrc, failure_auroc over 1,000 resamples of
                                the test examples
-      certificates[]           a guarantees.Certificate of each method at each of
-                               config.evaluation.target_risks, and under test what its threshold
-                               gives there
+      certificates[]           a guarantees.Certificate of each method at each target risk, and
+                               under test what its threshold gives there
       class_certificates[]     the same by predicted_class, by learn-then-test (Bonferroni) at
                                delta / classes each: they hold all together at delta
-      calibration_plans[]      how many calibration examples one fixed threshold at
+      calibration_plans[]      calibration examples that one fixed threshold at
                                config.target_coverage would need for each target risk: target_risk,
                                coverage, expected_risk (seen on the calibration split),
                                n_calibration, power (chance of the certificate); the last two null
                                where expected_risk is not below the target: no number is enough
     aurc_minus_softmax_response
-                               paired bootstrap interval of the method score's AURC minus SR's, a
-                               metrics.Interval; absent where the method's score is SR
+                               a metrics.Interval, by paired bootstrap, of the method score's AURC
+                               minus SR's; absent where the method's score is SR
 """
 
 import datetime
@@ -90,13 +88,13 @@ def write_report(
     """Writes risk_coverage.png, then report.json: where that is, the run is finished.
 
     Args:
-        record: of `evaluate.evaluation_record`, with `training`.
+        record: of `record.evaluation_record`, with `training`.
         test: the predictions that it was made from.
         config: of the run.
         workdir: exists.
 
     Returns:
-        The report as read back from the file.
+        The report as `read_report` reads it back.
     """
     report = {
         "schema": SCHEMA,
@@ -326,12 +324,7 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
-    # Here and not above: it takes two seconds, which a training need not wait for to begin.
-    import matplotlib.figure
-
-    # A Figure of its own, not pyplot's: no global state, no display needed.
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    axes = new_axes(7, 4.5)
     for color, (name, ranked) in zip(("C0", "C1"), curves.items(), strict=False):
         score, wrong = record["scores"][name], ranked.wrong
         curve = metrics.risk_coverage_curve(ranked.confidence, wrong)
@@ -353,7 +346,6 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
                 color=color,
             )
     # The oracle ranks every correct prediction above every error.
-    oracle = metrics.risk_coverage_curve(1 - wrong, wrong)
     accuracy = 100 * (1 - wrong.mean())
     oracle_coverage = np.linspace(max(accuracy, 1e-9), 100, 100)
     axes.plot(
@@ -363,16 +355,31 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
         linestyle="--",
         label="oracle",
     )
+    axes.set_ylim(0, 1.1 * 100 * max(float(wrong.mean()), 1e-3))
+    axes.legend(loc="upper left")
+    save_plot(axes, path, "Risk-coverage curve; dots: thresholds chosen on calibration data")
+
+
+def new_axes(width: float, height: float) -> Any:
+    """The axes of a new figure."""
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    import matplotlib.figure
+
+    # A Figure of its own, not pyplot's: no global state, no display needed.
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return figure.add_subplot()
+
+
+def save_plot(axes: Any, path: Path, title: str) -> None:
+    """Labels a risk-coverage plot and writes it as PNG."""
     axes.set(
         xlabel="coverage on test (%)",
         ylabel="selective error on test (%)",
         xlim=(0, 100),
-        ylim=(0, 1.1 * 100 * max(float(oracle.risk[-1]), 1e-3)),
-        title="Risk-coverage curve; dots: thresholds chosen on calibration data",
+        title=title,
     )
-    axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: axes.figure.savefig(file, format="png"))
 
 
 def _with_parameters(label: str, parameters: dict[str, Any]) -> str:
