@@ -1,7 +1,6 @@
 """Comparisons of runs that are made here: real reports of made-up predictions."""
 
 import csv
-import functools
 import json
 import shutil
 
@@ -153,11 +152,12 @@ def test_files_say_the_same(compared):
 
 
 def test_bold_is_what_reads_best():
-    column = functools.partial(compare._column, factor=100, digits=1)
-    assert column([(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)], best=min) == [
+    pairs = [(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)]
+    assert compare._cells(pairs, compare.Column("", 100, 1, min)) == [
         ("10.0 ± 1.0", True), ("10.0", True), ("-", False), ("20.0 ± 0.0", False),
     ]  # fmt: skip
-    assert [best for _, best in column([(0.1, None), (0.2, None)], best=max)] == [False, True]
+    cells = compare._cells(pairs, compare.Column("", best=max))
+    assert [best for _, best in cells] == [False, False, False, True]
 
 
 def test_runs_of_several_target_coverages_are_judged_at_their_own(folder, tmp_path):

@@ -1,7 +1,7 @@
 import dataclasses
-import functools
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -17,10 +17,7 @@ from sync_jax.errors import InputError
 from sync_jax.evaluation.inference import predict
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import evaluation_record, fit_parameters, summary
-from sync_jax.models.cnn import CNN
-from sync_jax.models.heads import SelectiveNetwork
 from sync_jax.scores import SCORES
-from sync_jax.steps import TrainState, eval_step
 
 # --- predict --------------------------------------------------------------------------------------
 
@@ -82,24 +79,6 @@ def test_low_precision_outputs_become_float32():
         return {"logits": jax.numpy.asarray(Spy(4)(images)["logits"], jax.numpy.bfloat16)}
 
     assert predict(part, outputs_of, 4).outputs["logits"].dtype == np.float32
-
-
-def test_a_real_network_whatever_the_batch_size():
-    network = SelectiveNetwork(
-        CNN(width=2, features=4), 3, heads=("selection", "auxiliary"), target_coverage=0.8
-    )
-    part = make_part(11)
-    variables = jax.jit(functools.partial(network.init, train=False))(
-        jax.random.key(0), part.images.astype(np.float32)
-    )
-    state = TrainState(0, variables["params"], variables["batch_stats"], (), {})
-    outputs_of = jax.jit(lambda images: eval_step(state, images / 255.0, network=network))
-    expected = predict(part, outputs_of, 1).outputs
-    assert expected.keys() == {"logits", "selection_logits", "auxiliary_logits"}
-    for batch_size in (4, 16):
-        outputs = predict(part, outputs_of, batch_size).outputs
-        for name, output in expected.items():
-            np.testing.assert_allclose(outputs[name], output, rtol=1e-5, atol=1e-6)
 
 
 # --- Predictions ----------------------------------------------------------------------------------
@@ -182,20 +161,6 @@ def test_a_failing_save_leaves_the_older_file(saved, monkeypatch):
     assert same(Predictions.load(path), predictions)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"p\.npz is missing: train the run to its end first"):
-        Predictions.load(tmp_path / "p.npz")
-
-
-def test_truncated_file(saved):
-    _, path = saved
-    content = path.read_bytes()
-    for size in (0, 1, 3, 4, 10, 100, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:size])
-        with pytest.raises(InputError, match=r"predictions\.npz is damaged"):
-            Predictions.load(path)
-
-
 def test_a_damaged_byte_is_an_error_or_harmless(saved):
     """Never another exception, and never other numbers."""
     predictions, path = saved
@@ -214,28 +179,33 @@ def test_a_damaged_byte_is_an_error_or_harmless(saved):
     assert errors > len(content) / 2
 
 
-@pytest.mark.parametrize("arrays", [
-    {},
-    {"labels": np.zeros(3)},
-    {"labels": np.zeros(3), "index": np.zeros(3)},
-    {"labels": np.zeros(3), "index": np.zeros(3), "outputs/logits": np.zeros((2, 2))},
-    {"labels": np.zeros(3), "index": np.zeros(2), "outputs/logits": np.zeros((3, 2))},
-    {"labels": np.zeros(3), "outputs/logits": np.zeros((3, 2))},
-    {"labels": np.array([{}]), "index": np.zeros(1), "outputs/logits": np.zeros((1, 2))},
-])  # fmt: skip
-def test_files_that_hold_something_else(tmp_path, arrays):
-    path = tmp_path / "p.npz"
-    np.savez(path, **arrays)
-    with pytest.raises(InputError, match=r"p\.npz is damaged"):
-        Predictions.load(path)
-
-
-def test_a_plain_array_and_a_folder(tmp_path):
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    (tmp_path / "folder").mkdir()
-    for name in ("array.npy", "folder"):
-        with pytest.raises(InputError, match=f"{name} is damaged"):
-            Predictions.load(tmp_path / name)
+def test_files_that_are_no_predictions(saved):
+    _, path = saved
+    content = path.read_bytes()
+    np.save(path.with_name("array.npy"), np.zeros(3))
+    damaged = [path.with_name("array.npy"), path.parent]
+    for size in (0, 1, 3, 4, 10, 100, len(content) // 2, len(content) - 1):
+        damaged.append(path.with_name(f"{size} bytes"))
+        damaged[-1].write_bytes(content[:size])
+    integers = {"labels": np.zeros(3, int), "index": np.arange(3)}
+    for i, arrays in enumerate(
+        (
+            {},
+            integers,
+            {**integers, "outputs/logits": np.zeros((2, 2))},
+            {**integers, "index": np.arange(2), "outputs/logits": np.zeros((3, 2))},
+            {"labels": integers["labels"], "outputs/logits": np.zeros((3, 2))},
+            {**integers, "labels": np.array([{}] * 3), "outputs/logits": np.zeros((3, 2))},
+            {**integers, "labels": np.zeros(3), "outputs/logits": np.zeros((3, 2))},
+        )
+    ):
+        damaged.append(path.with_name(f"{i}.npz"))
+        np.savez(damaged[-1], **arrays)
+    for each in damaged:
+        with pytest.raises(InputError, match=re.escape(f"{each} is damaged")):
+            Predictions.load(each)
+    with pytest.raises(InputError, match=r"p\.npz is missing: train the run to its end first"):
+        Predictions.load(path.with_name("p.npz"))
 
 
 # --- The record -----------------------------------------------------------------------------------
@@ -285,7 +255,7 @@ def test_summary_by_hand(record):
     assert record["calibration"]["accuracy"] == 0.8
 
 
-def test_ranking_of_the_softmax_response_by_hand(record):
+def test_rankings_by_hand(record):
     score = record["scores"]["softmax_response"]
     # Selective risks of the 1, 2, 3, 4 most confident: 0, 0, 1/3, 1/4.
     assert score["aurc"] == pytest.approx(
@@ -308,14 +278,9 @@ def test_ranking_of_the_softmax_response_by_hand(record):
     # Two of the three correct ones are above the error; to have all three, it must be accepted.
     assert score["failure_auroc"] == pytest.approx(2 / 3)
     assert score["fpr_at_95_tpr"] == 1.0
-
-
-def test_ranking_of_a_perfect_selection_by_hand(record):
-    score = record["scores"]["selection"]
-    assert score["aurc"]["mean"] == pytest.approx(1 / 16)
-    assert score["excess_aurc"]["mean"] == 0.0
-    assert score["failure_auroc"] == 1.0
-    assert score["fpr_at_95_tpr"] == 0.0
+    perfect = record["scores"]["selection"]
+    assert perfect["aurc"]["mean"] == pytest.approx(1 / 16)
+    assert (perfect["failure_auroc"], perfect["fpr_at_95_tpr"]) == (1.0, 0.0)
 
 
 def test_rank_based_by_hand(record):

@@ -95,14 +95,6 @@ def test_undefined_resamples_are_left_out_and_counted():
     assert math.isnan(never.lower)
 
 
-def test_paired_interval_of_a_method_with_itself_is_zero():
-    confidence, error = example(200)
-    interval = metrics.paired_bootstrap_interval(
-        metrics.aurc, confidence, error, 2 * confidence, error
-    )
-    assert (interval.estimate, interval.lower, interval.upper) == (0, 0, 0)
-
-
 def test_paired_interval_sees_what_separate_ones_do_not():
     """Slightly noisier scores on the same errors: the pairs cancel most of the variance."""
     confidence, error = example(2000)
