@@ -159,17 +159,10 @@ def test_curve_has_one_point_per_distinct_confidence():
     assert curve.risk.dtype == np.float64
 
 
-@pytest.mark.parametrize(
-    ("coverage", "risk"), [(1, 1 / 2), (0.75, 1 / 3), (0.74, 1 / 3), (0.5, 1 / 4), (0.01, 0)]
-)
-def test_selective_risk_by_hand(coverage, risk):
-    assert metrics.selective_risk(*HAND_TIED, coverage=coverage) == pytest.approx(risk)
-
-
-def test_selective_risk_takes_an_array_of_coverages():
-    coverage = [[1.0, 0.75], [0.5, 0.25]]
+def test_selective_risk_by_hand():
+    coverage = [[1, 0.75, 0.74], [0.5, 0.25, 0.01]]
     result = metrics.selective_risk(*HAND_TIED, coverage=coverage)
-    np.testing.assert_allclose(result, [[1 / 2, 1 / 3], [1 / 4, 0]])
+    np.testing.assert_allclose(result, [[1 / 2, 1 / 3, 1 / 3], [1 / 4, 0, 0]])
     assert isinstance(metrics.selective_risk(*HAND_TIED, coverage=0.5), float)
 
 
