@@ -2,7 +2,7 @@ import dataclasses
 import math
 import re
 
-import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,7 +44,7 @@ class Spy:
         flat = np.asarray(images, np.float32).reshape(len(images), -1)
         return {
             "logits": np.stack([flat.sum(axis=1), flat[:, 0], flat[:, -1]], axis=1),
-            "selection_logits": jax.numpy.asarray(flat.max(axis=1), jax.numpy.bfloat16),
+            "selection_logits": flat.max(axis=1).astype(ml_dtypes.bfloat16),
         }
 
 
@@ -112,16 +112,11 @@ def saved(tmp_path):
 
 
 def same(first, second):
-    return (
-        first.outputs.keys() == second.outputs.keys()
-        and all(_same(first.outputs[name], second.outputs[name]) for name in first.outputs)
-        and _same(first.labels, second.labels)
-        and _same(first.index, second.index)
+    pairs = [(first.labels, second.labels), (first.index, second.index)]
+    pairs += [(first.outputs[name], second.outputs[name]) for name in first.outputs]
+    return first.outputs.keys() == second.outputs.keys() and all(
+        a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs
     )
-
-
-def _same(first, second):
-    return first.dtype == second.dtype and np.array_equal(first, second)
 
 
 def test_save_and_load(saved):

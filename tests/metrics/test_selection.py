@@ -26,25 +26,20 @@ from tests.metrics.examples import (
 # --- Areas --------------------------------------------------------------------------------------
 
 
-def test_aurc_by_hand():
-    assert metrics.aurc(*HAND) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
-    assert metrics.aurc(*HAND, convention="fd_shifts") == pytest.approx(
-        (0 + (0 + 1 / 2) / 2 + (1 / 2 + 1 / 3) / 2 + (1 / 3 + 1 / 2) / 2) / 4
-    )
-    assert metrics.aurc(*HAND, convention="torch_uncertainty") == pytest.approx(
-        ((0 + 1 / 2) / 2 + (1 / 2 + 1 / 3) / 2 + (1 / 3 + 1 / 2) / 2) / 3
-    )
-
-
-def test_aurc_with_a_tie_by_hand():
-    assert metrics.aurc(*HAND_TIED) == pytest.approx((0 + 1 / 4 + 1 / 3 + 1 / 2) / 4)
-    # The points of fd_shifts: (1/4, 0), (3/4, 1/3), (1, 1/2), and (0, 0).
-    assert metrics.aurc(*HAND_TIED, convention="fd_shifts") == pytest.approx(
-        0 + (1 / 2) * (1 / 3) / 2 + (1 / 4) * (1 / 3 + 1 / 2) / 2
-    )
-    assert metrics.aurc(*HAND_TIED, convention="torch_uncertainty") == pytest.approx(
-        ((0 + 1 / 4) / 2 + (1 / 4 + 1 / 3) / 2 + (1 / 3 + 1 / 2) / 2) / 3
-    )
+@pytest.mark.parametrize(
+    ("data", "risks", "fd_shifts"),
+    [
+        # Risks of the 1 to 4 most confident; the first holds from coverage 0 on.
+        (HAND, (0, 1 / 2, 1 / 3, 1 / 2), (1 / 4 + 5 / 12 + 5 / 12) / 4),
+        # The points of fd_shifts: (1/4, 0), (3/4, 1/3), (1, 1/2), and (0, 0).
+        (HAND_TIED, (0, 1 / 4, 1 / 3, 1 / 2), (1 / 2) * (1 / 6) + (1 / 4) * (5 / 12)),
+    ],
+)
+def test_aurc_by_hand(data, risks, fd_shifts):
+    assert metrics.aurc(*data) == pytest.approx(sum(risks) / 4)
+    assert metrics.aurc(*data, convention="fd_shifts") == pytest.approx(fd_shifts)
+    trapezoid = (risks[0] / 2 + risks[1] + risks[2] + risks[3] / 2) / 3
+    assert metrics.aurc(*data, convention="torch_uncertainty") == pytest.approx(trapezoid)
 
 
 def test_areas_derived_from_aurc_by_hand():
@@ -94,12 +89,6 @@ def test_closed_forms_of_perfect_reversed_and_constant(right, wrong):
         assert math.isnan(metrics.normalised_aurc(perfect, error))
         assert math.isnan(metrics.failure_auroc(perfect, 1 - error))
         assert math.isnan(metrics.fpr_at_tpr(perfect, 1 - error))
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10])
-def test_equal_losses_leave_nothing_to_normalise(n):
-    """0.1 n / n needn't be 0.1 in floats; the quotient of two rounding errors means nothing."""
-    assert math.isnan(metrics.normalised_aurc(np.arange(n), np.full(n, 0.1)))
 
 
 @given(rows(any_loss, min_size=2))
@@ -215,10 +204,12 @@ def test_coverage_at_risk_matches_the_oracle(data, risk):
 
 
 @pytest.mark.parametrize("n", range(1, 30))
-def test_equal_losses_meet_their_own_risk_at_full_coverage(n):
-    """Also where the mean of n times 0.1 rounds to just above 0.1."""
+def test_equal_losses_differ_by_rounding_alone(n):
+    """The mean of n times 0.1 may round to just above 0.1."""
+    loss = np.full(n, 0.1)
     for confidence in (np.zeros(n), np.arange(n)):
-        assert metrics.coverage_at_risk(confidence, np.full(n, 0.1), risk=0.1) == 1
+        assert metrics.coverage_at_risk(confidence, loss, risk=0.1) == 1
+        assert math.isnan(metrics.normalised_aurc(confidence, loss))
 
 
 # --- Failure detection ----------------------------------------------------------------------------
