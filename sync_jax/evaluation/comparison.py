@@ -29,57 +29,66 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 import rich.text
 
 from sync_jax import metrics
 from sync_jax.config import default_config, upgraded
 from sync_jax.errors import InputError
+from sync_jax.evaluation import report as reports
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable
-from sync_jax.runtime.files import write_atomically, write_text
+from sync_jax.runtime.files import write_text
 from sync_jax.scores import SCORES, Score
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
 # what moves no weight. The test ranking's coverages are this module's own.
 OF_METHOD = ("method", "target_coverage", "loss.")
 FREE = ("seed", "data.data_dir", "data.source", "log.", "checkpoint.", "evaluation.")
-OWN = ("own_risk", "deployed_risk", "deployed_coverage")
-COLUMNS = (*OWN, "aurc", "excess_aurc", "augrc", "accuracy", "seconds")
+GRID = np.linspace(0.01, 1, 100)  # coverages of the plot
+
+
+class Column(NamedTuple):
+    """How a number is shown in the tables."""
+
+    heading: str
+    factor: float = 100
+    digits: int = 2
+    best: Any = None  # min or max
+
+
+COLUMNS = {
+    "own_risk": Column("error % at target", best=min),
+    "deployed_risk": Column("deployed error %", best=min),
+    "deployed_coverage": Column("deployed coverage %"),
+    "aurc": Column("AURC x1000", 1000, best=min),
+    "excess_aurc": Column("E-AURC x1000", 1000, best=min),
+    "augrc": Column("AUGRC x1000", 1000, best=min),
+    "accuracy": Column("accuracy %", best=max),
+    "seconds": Column("seconds", 1, 0, best=min),
+}
+# Those of the console; all are in compare.md.
 CONSOLE_COLUMNS = (
     *("method, score", "runs", "100 %", "90 %", "80 %", "70 %", "target %", "error % at target"),
     *("AURC x1000", "AUGRC x1000", "accuracy %", "seconds"),
 )
-GRID = np.linspace(0.01, 1, 100)  # coverages of the plot
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run that has its report.
-
-    Attributes:
-        workdir: where it is.
-        config: its fields by path.
-        report: of `report.write_report`.
-        test: its predictions.
-        own: scores of other packages that may be used, by name.
-    """
+    """A run that has its report."""
 
     workdir: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # by path
     report: dict[str, Any]
     test: Predictions
-    own: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, Score]  # of other packages, by name
 
     def of(self, score: str) -> tuple[np.ndarray, np.ndarray]:
         """Confidence and error of the test examples, `[n]` each."""
@@ -91,11 +100,17 @@ class FinishedRun:
         parameters = self.report["scores"][score]["parameters"]
         return self.test.confidence(known[score], **parameters), self.test.wrong
 
-    def numbers(self, score: str) -> dict[str, float]:
-        """`COLUMNS` of a score, NaN where they are undefined."""
+    @property
+    def coverages(self) -> list[float]:
+        """The coverages of its report."""
+        return [percent / 100 for percent in self.report["config"]["evaluation"]["coverages"]]
+
+    def numbers(self, score: str, coverages: list[float]) -> dict[str, np.ndarray]:
+        """selective_risk at the coverages, and `COLUMNS`; NaN where they are undefined."""
         record, (confidence, wrong) = self.report["scores"][score], self.of(score)
         point = record["operating_point"]
         found = {
+            "selective_risk": metrics.selective_risk(confidence, wrong, coverage=coverages),
             "own_risk": metrics.selective_risk(
                 confidence, wrong, coverage=point["target_coverage"]
             ),
@@ -107,7 +122,7 @@ class FinishedRun:
             "accuracy": self.report["test"]["accuracy"],
             "seconds": self.report["training"]["seconds"],
         }
-        return {k: float("nan") if value is None else float(value) for k, value in found.items()}
+        return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
 def compare(
@@ -137,19 +152,14 @@ def compare(
             "others, or add --mixed to compare them all the same"
         )
     groups = grouped(runs)
-    record = comparison(groups)
-    record["ignored"] = ignored
-    record = strict(record)
+    record = strict(comparison(groups) | {"ignored": ignored})
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(csv_rows(record))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows(csv_rows(record))
-        for name, content in {
-            "compare.json": json.dumps(record, indent=1, allow_nan=False) + "\n",
-            "compare.md": markdown(record),
-            "compare.csv": text.getvalue(),
-        }.items():
-            write_text(out / name, content)
+        write_text(out / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_text(out / "compare.md", markdown(record))
+        write_text(out / "compare.csv", text.getvalue())
         plot(groups, record, out / "compare.png")
     except OSError as error:
         raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
@@ -160,21 +170,16 @@ def compare(
 def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[FinishedRun]:
     """The finished runs that the patterns name, each once, in the order of their names.
 
-    Args:
-        patterns: folders, or patterns of them.
-        scores: of other packages that the runs may use, as package.module:NAME.
-
-    Raises:
-        InputError: a pattern matches nothing, or a folder that holds no finished run.
+    Arguments and errors as of `compare`.
     """
     own = {name: find(name, SCORES, Score, "--scores") for name in scores}
     folders: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern)))
-        found = [Path(match) for match in matches if Path(match).is_dir()]
+        matches = map(Path, sorted(glob.glob(os.path.expanduser(pattern))))
+        found = dict.fromkeys(match for match in matches if match.is_dir())
         if not found:
             raise InputError(f"--runs={pattern} matches no folder")
-        folders |= dict.fromkeys(found)
+        folders |= found
     if not folders:
         raise InputError("--runs is missing; for example --runs='runs/quickstart-*'")
     runs = []
@@ -189,8 +194,7 @@ def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[Finis
         run = FinishedRun(folder, config, report, test, own)
         try:
             for score in ("softmax_response", report["method_score"]):
-                run.numbers(score)
-            metrics.selective_risk(*run.of("softmax_response"), coverage=_coverages(run))
+                run.numbers(score, run.coverages)
         except InputError:
             raise
         except Exception as error:  # whatever the report lacks, or has of another type
@@ -199,13 +203,8 @@ def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[Finis
                 f"({type(error).__name__}: {error}); --mode=evaluate makes it anew"
             ) from error
         runs.append(run)
-    first = runs[0]
-    for run in runs[1:]:
-        if not (
-            np.array_equal(run.test.index, first.test.index)
-            and np.array_equal(run.test.labels, first.test.labels)
-        ):
-            raise InputError(f"{run.workdir} has other test examples than {first.workdir}")
+        if not run.test.same_examples(runs[0].test):
+            raise InputError(f"{run.workdir} has other test examples than {runs[0].workdir}")
     return runs
 
 
@@ -236,29 +235,26 @@ def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
         groups.setdefault(key, []).append(run)
     labelled: dict[str, list[FinishedRun]] = {}
     for key, members in groups.items():
-        config = dict(key)
-        rivals = [dict(other) for other in groups if dict(other)["method"] == config["method"]]
+        method = members[0].config["method"]
+        rivals = [dict(other) for other in groups if ("method", repr(method)) in other]
         apart = [
             f"{field}={value.strip(chr(39))}"
             for field, value in key
             if any(rival.get(field) != value for rival in rivals)
         ]
-        method = members[0].config["method"]
-        label = printable(f"{method} ({', '.join(apart)})" if apart else method)
-        labelled[label] = members
+        labelled[printable(f"{method} ({', '.join(apart)})" if apart else method)] = members
         seen: dict[Any, Path] = {}
         for run in members:
-            seed = run.config["seed"]
-            if seed in seen:
-                raise InputError(f"{run.workdir} and {seen[seed]} are the same run: seed {seed}")
-            seen[seed] = run.workdir
+            first = seen.setdefault(seed := run.config["seed"], run.workdir)
+            if first != run.workdir:
+                raise InputError(f"{run.workdir} and {first} are the same run: seed {seed}")
     return labelled
 
 
 def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
     """The record, apart from `ignored`; see the top of this file."""
     runs = [run for members in groups.values() for run in members]
-    coverages = _coverages(runs[0])
+    coverages = runs[0].coverages
     rows, resampled = [], {}
     for label, members in groups.items():
         for score in dict.fromkeys(("softmax_response", members[0].report["method_score"])):
@@ -276,12 +272,8 @@ def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
         differences.append({"a": a["label"], "b": b["label"], **dataclasses.asdict(interval)})
     return {
         "runs": [
-            {
-                "workdir": str(run.workdir),
-                "method": run.config["method"],
-                "seed": run.config["seed"],
-            }
-            for run in runs
+            {"workdir": str(x.workdir), "method": x.config["method"], "seed": x.config["seed"]}
+            for x in runs
         ],
         "coverages": coverages,
         "rows": rows,
@@ -289,25 +281,15 @@ def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
     }
 
 
-def _coverages(run: FinishedRun) -> list[float]:
-    return [percent / 100 for percent in run.report["config"]["evaluation"]["coverages"]]
-
-
 def _row(
     label: str, score: str, members: list[FinishedRun], coverages: list[float]
 ) -> dict[str, Any]:
-    values: dict[str, list[Any]] = {"selective_risk": []}
-    for run in members:
-        confidence, wrong = run.of(score)
-        risk = metrics.selective_risk(confidence, wrong, coverage=coverages)
-        values["selective_risk"].append(risk)
-        for name, number in run.numbers(score).items():
-            values.setdefault(name, []).append(number)
+    numbers = [run.numbers(score, coverages) for run in members]
+    values = {name: np.array([each[name] for each in numbers]) for name in numbers[0]}
 
-    def std(numbers: list[Any]) -> Any:
-        if len(numbers) == 1:
-            return (np.asarray(numbers[0], dtype=np.float64) * np.nan).tolist()
-        return np.std(numbers, axis=0, ddof=1).tolist()
+    def std(x: np.ndarray) -> np.ndarray:
+        """The sample standard deviation; of a single run none."""
+        return np.std(x, axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
 
     return {
         "label": f"{label}, {label_of(members[0].report, score)}",
@@ -315,69 +297,61 @@ def _row(
         "score": score,
         "seeds": [run.config["seed"] for run in members],
         "target_coverage": members[0].config["target_coverage"],
-        "mean": {name: np.mean(numbers, axis=0).tolist() for name, numbers in values.items()},
-        "std": {name: std(numbers) for name, numbers in values.items()},
+        "mean": {name: np.mean(x, axis=0).tolist() for name, x in values.items()},
+        "std": {name: std(x).tolist() for name, x in values.items()},
     }
+
+
+def _numbers(row: dict[str, Any]) -> list[tuple[float | None, float | None]]:
+    """Mean and standard deviation, at each coverage and of each of `COLUMNS`."""
+    mean, std = (
+        [*row[part]["selective_risk"], *(row[part][name] for name in COLUMNS)]
+        for part in ("mean", "std")
+    )
+    return list(zip(mean, std, strict=True))
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Headings, and rows of (text, whether it is the best of its column)."""
-    headings = ["method, score", "runs", *(f"{100 * c:g} %" for c in record["coverages"])]
-    headings += ["target %", "error % at target", "deployed error %", "deployed coverage %"]
-    headings += ["AURC x1000", "E-AURC x1000", "AUGRC x1000", "accuracy %", "seconds"]
-    columns: list[list[tuple[str, bool]]] = [
-        [(row["label"], False) for row in record["rows"]],
-        [(str(len(row["seeds"])), False) for row in record["rows"]],
+    rows, last = record["rows"], COLUMNS
+    if len({row["target_coverage"] for row in rows}) > 1:  # they do not compete at their targets
+        last = COLUMNS | {n: COLUMNS[n]._replace(best=None) for n in ("own_risk", "deployed_risk")}
+    at = [Column(f"{100 * coverage:g} %", best=min) for coverage in record["coverages"]]
+    columns, split = [*at, *last.values()], len(at) + 2
+    numbers = zip(*map(_numbers, rows), strict=True)
+    cells = [_cells(pairs, column) for column, pairs in zip(columns, numbers, strict=True)]
+    headings = ["method, score", "runs", *(column.heading for column in columns)]
+    lines = [
+        [(row["label"], False), (str(len(row["seeds"])), False), *of_row]
+        for row, *of_row in zip(rows, *cells, strict=True)
     ]
-    for k in range(len(record["coverages"])):
-        pairs = [
-            (row["mean"]["selective_risk"][k], row["std"]["selective_risk"][k])
-            for row in record["rows"]
-        ]
-        columns.append(_column(pairs, 100, 2, best=min))
-    # Rows of different targets do not compete for the best of these.
-    targets = {row["target_coverage"] for row in record["rows"]}
-    same_target = min if len(targets) == 1 else None
-    columns.append([(f"{100 * row['target_coverage']:g}", False) for row in record["rows"]])
-    formats: dict[str, tuple[float, int, Any]] = {
-        **dict.fromkeys(("own_risk", "deployed_risk"), (100, 2, same_target)),
-        "deployed_coverage": (100, 2, None),
-        **dict.fromkeys(("aurc", "excess_aurc", "augrc"), (1000, 2, min)),
-        "accuracy": (100, 2, max),
-        "seconds": (1, 0, min),
-    }
-    for name in COLUMNS:
-        factor, digits, best = formats[name]
-        pairs = [(row["mean"][name], row["std"][name]) for row in record["rows"]]
-        columns.append(_column(pairs, factor, digits, best=best))
-    return headings, [list(cells) for cells in zip(*columns, strict=True)]
+    headings.insert(split, "target %")
+    for row, line in zip(rows, lines, strict=True):
+        line.insert(split, (f"{100 * row['target_coverage']:g}", False))
+    return headings, lines
 
 
-def _column(
-    pairs: list[tuple[float | None, float | None]], factor: float, digits: int, *, best: Any
+def _cells(
+    pairs: Iterable[tuple[float | None, float | None]], column: Column
 ) -> list[tuple[str, bool]]:
     """'mean ± std' of each row; the best are those that read no worse than the best, if any is."""
 
     def text(value: float | None) -> str:
-        return "-" if value is None else f"{factor * value:.{digits}f}"
+        return "-" if value is None else f"{column.factor * value:.{column.digits}f}"
 
-    means = [float(text(mean)) for mean, _ in pairs if mean is not None]
-    cells = []
-    for mean, std in pairs:
-        shown = text(mean) if std is None else f"{text(mean)} ± {text(std)}"
-        is_best = best is not None and mean is not None and float(text(mean)) == best(means)
-        cells.append((shown, is_best))
-    return cells
+    cells = [(text(mean), "" if std is None else f" ± {text(std)}") for mean, std in pairs]
+    means = [float(mean) for mean, _ in cells if mean != "-"]
+    best = column.best(means) if column.best and means else None
+    return [(mean + std, mean != "-" and float(mean) == best) for mean, std in cells]
 
 
 def _differences(record: dict[str, Any], label: Callable[[str], str] = str) -> list[str]:
     lines = []
     for entry in record["differences"]:
         numbers = (f"{1000 * entry[key]:+.2f}" for key in ("estimate", "lower", "upper"))
-        estimate, lower, upper = numbers
         verdict = "" if entry["lower"] <= 0 <= entry["upper"] else " (differ)"
         rows = f"{label(entry['a'])} minus {label(entry['b'])}"
-        lines.append(f"{rows}: {estimate} [{lower}, {upper}]{verdict}")
+        lines.append("{}: {} [{}, {}]{}".format(rows, *numbers, verdict))
     return lines
 
 
@@ -408,60 +382,43 @@ def _literal(text: str) -> str:
     return re.sub(r"[\\`*<>|&\[\]]", r"\\\g<0>", text)
 
 
-def _cell(text: str) -> str:
-    """The text with an apostrophe before what a spreadsheet would take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
 def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
     """A row per method and score, numbers as fractions."""
-    names = [f"selective_risk_at_{coverage:g}" for coverage in record["coverages"]]
-    columns = [f"{name}_{part}" for name in (*names, *COLUMNS) for part in ("mean", "std")]
-    lines: list[list[Any]] = [["label", "method", "score", "runs", *columns]]
+    names = [*(f"selective_risk_at_{coverage:g}" for coverage in record["coverages"]), *COLUMNS]
+    headings = [f"{name}_{part}" for name in names for part in ("mean", "std")]
+    lines: list[list[Any]] = [["label", "method", "score", "runs", *headings]]
     for row in record["rows"]:
-        names_of_row = [_cell(row[name]) for name in ("label", "method", "score")]
-        line: list[Any] = [*names_of_row, len(row["seeds"])]
-        for k in range(len(names)):
-            line += [row[part]["selective_risk"][k] for part in ("mean", "std")]
-        line += [row[part][name] for name in COLUMNS for part in ("mean", "std")]
-        lines.append(line)
+        # An apostrophe before what a spreadsheet would take for a formula.
+        texts = [re.sub(r"^[=+@-]", r"'\g<0>", row[name]) for name in ("label", "method", "score")]
+        lines.append([*texts, len(row["seeds"]), *itertools.chain(*_numbers(row))])
     return lines
 
 
 def show(record: dict[str, Any], out: Path) -> None:
     """Prints the tables; those of all coverages are in compare.md."""
-    console = rich.console.Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = rich.console.Console(highlight=False, markup=False, emoji=False, width=140)
     headings, rows = table(record)
     kept = [i for i, name in enumerate(headings) if name in CONSOLE_COLUMNS]
-    printed = rich.table.Table(
-        title="Selective error % on test, by coverage", box=rich.box.SIMPLE_HEAD
+    cells = [
+        [rich.text.Text(row[i][0], style="bold" if row[i][1] else "") for i in kept] for row in rows
+    ]
+    printed = reports.table(
+        "Selective error % on test, by coverage", (headings[i] for i in kept), cells
     )
-    for i in kept:
-        printed.add_column(headings[i], justify="left" if i == 0 else "right")
-    for row in rows:
-        printed.add_row(
-            *(rich.text.Text(row[i][0], style="bold" if row[i][1] else "") for i in kept)
-        )
-    console.print(printed)
-    for note in NOTES:
-        console.print(note)
+    printed.columns[0].justify = "left"
     best = record["rows"][0]["label"]
-    for entry, line in zip(record["differences"], _differences(record), strict=True):
-        if entry["a"] == best:
-            console.print(f"  {line}")
+    differences = zip(record["differences"], _differences(record), strict=True)
+    parts = [*NOTES, *(f"  {line}" for entry, line in differences if entry["a"] == best)]
     if record["ignored"]:
-        console.print(
+        parts.append(
             f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}"
         )
-    console.print(f"All coverages and pairs: {printable(out / 'compare.md')}, .json, .csv, .png")
+    parts.append(f"All coverages and pairs: {printable(out / 'compare.md')}, .json, .csv, .png")
+    reports.show((printed, *parts), width=140)
 
 
 def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Path) -> None:
     """Draws each row's mean test risk-coverage curve with a band of one standard deviation."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    axes = reports.new_axes(8, 5)
     members = {
         f"{label}, {label_of(runs[0].report, score)}": (runs, score)
         for label, runs in groups.items()
@@ -476,14 +433,7 @@ def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Pat
         style = "-" if score == "softmax_response" else "--"
         axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=row["label"])
         axes.fill_between(100 * GRID, mean - std, mean + std, color=f"C{i % 10}", alpha=0.15)
-    axes.set(
-        xlabel="coverage on test (%)",
-        ylabel="selective error on test (%)",
-        xlim=(0, 100),
-        title="Mean over seeds; bands: one standard deviation",
-    )
     axes.set_ylim(bottom=0)
     for text in axes.legend(loc="upper left", fontsize=8).get_texts():
         text.set_parse_math(False)  # a label is no formula
-    axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    reports.save_plot(axes, path, "Mean over seeds; bands: one standard deviation")

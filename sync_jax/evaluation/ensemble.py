@@ -23,17 +23,13 @@ def ensemble(
     `compare` takes like any other. Its `members` names the runs; its training time is theirs
     together.
 
-    Args:
-        patterns: folders of runs, or patterns such as 'runs/quickstart-ce-*'; two at least.
-        out: made when needed.
-        mixed: also runs that differ in data, network or schedule.
-        scores: of other packages, as package.module:NAME.
+    Arguments as of `comparison.compare`; the patterns name two runs at least.
 
     Returns:
         The report.
 
     Raises:
-        InputError: as `compare.compare`; fewer than two runs; `out` holds another run.
+        InputError: as `comparison.compare`; fewer than two runs; `out` holds another run.
     """
     runs = load_runs(patterns, scores)
     if len(runs) < 2:
@@ -48,9 +44,8 @@ def ensemble(
     if differing and not mixed:
         raise InputError(f"these runs differ: {'; '.join(differing)}; --mixed combines them too")
     test = combine([run.test for run in runs])
-    calibration = combine(
-        [Predictions.load(run.workdir / "predictions_calibration.npz") for run in runs]
-    )
+    paths = [run.workdir / "predictions_calibration.npz" for run in runs]
+    calibration = combine([Predictions.load(path) for path in paths])
     config = ConfigDict(runs[0].report["config"])
     config.method = "ensemble"
     config.evaluation.scores = tuple(scores)
@@ -75,24 +70,17 @@ def ensemble(
 def combine(members: Sequence[Predictions]) -> Predictions:
     """The members' mean probabilities, as logits, and the mean of their entropies.
 
-    Args:
-        members: of the same examples.
-
-    Returns:
-        logits `[n, classes]`, logarithms of the mean probabilities, so that the softmax response is
-        that of the mean and the negative entropy minus the predictive entropy; expected_entropy
-        `[n]`, for the mutual information.
+    The logits `[n, classes]` are logarithms of the mean probabilities, so that the softmax response
+    is that of the mean and the negative entropy minus the predictive entropy; expected_entropy
+    `[n]` is for the mutual information.
 
     Raises:
         InputError: their examples or classes differ.
     """
     first = members[0]
     for other in members[1:]:
-        if not (
-            np.array_equal(other.index, first.index)
-            and np.array_equal(other.labels, first.labels)
-            and other.outputs["logits"].shape == first.outputs["logits"].shape
-        ):
+        shapes = {each.outputs["logits"].shape for each in (other, first)}
+        if not other.same_examples(first) or len(shapes) > 1:
             raise InputError("the runs have other examples or classes than one another")
     # A mean probability is 0 only where all are; its logarithm is kept finite.
     mean = np.mean([member.probabilities for member in members], axis=0)

@@ -23,11 +23,9 @@ def predict(
     Args:
         part: n examples.
         outputs_of: images `[batch_size, height, width, channels]` uint8 to a dict of arrays
-            `[batch_size, ...]`. It is always given whole batches: the last is filled up with zeros,
-            whose outputs are dropped.
+            `[batch_size, ...]`. The last batch is filled up with zeros, whose outputs are dropped.
         batch_size: examples at a time.
-        share: which rows of each batch `outputs_of` is given, by each of several processes; it
-            returns the outputs of all.
+        share: rows of each batch that this process gives to `outputs_of`, which returns all.
 
     Raises:
         InputError: no examples.

@@ -13,18 +13,11 @@ from sync_jax.scores import SCORES, Score, softmax
 
 
 class Ranked(NamedTuple):
-    """A split's examples under one confidence score.
+    """A split's examples under one confidence score."""
 
-    Attributes:
-        confidence: `[n]` float64.
-        wrong: `[n]` float64, 1 where the prediction is not the label.
-        predicted: `[n]` integers, the predicted class.
-        num_classes: number of classes.
-    """
-
-    confidence: np.ndarray
-    wrong: np.ndarray
-    predicted: np.ndarray
+    confidence: np.ndarray  # [n] float64
+    wrong: np.ndarray  # [n] float64, 1 where the prediction is not the label
+    predicted: np.ndarray  # [n] integers, the predicted class
     num_classes: int
 
 
@@ -33,9 +26,9 @@ class Predictions:
     """A network's outputs on a split, a row per example.
 
     Attributes:
-        outputs: by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
-            auxiliary_logits `[n, classes]`, abstention_logits `[n]`, or with
-            dropout samples expected_entropy `[n]`; float32.
+        outputs: float32, by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
+            auxiliary_logits `[n, classes]`, abstention_logits `[n]`, or with dropout samples
+            expected_entropy `[n]`.
         labels: `[n]` int32.
         index: `[n]` int64, positions in the official split.
     """
@@ -75,12 +68,15 @@ class Predictions:
         confidence = self.confidence(score, **parameters)
         return Ranked(confidence, self.wrong, self.predicted, self.outputs["logits"].shape[-1])
 
+    def same_examples(self, other: "Predictions") -> bool:
+        """Whether both are of the same examples in the same order."""
+        return np.array_equal(self.index, other.index) and np.array_equal(self.labels, other.labels)
+
     @property
     def mean_selection(self) -> float | None:
         """Mean of the selection function g; None without a selection head."""
-        if "selection_logits" not in self.outputs:
-            return None
-        return float(self.confidence("selection").mean())
+        has_head = "selection_logits" in self.outputs
+        return float(self.confidence("selection").mean()) if has_head else None
 
     def save(self, path: Path) -> None:
         """Writes an .npz file, complete or not at all."""

@@ -1,5 +1,6 @@
 """The evaluation record: metrics and thresholds by both protocols, for every score."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +20,10 @@ CLASS_CANDIDATES = 5
 
 
 def known_scores(config: ConfigDict, *own: str) -> dict[str, Score]:
-    """The built-in scores and those of other packages that a config or a method names.
-
-    Args:
-        config: `evaluation.scores` names some.
-        *own: more names.
+    """The built-in scores, those in `own` and in `config.evaluation.scores`, by name.
 
     Raises:
-        InputError: one cannot be imported.
+        InputError: one of another package cannot be imported.
     """
     names = dict.fromkeys((*SCORES, *own, *config.evaluation.scores))
     return {name: find(name, SCORES, Score, "config.evaluation.scores") for name in names}
@@ -65,7 +62,7 @@ def evaluation_record(
     """Both protocols for every score that the outputs allow; see `report` for the schema.
 
     Args:
-        calibration: where thresholds come from.
+        calibration: where thresholds and the scores' parameters come from.
         test: where they are judged.
         config: target_coverage and the `evaluation` section: coverages, target_risks, delta.
         score: the method's own score.
@@ -74,7 +71,7 @@ def evaluation_record(
         Plain dicts, lists and numbers; undefined values are NaN.
 
     Raises:
-        InputError: those of calibration are others, or the score's are missing.
+        InputError: the outputs differ between the splits, or the score's are missing.
     """
     known = {k: s for k, s in known_scores(config, score).items() if s.applies(test.outputs)}
     shapes = [
@@ -104,9 +101,7 @@ def evaluation_record(
         record["scores"][name] |= guarantee_record(held_out, ranked[name], config)
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
-            metrics.aurc,
-            *ranked[score][:2],
-            *ranked["softmax_response"][:2],
+            metrics.aurc, *ranked[score][:2], *ranked["softmax_response"][:2]
         )
         record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
     return record
@@ -115,21 +110,10 @@ def evaluation_record(
 def ranking_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: Score
 ) -> dict[str, Any]:
-    """The part of the record that every score has.
-
-    Args:
-        calibration: where thresholds and the score's parameters come from.
-        test: where they are judged.
-        config: as in `evaluation_record`.
-        score: any that applies to the outputs.
-    """
+    """The part of the record that every score has; arguments as of `evaluation_record`."""
     parameters = fit_parameters(calibration, score=score)
     held_out = calibration.confidence(score, **parameters)
     confidence, wrong, _, _ = test.ranked(score, **parameters)
-
-    def rank_based(coverage: float) -> dict[str, float]:
-        risk = metrics.selective_risk(confidence, wrong, coverage=coverage)
-        return {"coverage": coverage, "selective_risk": risk}
 
     def calibrated(coverage: float) -> dict[str, Any]:
         threshold = metrics.threshold_for_coverage(held_out, coverage=coverage)
@@ -152,7 +136,10 @@ def ranking_record(
         "excess_augrc": metrics.excess_augrc(confidence, wrong),
         "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
         "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
-        "rank_based": [rank_based(coverage) for coverage in coverages],
+        "rank_based": [
+            {"coverage": c, "selective_risk": metrics.selective_risk(confidence, wrong, coverage=c)}
+            for c in coverages
+        ],
         "coverage_at_risk": [
             {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, wrong, risk=risk)}
             for risk in config.evaluation.target_risks
@@ -166,7 +153,6 @@ def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
     """The score's arguments with the least AURC on the calibration split, the first of several."""
     if len(score.choices) == 1:
         return dict(score.choices[0])
-
     areas = [
         metrics.aurc(calibration.confidence(score, **parameters), calibration.wrong)
         for parameters in score.choices
@@ -203,33 +189,24 @@ def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[
     Each holds by itself. Which method to trust must be chosen before looking at them: the best of
     several has not the confidence of one.
     """
-    confidence, correct = calibration.confidence, 1 - calibration.wrong
-    delta = config.evaluation.delta
-    rows = []
+    split = calibration.confidence, 1 - calibration.wrong
+    found = []
     for risk in config.evaluation.target_risks:
-        found = [guarantees.sgr(confidence, correct, target_risk=risk, delta=delta)]
+        asked = {"target_risk": risk, "delta": config.evaluation.delta}
+        found.append(guarantees.sgr(*split, **asked))
         for procedure in ("bonferroni", "fixed_sequence"):
-            found.append(
-                guarantees.learn_then_test(
-                    confidence, correct, target_risk=risk, delta=delta, procedure=procedure
-                )
-            )
-        found.append(guarantees.conformal_risk_control(confidence, correct, alpha=risk))
-        rows += [
-            {
-                **certificate.to_dict(),
-                "test": _on_test(test.confidence, test.wrong, certificate.threshold),
-            }
-            for certificate in found
-        ]
-    return rows
+            found.append(guarantees.learn_then_test(*split, **asked, procedure=procedure))
+        found.append(guarantees.conformal_risk_control(*split, alpha=risk))
+    return [
+        {**each.to_dict(), "test": _on_test(test.confidence, test.wrong, each.threshold)}
+        for each in found
+    ]
 
 
 def class_certificates(
     calibration: Ranked, test: Ranked, config: ConfigDict
 ) -> list[dict[str, Any]]:
     """Certificates by predicted class, all together at delta, by learn-then-test (Bonferroni)."""
-    confidence, wrong, predicted, num_classes = test
     rows = []
     for risk in config.evaluation.target_risks:
         found = guarantees.group_certificates(
@@ -239,14 +216,14 @@ def class_certificates(
             calibration.predicted,
             target_risk=risk,
             delta=config.evaluation.delta,
-            names=list(range(num_classes)),
+            names=range(test.num_classes),
             candidates=CLASS_CANDIDATES,
         )
-        for name, certificate in found.items():
-            member = predicted == name
-            row = {"predicted_class": name, **certificate.to_dict()}
+        for name, each in found.items():
+            row: dict[str, Any] = {"predicted_class": name, **each.to_dict()}
+            member = test.predicted == name
             if member.any():
-                row["test"] = _on_test(confidence[member], wrong[member], certificate.threshold)
+                row["test"] = _on_test(test.confidence[member], test.wrong[member], each.threshold)
             rows.append(row)
     return rows
 
@@ -260,21 +237,20 @@ def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str,
     confidence, wrong, _, _ = calibration
     coverage = config.target_coverage
     threshold = metrics.threshold_for_coverage(confidence, coverage=coverage)
-    seen = metrics.deployed(confidence, wrong, threshold=threshold)
+    seen = {
+        "coverage": coverage,
+        "expected_risk": metrics.deployed(confidence, wrong, threshold=threshold).risk,
+    }
     rows = []
     for risk in config.evaluation.target_risks:
-        row = {"target_risk": risk, "coverage": coverage, "expected_risk": seen.risk}
-        try:
+        row: dict[str, Any] = {"target_risk": risk, **seen, "n_calibration": None, "power": None}
+        # The expected risk may not, or hardly, be below the target.
+        with contextlib.suppress(ValueError):
             plan = guarantees.calibration_size(
-                target_risk=risk,
-                delta=config.evaluation.delta,
-                expected_risk=seen.risk,
-                coverage=coverage,
+                target_risk=risk, delta=config.evaluation.delta, **seen
             )
-        except ValueError:  # the expected risk is not, or hardly, below the target
-            rows.append({**row, "n_calibration": None, "power": None})
-        else:
-            rows.append({**row, "n_calibration": plan.n_calibration, "power": plan.power})
+            row |= {"n_calibration": plan.n_calibration, "power": plan.power}
+        rows.append(row)
     return rows
 
 

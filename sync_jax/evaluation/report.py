@@ -7,8 +7,8 @@ and risks are fractions. Fields:
     config                     the resolved config
     environment                date (UTC), python, jax and sync_jax versions, platform, devices
     training                   steps, seconds (of the loop, earlier processes included), speed (of
-                               the last process: images_per_second and more, as of profiling.speed;
-                               null where it did no step; not in older reports)
+                               the last process, as of profiling.speed; null where it did no step;
+                               not in older reports)
     members                    of an ensemble alone: the runs that it combines
     method_score               the confidence score that the method is meant to be used with
     calibration, test          n, accuracy, negative_log_likelihood (nats), brier,
@@ -18,11 +18,10 @@ and risks are fractions. Fields:
       label                    its name in tables (not in older reports)
       parameters               the score's arguments, chosen on the calibration split: p of
                                max_logit_pnorm (null: the softmax response is better), {} else
-      aurc.CONVENTION          on test: mean (expected value under random order of ties),
-                               fd_shifts, torch_uncertainty
-      excess_aurc.CONVENTION   mean (against the best ranking of as many errors), fd_shifts
-      normalised_aurc, augrc, excess_augrc, failure_auroc, fpr_at_95_tpr
-                               on test; see sync_jax.metrics
+      aurc.CONVENTION, excess_aurc.CONVENTION, normalised_aurc, augrc, excess_augrc,
+      failure_auroc, fpr_at_95_tpr
+                               on test; see sync_jax.metrics. Conventions: mean, fd_shifts, and of
+                               aurc torch_uncertainty
       rank_based[]             coverage imposed on the test ranking, as published tables do:
                                coverage, selective_risk
       coverage_at_risk[]       the largest coverage of the test ranking with each target risk: risk,
@@ -34,25 +33,25 @@ and risks are fractions. Fields:
                                and of softmax_response and the method's own score alone:
       bootstrap_95             [lower, upper] of aurc, augrc, failure_auroc over 1,000 resamples of
                                the test examples
-      certificates[]           a guarantees.Certificate of each method at each of
-                               config.evaluation.target_risks, and under test what its threshold
-                               gives there
+      certificates[]           a guarantees.Certificate of each method at each target risk, and
+                               under test what its threshold gives there
       class_certificates[]     the same by predicted_class, by learn-then-test (Bonferroni) at
                                delta / classes each: they hold all together at delta
-      calibration_plans[]      how many calibration examples one fixed threshold at
+      calibration_plans[]      calibration examples that one fixed threshold at
                                config.target_coverage would need for each target risk: target_risk,
                                coverage, expected_risk (seen on the calibration split),
                                n_calibration, power (chance of the certificate); the last two null
                                where expected_risk is not below the target: no number is enough
     aurc_minus_softmax_response
-                               paired bootstrap interval of the method score's AURC minus SR's, a
-                               metrics.Interval; absent where the method's score is SR
+                               a metrics.Interval, by paired bootstrap, of the method score's AURC
+                               minus SR's; absent where the method's score is SR
 """
 
 import datetime
 import json
 import math
 import platform
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +88,13 @@ def write_report(
     """Writes risk_coverage.png, then report.json: where that is, the run is finished.
 
     Args:
-        record: of `evaluate.evaluation_record`, with `training`.
+        record: of `record.evaluation_record`, with `training`.
         test: the predictions that it was made from.
         config: of the run.
         workdir: exists.
 
     Returns:
-        The report as read back from the file.
+        The report as `read_report` reads it back.
     """
     report = {
         "schema": SCHEMA,
@@ -116,9 +115,9 @@ def write_report(
         for name, score in _main_scores(record).items()
     }
     plot(record, curves, workdir / "risk_coverage.png")
-    text = json.dumps(strict(report), indent=1, allow_nan=False) + "\n"
-    write_text(workdir / "report.json", text)
-    return strict(report)
+    report = strict(report)
+    write_text(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return report
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
@@ -133,7 +132,7 @@ def read_report(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        report = _printable(json.loads(path.read_text()))
+        report = converted(json.loads(path.read_text()), _escaped)
         schema = report["schema"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); --mode=evaluate makes it anew") from error
@@ -159,25 +158,28 @@ def speed_before(workdir: Path) -> dict[str, Any] | None:
     return report["training"].get("speed") if report else None
 
 
-def _printable(value: Any) -> Any:
-    """The same with every string in it as `printable` makes it."""
-    if isinstance(value, dict):
-        return {printable(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return printable(value) if isinstance(value, str) else value
-
-
 def show_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints the report's tables."""
-    # Piped output has no width of its own, and 80 columns would break the table's rows.
+    paths = (printable(workdir / name) for name in ("report.json", "risk_coverage.png"))
+    show((*_shown(report), f"Report: {', '.join(paths)}"), width=120)
+
+
+def show(parts: Iterable[rich.table.Table | str], *, width: int) -> None:
+    """Prints tables and lines; piped output, which has no width of its own, takes `width`."""
     console = rich.console.Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = rich.console.Console(highlight=False, markup=False, emoji=False, width=120)
-    for part in _shown(report):
+        console.width = width
+    for part in parts:
         console.print(part)
-    paths = (printable(workdir / name) for name in ("report.json", "risk_coverage.png"))
-    console.print(f"Report: {', '.join(paths)}")
+
+
+def table(title: str, headings: Iterable[str], rows: Iterable[Sequence[Any]]) -> rich.table.Table:
+    """A table for the console, its columns aligned on the right."""
+    columns = (rich.table.Column(heading, justify="right") for heading in headings)
+    made = rich.table.Table(*columns, title=title, box=rich.box.SIMPLE_HEAD)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
@@ -233,81 +235,57 @@ def _main_scores(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
-    table = rich.table.Table(
-        title="Selective error % on test",
-        box=rich.box.SIMPLE_HEAD,
-    )
-    table.add_column("coverage %", justify="right")
     scores = _main_scores(report)
-    for name in scores:
-        table.add_column(f"rank-based {label_of(report, name)}", justify="right")
-    for name in scores:
-        table.add_column(f"deployed {label_of(report, name)}", justify="right")
-        table.add_column("at coverage %", justify="right")
-    first = next(iter(scores.values()))
-    for row, entry in enumerate(first["rank_based"]):
+    labels = [label_of(report, name) for name in scores]
+    headings = ["coverage %", *(f"rank-based {label}" for label in labels)]
+    for label in labels:
+        headings += [f"deployed {label}", "at coverage %"]
+    rows = []
+    for k, entry in enumerate(report["scores"]["softmax_response"]["rank_based"]):
         cells = [f"{100 * entry['coverage']:g}"]
-        cells += [_percent(score["rank_based"][row]["selective_risk"]) for score in scores.values()]
+        cells += [_percent(score["rank_based"][k]["selective_risk"]) for score in scores.values()]
         for score in scores.values():
-            deployed = score["deployed"][row]
+            deployed = score["deployed"][k]
             cells += [_percent(deployed["selective_risk"]), _percent(deployed["coverage"])]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return table("Selective error % on test", headings, rows)
 
 
 def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
-    table = rich.table.Table(
-        title="Ranking on test (AURC convention: mean, ties in random order)",
-        box=rich.box.SIMPLE_HEAD,
-    )
-    columns = (
-        "score",
-        "AURC x1000",
-        "95 % interval",
-        "E-AURC x1000",
-        "AUGRC x1000",
-        "failure AUROC",
-        "FPR@95TPR",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    headings = ("score", "AURC x1000", "95 % interval", "E-AURC x1000", "AUGRC x1000")
+    rows = []
     for name, score in report["scores"].items():
-        table.add_row(
-            _with_parameters(label_of(report, name), score["parameters"]),
-            _number(score["aurc"]["mean"], 1000, 2),
-            " to ".join(_number(x, 1000, 2) for x in score["bootstrap_95"]["aurc"])
-            if "bootstrap_95" in score
-            else "",
-            _number(score["excess_aurc"]["mean"], 1000, 2),
-            _number(score["augrc"], 1000, 2),
-            _number(score["failure_auroc"], 1, 4),
-            _number(score["fpr_at_95_tpr"], 1, 4),
+        interval = score.get("bootstrap_95", {"aurc": ()})["aurc"]
+        rows.append(
+            (
+                _with_parameters(label_of(report, name), score["parameters"]),
+                _number(score["aurc"]["mean"], 1000, 2),
+                " to ".join(_number(end, 1000, 2) for end in interval),
+                _number(score["excess_aurc"]["mean"], 1000, 2),
+                _number(score["augrc"], 1000, 2),
+                _number(score["failure_auroc"], 1, 4),
+                _number(score["fpr_at_95_tpr"], 1, 4),
+            )
         )
-    return table
+    title = "Ranking on test (AURC convention: mean, ties in random order)"
+    return table(title, (*headings, "failure AUROC", "FPR@95TPR"), rows)
 
 
 def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
-    delta = report["config"]["evaluation"]["delta"]
-    table = rich.table.Table(
-        title=f"Certified thresholds at delta {delta:g}: test coverage % : test error %",
-        box=rich.box.SIMPLE_HEAD,
-    )
-    for column in ("score", "target %", *CERTIFICATE_LABELS.values()):
-        table.add_column(column, justify="right")
+    rows = []
     for name, score in _main_scores(report).items():
-        rows: dict[float, dict[str, str]] = {}
+        cells: dict[float, dict[str, str]] = {}
         for certificate in score["certificates"]:
             test, cell = certificate["test"], "infeasible"
             if certificate["feasible"]:
                 cell = f"{_percent(test['coverage'])} : {_percent(test['selective_risk'])}"
-            rows.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
-        for target, cells in rows.items():
-            table.add_row(
-                label_of(report, name),
-                f"{100 * target:g}",
-                *(cells[key] for key in CERTIFICATE_LABELS),
-            )
-    return table
+            cells.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
+        for target, of_method in cells.items():
+            of_methods = (of_method[key] for key in CERTIFICATE_LABELS)
+            rows.append((label_of(report, name), f"{100 * target:g}", *of_methods))
+    delta = report["config"]["evaluation"]["delta"]
+    title = f"Certified thresholds at delta {delta:g}: test coverage % : test error %"
+    return table(title, ("score", "target %", *CERTIFICATE_LABELS.values()), rows)
 
 
 def _certificate_notes(report: dict[str, Any]) -> list[str]:
@@ -320,18 +298,16 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
                     f"{label_of(report, name)}, {CERTIFICATE_LABELS[certificate['method']]} at "
                     f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
                 )
-    score = report["scores"][report["method_score"]]
+    score, own = report["scores"][report["method_score"]], label_of(report, report["method_score"])
     plan = score["calibration_plans"][0]
     needs = ", ".join(
         f"{100 * plan['target_risk']:g} %: "
         + ("none is enough" if plan["n_calibration"] is None else f"{plan['n_calibration']:,}")
         for plan in score["calibration_plans"]
     )
-    own = label_of(report, report["method_score"])
     notes.append(
         f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
-        f"{own}, where {_percent(plan['expected_risk'])} % of them are "
-        f"wrong: {needs}."
+        f"{own}, where {_percent(plan['expected_risk'])} % of them are wrong: {needs}."
     )
     certified: dict[float, list[bool]] = {}
     for certificate in score["class_certificates"]:
@@ -348,12 +324,7 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     """Draws the test risk-coverage curve of each score, the oracle's, and the operating points."""
-    # Here and not above: it takes two seconds, which a training need not wait for to begin.
-    import matplotlib.figure
-
-    # A Figure of its own, not pyplot's: no global state, no display needed.
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    axes = new_axes(7, 4.5)
     for color, (name, ranked) in zip(("C0", "C1"), curves.items(), strict=False):
         score, wrong = record["scores"][name], ranked.wrong
         curve = metrics.risk_coverage_curve(ranked.confidence, wrong)
@@ -375,7 +346,6 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
                 color=color,
             )
     # The oracle ranks every correct prediction above every error.
-    oracle = metrics.risk_coverage_curve(1 - wrong, wrong)
     accuracy = 100 * (1 - wrong.mean())
     oracle_coverage = np.linspace(max(accuracy, 1e-9), 100, 100)
     axes.plot(
@@ -385,25 +355,39 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
         linestyle="--",
         label="oracle",
     )
+    axes.set_ylim(0, 1.1 * 100 * max(float(wrong.mean()), 1e-3))
+    axes.legend(loc="upper left")
+    save_plot(axes, path, "Risk-coverage curve; dots: thresholds chosen on calibration data")
+
+
+def new_axes(width: float, height: float) -> Any:
+    """The axes of a new figure."""
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    import matplotlib.figure
+
+    # A Figure of its own, not pyplot's: no global state, no display needed.
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return figure.add_subplot()
+
+
+def save_plot(axes: Any, path: Path, title: str) -> None:
+    """Labels a risk-coverage plot and writes it as PNG."""
     axes.set(
         xlabel="coverage on test (%)",
         ylabel="selective error on test (%)",
         xlim=(0, 100),
-        ylim=(0, 1.1 * 100 * max(float(oracle.risk[-1]), 1e-3)),
-        title="Risk-coverage curve; dots: thresholds chosen on calibration data",
+        title=title,
     )
-    axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: axes.figure.savefig(file, format="png"))
 
 
 def _with_parameters(label: str, parameters: dict[str, Any]) -> str:
     """A score's label with the arguments that were chosen for it."""
-    if not parameters:
-        return label
-    if "p" in parameters and parameters["p"] is None:
+    if parameters.get("p", 0) is None:
         return f"{label} (SR)"
-    return f"{label} ({', '.join(f'{name} {value}' for name, value in parameters.items())})"
+    chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
+    return f"{label} ({chosen})" if chosen else label
 
 
 def _percent(value: float | None) -> str:
@@ -414,12 +398,25 @@ def _number(value: float | None, factor: float, digits: int) -> str:
     return "-" if value is None else f"{factor * value:.{digits}f}"
 
 
+def converted(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """JSON-like values with every key and plain value through `leaf`, tuples as lists."""
+    if isinstance(value, dict):
+        return {leaf(key): converted(item, leaf) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [converted(item, leaf) for item in value]
+    return leaf(value)
+
+
 def strict(value: Any) -> Any:
     """Plain JSON values: tuples as lists, NaN as null, infinities as strings."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
+    return converted(value, _finite)
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _escaped(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value

@@ -22,10 +22,13 @@ the new example too. Neither JAX nor the rest of sync_jax is needed:
 
 from sync_jax.guarantees.binomial import clopper_pearson_upper
 from sync_jax.guarantees.certificate import Certificate
-from sync_jax.guarantees.groups import group_certificates
-from sync_jax.guarantees.joint_risk import conformal_risk_control
+from sync_jax.guarantees.methods import (
+    conformal_risk_control,
+    group_certificates,
+    learn_then_test,
+    sgr,
+)
 from sync_jax.guarantees.planner import CalibrationPlan, calibration_size
-from sync_jax.guarantees.selective_risk import learn_then_test, sgr
 
 __all__ = [
     "CalibrationPlan",

@@ -1,5 +1,7 @@
 """The binomial tail, from both sides: a bound from a count, and a count from a bound."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,7 @@ def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> 
     """Upper confidence bound for an error rate (Clopper & Pearson 1934).
 
     The largest rate r with P(Binomial(n, r) <= errors) >= delta, so that a rate estimated from n
-    independent examples exceeds it with probability at most delta. It is 1 where all n are errors,
-    n = 0 included.
+    independent examples exceeds it with probability at most delta; 1 where all n are errors.
 
     Args:
         errors: integers in [0, n].
@@ -23,8 +24,8 @@ def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> 
         A float, or an array of the broadcast shape.
 
     Raises:
-        ValueError: counts not integers or out of range (a rate times n isn't a count: it may
-            truncate); delta outside (0, 1).
+        ValueError: counts not integers (a rate times n may truncate) or out of range; delta outside
+            (0, 1).
     """
     k, m, d = np.broadcast_arrays(errors, n, np.asarray(delta, dtype=np.float64))
     for counts, name in ((k, "errors"), (m, "n")):
@@ -42,48 +43,23 @@ def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> 
 
 
 def at_most(errors: ArrayLike, n: ArrayLike, rate: float) -> Any:
-    """P(Binomial(n, rate) <= errors), for errors from -1 up.
-
-    By the incomplete beta function: scipy's bdtr takes n for a 32-bit integer.
-    """
+    """P(Binomial(n, rate) <= errors), for errors from -1 up; SciPy's bdtr takes n in 32 bits."""
     k, m = np.asarray(errors, dtype=np.float64), np.asarray(n, dtype=np.float64)
     tail = betaincc(np.maximum(k, 0) + 1, np.maximum(m - k, 1), rate)
     return np.where(k < 0, 0.0, np.where(k >= m, 1.0, tail))
 
 
-def most_errors(n: ArrayLike, target_risk: float, delta: float) -> Any:
-    """The largest k with P(Binomial(n, target_risk) <= k) <= delta; -1 where there is none.
-
-    Inverse of `fewest_accepted`: with k errors the Clopper-Pearson bound still meets the target.
-    """
-    size = np.asarray(n, dtype=np.int64)
-    if size.size > 2:
-        return _most_errors_of_many(size, target_risk, delta)
-    low, high = np.full(size.shape, -1), size + 0  # low passes, high doesn't: all n errors never do
-    while (high - low > 1).any():
+def first_integer(holds: Callable[[int], Any], low: int, high: int) -> int:
+    """The smallest integer above `low` from which on `holds`, by doubling `high` and bisection."""
+    while not holds(high):
+        low, high = high, 2 * high or 1
+    while high - low > 1:
         middle = (low + high) // 2
-        passes = at_most(middle, size, target_risk) <= delta
-        low, high = np.where(passes, middle, low), np.where(passes, high, middle)
-    return low
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
-def _most_errors_of_many(size: np.ndarray, target_risk: float, delta: float) -> np.ndarray:
-    """The same by the fewest examples that each number of errors takes.
-
-    Of these numbers there are about target_risk times as many as of sizes.
-    """
-    first, last = size.min(), size.max()
-    least, most = most_errors([first, last], target_risk, delta)
-    errors = np.arange(least + 1, most + 1)
-    low, high = np.full(errors.shape, first), np.full(errors.shape, last)  # too few, and enough
-    while (high - low > 1).any():
-        middle = (low + high) // 2
-        enough = at_most(errors, middle, target_risk) <= delta
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    # More errors take more examples, but for rounding.
-    return least + np.searchsorted(np.maximum.accumulate(high), size, side="right")
-
-
+@functools.lru_cache
 def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:
     """The smallest n with P(Binomial(n, target_risk) <= errors) <= delta: errors it can afford.
 
@@ -92,13 +68,36 @@ def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:
     Raises:
         ValueError: there is none up to 10^300.
     """
-    low, high = errors, errors + 1
-    while at_most(errors, high, target_risk) > delta:
-        low, high = high, 2 * high
-        if high > 1e300:  # next to it float64 ends
+
+    def enough(n: int) -> Any:
+        if n > 1e300:  # next to it float64 ends
             raise ValueError(f"target_risk={target_risk:g} is too small for any number of examples")
-    while high - low > 1:
+        return at_most(errors, n, target_risk) <= delta
+
+    return first_integer(enough, errors, errors + 1)
+
+
+def most_errors(n: ArrayLike, target_risk: float, delta: float) -> Any:
+    """The largest k with P(Binomial(n, target_risk) <= k) <= delta; -1 where there is none.
+
+    Inverse of `fewest_accepted`: with k errors the Clopper-Pearson bound still meets the target.
+    """
+
+    def of_one(size: int) -> int:
+        return first_integer(lambda k: at_most(k, size, target_risk) > delta, -1, size) - 1
+
+    sizes = np.asarray(n, dtype=np.int64)
+    if sizes.ndim == 0:
+        return of_one(int(sizes))
+    # The fewest examples that afford each number of errors: of these numbers there are about
+    # target_risk times as many as of sizes.
+    first, last = int(sizes.min()), int(sizes.max())
+    least = of_one(first)
+    errors = np.arange(least + 1, of_one(last) + 1)
+    low, high = np.full(errors.shape, first), np.full(errors.shape, last)  # too few, and enough
+    while (high - low > 1).any():
         middle = (low + high) // 2
         enough = at_most(errors, middle, target_risk) <= delta
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    # More errors take more examples, but for rounding.
+    return least + np.searchsorted(np.maximum.accumulate(high), sizes, side="right")

@@ -1,4 +1,4 @@
-"""What the methods are given: checked, and the calibration split sorted and counted."""
+"""Checks of the arguments, and the calibration split sorted and counted."""
 
 import dataclasses
 from typing import Any
@@ -46,7 +46,7 @@ class CalibrationSplit:
 
     @property
     def n(self) -> int:
-        """How many there are."""
+        """Number of examples."""
         return self.confidence.size
 
     def accepted(self, threshold: ArrayLike) -> IntArray:

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-from sync_jax.guarantees.calibration import CalibrationSplit
-
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
@@ -59,49 +57,31 @@ class Certificate:
         return cls(**{**ours, "threshold": None if threshold is None else float(threshold)})
 
 
-def certified(
+def certificate(
     method: str,
-    data: CalibrationSplit,
-    threshold: float,
-    n_accepted: int,
+    n: int,
     *,
     target_risk: float,
     delta: float | None,
-    bound: float,
-    promise: str,
+    threshold: float | None = None,
+    n_accepted: int = 0,
+    n_errors: int = 0,
+    bound: float | None = None,
+    promise: str = "Nothing is promised of any threshold; abstaining always makes no error.",
+    reason: str = "",
 ) -> Certificate:
-    """The certificate of a threshold and of how many examples it accepts."""
+    """Makes the certificate of a threshold, or without one that of the reason."""
     return Certificate(
         method=method,
-        feasible=True,
-        threshold=float(threshold),
-        coverage=int(n_accepted) / data.n,
+        feasible=threshold is not None,
+        threshold=None if threshold is None else float(threshold),
+        coverage=int(n_accepted) / n if n_accepted else 0.0,
         target_risk=target_risk,
         delta=delta,
-        bound=float(bound),
-        n_calibration=data.n,
-        n_accepted=int(n_accepted),
-        n_errors=int(data.errors[n_accepted]),
-        promise=promise,
-        reason="",
-    )
-
-
-def infeasible(
-    method: str, n: int, *, target_risk: float, delta: float | None, reason: str
-) -> Certificate:
-    """The certificate that there is no threshold."""
-    return Certificate(
-        method=method,
-        feasible=False,
-        threshold=None,
-        coverage=0.0,
-        target_risk=target_risk,
-        delta=delta,
-        bound=None,
+        bound=None if bound is None else float(bound),
         n_calibration=n,
-        n_accepted=0,
-        n_errors=0,
-        promise="Nothing is promised of any threshold; abstaining always makes no error.",
+        n_accepted=int(n_accepted),
+        n_errors=int(n_errors),
+        promise=promise,
         reason=reason,
     )

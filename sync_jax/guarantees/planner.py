@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from sync_jax.guarantees.binomial import at_most, fewest_accepted, most_errors
+from sync_jax.guarantees.binomial import at_most, fewest_accepted, first_integer, most_errors
 from sync_jax.guarantees.calibration import probability
 
 MOST = 10**12  # no calibration split is larger; far below where float64 skips integers
@@ -72,58 +72,36 @@ def calibration_size(
     n = _fewest_with_power(target_risk, share, expected_risk, power)
     if n > MOST:
         raise ValueError(f"target_risk={target_risk:g} takes more than {MOST:g} accepted examples")
+    # Here and not above: it takes two seconds, which a training need not wait for to begin.
+    from scipy.stats import binom
 
     def chance(n: int) -> float:
-        return _chance(n, coverage, target_risk, share, expected_risk)
+        """Chance that n calibration examples give the certificate."""
+        # Ten standard deviations of how many are accepted; what lies outside is below rounding.
+        mean, reach = n * coverage, 10 * math.sqrt(n * coverage * (1 - coverage)) + 10
+        accepted = np.arange(max(0, math.floor(mean - reach)), min(n, math.ceil(mean + reach)) + 1)
+        kept = at_most(most_errors(accepted, target_risk, share), accepted, expected_risk)
+        return float(np.dot(binom.pmf(accepted, n, coverage), kept))
 
     if coverage < 1:  # n accepted examples take at least n
-        low, high = n - 1, n
-        while chance(high) < power:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if chance(middle) >= power else (middle, high)
+        high = first_integer(lambda n: chance(n) >= power, n - 1, n)
         n = next(k for k in range(max(n, high - LOOK_BACK), high + 1) if chance(k) >= power)
     n_accepted = math.floor(n * coverage)
-    return CalibrationPlan(
-        n, n_accepted, int(most_errors(n_accepted, target_risk, share)), chance(n)
-    )
+    return CalibrationPlan(n, n_accepted, most_errors(n_accepted, target_risk, share), chance(n))
 
 
 def _fewest_with_power(target_risk: float, delta: float, expected_risk: float, power: float) -> int:
     """The fewest accepted examples that are certified with the chance `power`."""
 
-    def reached(errors: int) -> float:
-        return float(at_most(errors, fewest_accepted(target_risk, delta, errors), expected_risk))
-
     # The fewest examples that allow a number of errors are the likeliest to have no more of them,
     # so the answer is one of these sizes. Their power rises with that number, but for rounding,
     # which the last step looks through.
-    low, high = -1, 0
-    while reached(high) < power:
-        low, high = high, 2 * high + 1
-        if high > 10**7:
+    def enough(errors: int) -> bool:
+        if errors > 10**7:
             raise ValueError("expected_risk is too close to target_risk to plan for")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) >= power else (middle, high)
-    high = next(k for k in range(max(0, high - 1000), high + 1) if reached(k) >= power)
-    return fewest_accepted(target_risk, delta, high)
+        n = fewest_accepted(target_risk, delta, errors)
+        return bool(at_most(errors, n, expected_risk) >= power)
 
-
-def _chance(
-    n: int, coverage: float, target_risk: float, delta: float, expected_risk: float
-) -> float:
-    """Chance that n calibration examples give the certificate."""
-    if coverage == 1:
-        accepted = np.array([n])
-    else:  # ten standard deviations; what lies outside is below rounding
-        reach = 10 * math.sqrt(n * coverage * (1 - coverage)) + 10
-        mean = n * coverage
-        accepted = np.arange(max(0, math.floor(mean - reach)), min(n, math.ceil(mean + reach)) + 1)
-    # Here and not above: it takes two seconds, which a training need not wait for to begin.
-    from scipy.stats import binom
-
-    allowed = most_errors(accepted, target_risk, delta)
-    kept = at_most(allowed, accepted, expected_risk)
-    return float(np.dot(binom.pmf(accepted, n, coverage), kept))
+    high = first_integer(enough, -1, 0)
+    errors = next(k for k in range(max(0, high - 1000), high + 1) if enough(k))
+    return fewest_accepted(target_risk, delta, errors)

@@ -20,14 +20,6 @@ selective risk at coverage k/n. Neither JAX nor the rest of sync_jax is needed:
 `from sync_jax.metrics import aurc`.
 """
 
-from sync_jax.metrics.areas import (
-    Convention,
-    augrc,
-    aurc,
-    excess_augrc,
-    excess_aurc,
-    normalised_aurc,
-)
 from sync_jax.metrics.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -35,13 +27,6 @@ from sync_jax.metrics.bootstrap import (
     paired_bootstrap_interval,
     percentile_interval,
 )
-from sync_jax.metrics.curve import (
-    RiskCoverageCurve,
-    coverage_at_risk,
-    risk_coverage_curve,
-    selective_risk,
-)
-from sync_jax.metrics.failures import failure_auroc, fpr_at_tpr
 from sync_jax.metrics.probabilities import (
     CalibrationError,
     accuracy,
@@ -49,10 +34,22 @@ from sync_jax.metrics.probabilities import (
     expected_calibration_error,
     negative_log_likelihood,
 )
-from sync_jax.metrics.thresholds import (
+from sync_jax.metrics.selection import (
+    Convention,
     Deployed,
+    RiskCoverageCurve,
     ThresholdTable,
+    augrc,
+    aurc,
+    coverage_at_risk,
     deployed,
+    excess_augrc,
+    excess_aurc,
+    failure_auroc,
+    fpr_at_tpr,
+    normalised_aurc,
+    risk_coverage_curve,
+    selective_risk,
     threshold_for_coverage,
     threshold_table,
 )

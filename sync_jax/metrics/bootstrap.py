@@ -1,15 +1,14 @@
 """Bootstrap intervals of any metric, for one method and for the difference of two."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics import areas, curve, failures
-from sync_jax.metrics.arrays import FloatArray, IntArray, vector
-from sync_jax.metrics.sample import Sample
+from sync_jax.metrics import selection
+from sync_jax.metrics.sample import FloatArray, Sample, vector
 
 # Resamples are evaluated in blocks of about this many examples: some ten arrays of 8 MB at a time.
 _BLOCK = 1_000_000
@@ -36,18 +35,12 @@ class Interval:
     undefined: int
 
 
-# The metrics that can be evaluated on many resamples at once.
-_OF_SAMPLE: dict[Callable[..., Any], Callable[..., FloatArray]] = {
-    curve.selective_risk: curve.selective_risk_of_sample,
-    curve.coverage_at_risk: curve.coverage_at_risk_of_sample,
-    areas.aurc: areas.aurc_of_sample,
-    areas.excess_aurc: areas.excess_aurc_of_sample,
-    areas.normalised_aurc: areas.normalised_aurc_of_sample,
-    areas.augrc: areas.augrc_of_sample,
-    areas.excess_augrc: areas.excess_augrc_of_sample,
-    failures.failure_auroc: failures.failure_auroc_of_sample,
-    failures.fpr_at_tpr: failures.fpr_at_tpr_of_sample,
-}
+# The metrics that take many resamples at once, as a `Sample` with counts.
+_VECTORISED = (
+    *(selection.aurc, selection.excess_aurc, selection.normalised_aurc),
+    *(selection.augrc, selection.excess_augrc, selection.failure_auroc, selection.fpr_at_tpr),
+    *(selection.selective_risk, selection.coverage_at_risk),
+)
 
 
 def bootstrap_interval(
@@ -81,12 +74,10 @@ def bootstrap_interval(
     estimate = float(metric(confidence, loss, **options))
     confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
     order = np.lexsort((loss, -confidence))  # the interval, too, must not depend on the input order
-    confidence, loss = confidence[order], loss[order]
-    values = [
-        _resampled(metric, confidence, loss, index, options)
-        for index in _resampling(confidence.size, level, resamples, seed)
-    ]
-    return _percentiles(estimate, np.concatenate(values), level)
+    values = bootstrap_values(
+        metric, confidence[order], loss[order], resamples=resamples, seed=seed, **options
+    )
+    return percentile_interval(estimate, values, level=level)
 
 
 def paired_bootstrap_interval(
@@ -108,7 +99,7 @@ def paired_bootstrap_interval(
     examples in a and b.
 
     Raises:
-        ValueError: as `bootstrap_interval`, and where a and b have different numbers of examples.
+        ValueError: as `bootstrap_interval`, and where a has more or fewer examples than b.
     """
     estimate = float(metric(confidence_a, loss_a, **options)) - float(
         metric(confidence_b, loss_b, **options)
@@ -120,14 +111,10 @@ def paired_bootstrap_interval(
             f"confidence_b has {confidence_b.size} examples but confidence_a {confidence_a.size}"
         )
     order = np.lexsort((loss_b, confidence_b, loss_a, confidence_a))
-    confidence_a, loss_a = confidence_a[order], loss_a[order]
-    confidence_b, loss_b = confidence_b[order], loss_b[order]
-    values = [
-        _resampled(metric, confidence_a, loss_a, index, options)
-        - _resampled(metric, confidence_b, loss_b, index, options)
-        for index in _resampling(confidence_a.size, level, resamples, seed)
-    ]
-    return _percentiles(estimate, np.concatenate(values), level)
+    options |= {"resamples": resamples, "seed": seed}
+    values = bootstrap_values(metric, confidence_a[order], loss_a[order], **options)
+    values -= bootstrap_values(metric, confidence_b[order], loss_b[order], **options)
+    return percentile_interval(estimate, values, level=level)
 
 
 def bootstrap_values(
@@ -142,64 +129,36 @@ def bootstrap_values(
     """The metric on each of the resamples that `seed` gives for n examples: [resamples].
 
     For more than two data sets on the same n examples, in the same order: the differences of their
-    values are paired, and `percentile_interval` makes intervals of them. Arguments as in
+    values are paired, and `percentile_interval` makes intervals of them. Arguments and errors as in
     `bootstrap_interval`; unlike its result, this one depends on the order of the examples.
-
-    Raises:
-        ValueError: as `bootstrap_interval`.
     """
     metric(confidence, loss, **options)  # checks the arguments
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
     confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
-    values = [
-        _resampled(metric, confidence, loss, index, options)
-        for index in _resampling(confidence.size, 0.5, resamples, seed)
-    ]
-    return np.concatenate(values)
+    n, rng = confidence.size, np.random.default_rng(seed)
+    block = max(1, _BLOCK // n)
+    many: Callable[..., Any] = metric  # of a Sample, an array
+    values: list[float] = []
+    for done in range(0, resamples, block):
+        rows = min(block, resamples - done)
+        index = rng.integers(n, size=(rows, n))
+        if metric in _VECTORISED:
+            cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
+            counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
+            values.extend(many(Sample(confidence, loss, counts), loss, **options))
+        else:
+            values.extend(float(metric(confidence[i], loss[i], **options)) for i in index)
+    return np.array(values)
 
 
 def percentile_interval(estimate: float, values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """The percentile interval of an estimate from its values on resamples, [resamples].
-
-    Raises:
-        ValueError: level outside (0, 1).
-    """
+    """The percentile interval, at a level in (0, 1), of an estimate from values [resamples]."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
-    return _percentiles(float(estimate), np.asarray(values, dtype=np.float64), level)
-
-
-def _resampling(n: int, level: float, resamples: int, seed: int) -> Iterator[IntArray]:
-    """Yields blocks of resamples, each [rows, n] indices into the examples."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // n)
-    for done in range(0, resamples, block):
-        yield rng.integers(n, size=(min(block, resamples - done), n))
-
-
-def _resampled(
-    metric: Callable[..., float],
-    confidence: FloatArray,
-    loss: FloatArray,
-    index: IntArray,
-    options: dict[str, Any],
-) -> FloatArray:
-    """The metric on each resample: [rows]."""
-    if metric not in _OF_SAMPLE:
-        return np.array([float(metric(confidence[i], loss[i], **options)) for i in index])
-    rows, n = index.shape
-    cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
-    counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
-    return _OF_SAMPLE[metric](Sample(confidence, loss, counts), **options)
-
-
-def _percentiles(estimate: float, values: FloatArray, level: float) -> Interval:
+    values = np.asarray(values, dtype=np.float64)
     defined = values[~np.isnan(values)]
-    lower, upper = float("nan"), float("nan")
-    if defined.size:
-        tail = (1 - level) / 2
-        lower, upper = (float(q) for q in np.quantile(defined, [tail, 1 - tail]))
-    return Interval(estimate, lower, upper, level, values.size, values.size - defined.size)
+    tail = (1 - level) / 2
+    lower, upper = np.quantile(defined, [tail, 1 - tail]) if defined.size else (np.nan, np.nan)
+    undefined = values.size - defined.size
+    return Interval(float(estimate), float(lower), float(upper), level, values.size, undefined)

@@ -6,8 +6,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics.arrays import FloatArray, IntArray, real
-from sync_jax.metrics.sample import Sample, expected_totals, group_ties
+from sync_jax.metrics.sample import (
+    FloatArray,
+    IntArray,
+    Sample,
+    expected_totals,
+    group_ties,
+    real,
+)
 
 
 def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, IntArray]:
@@ -33,8 +39,7 @@ def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
     Raises:
         ValueError: shapes differ; probabilities empty, NaN, outside [0, 1] or with a row whose sum
-            is off by more than 1e-3; labels not integers or out of range. The functions below raise
-            the same.
+            is off by more than 1e-3; labels not integers or out of range. So do those below.
     """
     p, y = _checked(probabilities, labels)
     return float((p.argmax(axis=1) == y).mean())
@@ -46,13 +51,10 @@ def negative_log_likelihood(
     """Mean of -ln(probability of the label), in nats.
 
     Args:
-        probabilities: [n, classes], rows summing to 1. Take the softmax in float64: in float32 a
-            confident mistake has probability 0.
+        probabilities: [n, classes]. Take the softmax in float64: in float32 a confident mistake has
+            probability 0.
         labels: [n], integers in [0, classes).
-        floor: smaller probabilities count as this one. At 0 a probability of 0 gives infinity.
-
-    Raises:
-        ValueError: also where floor lies outside [0, 1].
+        floor: in [0, 1]; smaller probabilities count as this one. At 0 they may give infinity.
     """
     p, y = _checked(probabilities, labels)
     if not 0 <= floor <= 1:
@@ -65,9 +67,7 @@ def negative_log_likelihood(
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Mean squared distance to the one-hot label, summed over classes: in [0, 2] (Brier 1950).
 
-    Args:
-        probabilities: [n, classes], rows summing to 1.
-        labels: [n], integers in [0, classes).
+    Arguments as in `accuracy`.
     """
     p, y = _checked(probabilities, labels)
     return float(((p**2).sum(axis=1) - 2 * p[np.arange(y.size), y] + 1).mean())
@@ -109,10 +109,7 @@ def expected_calibration_error(
         binning: "width": bins of equal width on (0, 1], closed on the right (Guo et al. 2017).
             "mass": bins of equal size, up to one example (Nixon et al. 2019); a tie cut by a bin's
             edge counts with its mean accuracy on both sides.
-        bins: number of bins.
-
-    Raises:
-        ValueError: also where binning is unknown or bins below 1.
+        bins: number of bins, at least 1.
     """
     p, y = _checked(probabilities, labels)
     if bins < 1:

@@ -1,18 +1,73 @@
-"""What the ranking metrics compute on: checked examples, grouped by equal confidence.
+"""What the metrics compute on: checked arrays, and examples grouped by equal confidence.
 
-A public metric checks its arguments, which gives a `Sample`, and leaves the rest to its twin
-`..._of_sample`, which also takes many resamples at once and is what the bootstrap calls.
+A metric of confidence turns its arguments into a `Sample`, which stands for as many data sets as
+its counts have rows. The bootstrap passes such a `Sample` in the place of `confidence`.
 """
 
 import dataclasses
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from sync_jax.metrics.arrays import FloatArray, IntArray, is_binary, vector
-
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 LARGEST_LOSS = 1e150  # its square, and as many sums as memory holds, stay within float64
+
+
+def real(value: ArrayLike, name: str) -> FloatArray:
+    """The argument `name` in float64."""
+    try:
+        array = np.asarray(value)
+        # NumPy would read strings as numbers, and drop an imaginary part but for a warning.
+        if array.dtype.kind not in "cSUMm":
+            return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of real numbers") from error
+    raise ValueError(f"{name} must be an array of real numbers, not of {array.dtype}")
+
+
+def vector(value: ArrayLike, name: str) -> FloatArray:
+    """The argument `name` in float64: [n], not empty, without NaN."""
+    array = real(value, name)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have shape [n], got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} is empty")
+    if np.isnan(array).any():
+        raise ValueError(f"{name} contains NaN")
+    return array + 0.0  # -0.0 becomes 0.0: they tie, and must not differ in the output
+
+
+def number(value: Any) -> Any:
+    """A float; an array, where a metric was given several data sets or coverages."""
+    return float(value) if np.ndim(value) == 0 else value
+
+
+def is_binary(array: FloatArray) -> bool:
+    """Whether it holds only 0 and 1."""
+    return bool(((array == 0) | (array == 1)).all())
+
+
+def ratio(numerator: Any, denominator: Any) -> FloatArray:
+    """Quotient, NaN where the denominator is 0."""
+    result = np.full(np.shape(denominator), np.nan)
+    return np.divide(numerator, denominator, out=result, where=np.asarray(denominator) != 0)
+
+
+def ceiling(value: FloatArray) -> IntArray:
+    """Ceiling that forgives rounding: 0.07 * 100 is 7.000000000000001 and means 7."""
+    nearest = np.rint(value)
+    close = np.abs(value - nearest) <= 1e-9 * np.maximum(1.0, np.abs(nearest))
+    return np.where(close, nearest, np.ceil(value)).astype(np.int64)
+
+
+def rank_of_coverage(coverage: ArrayLike, n: int) -> IntArray:
+    """How many of n examples a coverage in (0, 1] accepts: the smallest k with k/n >= coverage."""
+    values = real(coverage, "coverage")
+    if not ((values > 0) & (values <= 1)).all():  # NaN fails both comparisons
+        raise ValueError(f"coverage must lie in (0, 1], got {values}")
+    return np.clip(ceiling(values * n), 1, n)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +82,8 @@ class Sample:
     value: FloatArray  # [n]: the loss, or for a metric of `correct` 1 where right, 0 where wrong
     counts: IntArray | None = None  # [..., n]
 
-    def best(self) -> "Sample":
-        """The same losses ranked perfectly."""
+    def best(self) -> Any:
+        """The same losses ranked perfectly, to be passed to a metric as `confidence`."""
         return dataclasses.replace(self, confidence=-self.value)
 
 
@@ -50,7 +105,9 @@ def correct_sample(confidence: ArrayLike, correct: ArrayLike) -> Sample:
     return sample
 
 
-def _sample(confidence: ArrayLike, value: ArrayLike, name: str) -> Sample:
+def _sample(confidence: Any, value: ArrayLike, name: str) -> Sample:
+    if isinstance(confidence, Sample):
+        return confidence
     confidence, value = vector(confidence, "confidence"), vector(value, name)
     if value.shape != confidence.shape:
         raise ValueError(f"{name} has shape {value.shape} but confidence {confidence.shape}")

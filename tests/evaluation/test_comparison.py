@@ -1,7 +1,6 @@
 """Comparisons of runs that are made here: real reports of made-up predictions."""
 
 import csv
-import functools
 import json
 import shutil
 
@@ -98,37 +97,23 @@ def test_rows_are_means_and_deviations_of_the_runs(folder, compared):
 
 
 def test_differences_are_the_paired_bootstraps(folder, compared):
-    """By the plain loop: test examples resampled, each row the mean over its runs."""
+    """Test examples resampled, the same for every run; each row the mean over its runs."""
     record, _ = compared
-    difference = next(
-        entry
-        for entry in record["differences"]
-        if {entry["a"], entry["b"]} == {"ce, SR", "sync, SR"}
-    )
     assert len(record["differences"]) == 3
-    runs = {
-        name: [
-            Predictions.load(path / "predictions_test.npz") for path in sorted(folder.glob(pattern))
-        ]
-        for name, pattern in {"ce, SR": "ce-?", "sync, SR": "sync-0"}.items()
-    }
-
-    def area(name, index):
-        return np.mean(
-            [
-                metrics.aurc(p.confidence("softmax_response")[index], p.wrong[index])
-                for p in runs[name]
-            ]
+    labels = {"ce, SR": "ce-?", "sync, SR": "sync-0"}
+    difference = next(x for x in record["differences"] if {x["a"], x["b"]} == labels.keys())
+    estimate, values = {}, {}
+    for label, pattern in labels.items():
+        tests = [Predictions.load(path / "predictions_test.npz") for path in folder.glob(pattern)]
+        ranked = [(test.confidence("softmax_response"), test.wrong) for test in tests]
+        estimate[label] = np.mean([metrics.aurc(*each) for each in ranked])
+        values[label] = np.mean(
+            [metrics.bootstrap_values(metrics.aurc, *x) for x in ranked], axis=0
         )
-
-    rng = np.random.default_rng(0)
-    samples = rng.integers(N, size=(1000, N))
-    values = [area(difference["a"], i) - area(difference["b"], i) for i in samples]
-    expected = np.quantile(values, [0.025, 0.975])
+    a, b = difference["a"], difference["b"]
+    assert difference["estimate"] == pytest.approx(estimate[a] - estimate[b])
+    expected = np.quantile(values[a] - values[b], [0.025, 0.975])
     assert [difference["lower"], difference["upper"]] == pytest.approx(expected, abs=1e-12)
-    whole = np.arange(N)
-    estimate = area(difference["a"], whole) - area(difference["b"], whole)
-    assert difference["estimate"] == pytest.approx(estimate)
 
 
 def test_files_say_the_same(compared):
@@ -153,11 +138,12 @@ def test_files_say_the_same(compared):
 
 
 def test_bold_is_what_reads_best():
-    column = functools.partial(compare._column, factor=100, digits=1)
-    assert column([(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)], best=min) == [
+    pairs = [(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)]
+    assert compare._cells(pairs, compare.Column("", 100, 1, min)) == [
         ("10.0 ± 1.0", True), ("10.0", True), ("-", False), ("20.0 ± 0.0", False),
     ]  # fmt: skip
-    assert [best for _, best in column([(0.1, None), (0.2, None)], best=max)] == [False, True]
+    cells = compare._cells(pairs, compare.Column("", best=max))
+    assert [best for _, best in cells] == [False, False, False, True]
 
 
 def test_runs_of_several_target_coverages_are_judged_at_their_own(folder, tmp_path):

@@ -52,18 +52,9 @@ def test_certificates_are_consistent_and_independent_of_the_input_order(
 def test_infinite_thresholds_survive_strict_json():
     certificate = sgr([math.inf] * 50 + [0.0] * 50, [1] * 50 + [0] * 50, target_risk=0.2, delta=0.1)
     assert certificate.threshold == math.inf
-    assert json.loads(dumps(certificate))["threshold"] == "Infinity"
-    assert Certificate.from_dict(json.loads(dumps(certificate))) == certificate
-
-
-def test_a_tiny_delta_is_printed_as_it_is():
-    certificate = sgr(np.zeros(2000), np.ones(2000), target_risk=0.1, delta=1e-20)
-    assert certificate.promise.startswith("With probability at least 1 - 1e-20 over")
-
-
-def test_fields_of_later_versions_are_ignored():
-    certificate = sgr(*example(), target_risk=0.1, delta=0.1)
-    assert Certificate.from_dict({**certificate.to_dict(), "seed": 3}) == certificate
+    fields = json.loads(dumps(certificate))
+    assert fields["threshold"] == "Infinity"
+    assert Certificate.from_dict({**fields, "seed": 3}) == certificate  # of a later version
 
 
 def test_integers_and_big_endian_numbers_are_welcome():
@@ -76,28 +67,20 @@ def test_integers_and_big_endian_numbers_are_welcome():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_cannot_be_certified_is_infeasible_and_says_why(method):
-    hopeless = METHODS[method](np.arange(500), np.arange(500) % 2, target_risk=0.01, delta=0.05)
-    few = METHODS[method](np.arange(20), np.ones(20), target_risk=0.01, delta=0.05)
+@pytest.mark.parametrize("target_risk", [0.01, 1e-9, 1e-17, 1e-200])
+def test_what_cannot_be_certified_is_infeasible_and_says_why(method, target_risk):
+    hopeless = METHODS[method](np.arange(20), np.arange(20) % 2, target_risk=0.01, delta=0.05)
+    few = METHODS[method](np.arange(20), np.ones(20), target_risk=target_risk, delta=0.05)
     for certificate in (hopeless, few):
         assert not certificate.feasible
-        assert certificate.threshold is None
-        assert "0.01" in certificate.reason
-        assert "accepted examples are needed" in certificate.reason
         assert "Nothing is promised" in certificate.promise
         dumps(certificate)
-    numbers = [int(word) for word in few.reason.split() if word.isdigit()]
-    assert numbers[-1] >= math.log(0.05) / math.log(0.99)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target_risk", [1e-9, 1e-17, 1e-200])
-def test_a_target_out_of_all_reach_is_infeasible_like_any_other(method, target_risk):
-    certificate = METHODS[method](*example(), target_risk=target_risk, delta=0.05)
-    assert not certificate.feasible
-    needed = int(certificate.reason.split()[-5])
-    tests = 11 if method == "sgr" else 1  # Bonferroni: all candidates are the same here
-    assert needed == pytest.approx(math.log(tests / 0.05) / target_risk, rel=1e-6)
+    assert f"{target_risk:g}" in few.reason
+    needed, *words = few.reason.split()[-5:]
+    assert words == ["accepted", "examples", "are", "needed"]
+    tests = 5 if method == "sgr" else 1  # Bonferroni: all candidates are the same here
+    expected = math.ceil(math.log(0.05 / tests) / math.log1p(-target_risk))
+    assert int(needed) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,6 +98,8 @@ def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
     assert ("provided that errors are no" in certificate.promise) == (method == "fixed_sequence")
     assert certificate.promise.count(".") <= 4  # one sentence, and decimal points
     assert (certificate.target_risk, certificate.delta) == (0.1, 0.1)
+    tiny = METHODS[method](np.zeros(2000), np.ones(2000), target_risk=0.1, delta=1e-20)
+    assert tiny.promise.startswith("With probability at least 1 - 1e-20 over")
     with pytest.raises(dataclasses.FrozenInstanceError):
         certificate.threshold = 0.0
 

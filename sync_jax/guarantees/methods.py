@@ -1,14 +1,17 @@
-"""Methods that bound the selective risk, the share of errors among the accepted."""
+"""The methods, and certificates of one of them for every group at once."""
 
 import decimal
-from typing import Literal
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sync_jax.guarantees.binomial import clopper_pearson_upper, fewest_accepted
 from sync_jax.guarantees.calibration import calibration_split, probability
-from sync_jax.guarantees.certificate import Certificate, certified, infeasible
+from sync_jax.guarantees.certificate import Certificate, certificate
 
 
 def sgr(
@@ -37,6 +40,7 @@ def sgr(
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     data = calibration_split(confidence, correct)
+    result = functools.partial(certificate, "sgr", data.n, target_risk=target_risk, delta=delta)
     share = delta / data.n.bit_length()
     best: tuple[float, int, float] | None = None
     smallest = 1.0
@@ -52,24 +56,18 @@ def sgr(
         else:
             high = int(np.searchsorted(-data.confidence, -threshold, side="left"))
     if best is None:
-        reason = (
-            f"no threshold visited has a bound of at most {target_risk:g}: the smallest is "
+        return result(
+            reason=f"no threshold visited has a bound of at most {target_risk:g}: the smallest is "
             f"{smallest:.4g}; {_least(target_risk, share)}"
         )
-        return infeasible("sgr", data.n, target_risk=target_risk, delta=delta, reason=reason)
-    return certified(
-        "sgr",
-        data,
-        best[0],
-        best[1],
-        target_risk=target_risk,
-        delta=delta,
-        bound=best[2],
-        promise=_risk_promise(
-            best[2],
-            delta,
-            ", by a union bound that takes the thresholds visited for fixed in advance",
-        ),
+    threshold, n_accepted, bound = best
+    proviso = ", by a union bound that takes the thresholds visited for fixed in advance"
+    return result(
+        threshold=threshold,
+        n_accepted=n_accepted,
+        n_errors=data.errors[n_accepted],
+        bound=bound,
+        promise=_risk_promise(bound, delta, proviso),
     )
 
 
@@ -108,8 +106,7 @@ def learn_then_test(
             soonest, and a single error among the most confident ends it.
 
     Raises:
-        ValueError: also for an unknown procedure, candidates below 1, slack below 0,
-            thresholds empty or NaN.
+        ValueError: also for an unknown procedure, candidates < 1, slack < 0, bad thresholds.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     if procedure not in ("bonferroni", "fixed_sequence"):
@@ -118,13 +115,15 @@ def learn_then_test(
         raise ValueError(f"candidates must be at least 1, got {candidates}")
     if slack < 0:
         raise ValueError(f"slack must not be negative, got {slack}")
-    method = f"learn_then_test/{procedure}"
     data = calibration_split(confidence, correct)
+    method = f"learn_then_test/{procedure}"
+    result = functools.partial(certificate, method, data.n, target_risk=target_risk, delta=delta)
     bonferroni = procedure == "bonferroni"
     if bonferroni:  # a candidate that accepts fewer cannot pass, whatever the data
         fewest = fewest_accepted(target_risk, delta / candidates)
     else:
-        fewest = _start_of_sequence(data.n, target_risk, delta, slack)
+        starts = [fewest_accepted(target_risk, delta, errors) for errors in range(slack, -1, -1)]
+        fewest = next((start for start in starts if 2 * start <= data.n), starts[-1])
     if thresholds is None:
         ranks = np.unique(np.linspace(min(fewest, data.n), data.n, candidates).astype(np.int64))
         threshold, n_accepted = data.strictly_above(ranks)
@@ -145,45 +144,126 @@ def learn_then_test(
         else:
             failure = f"none accepts the {fewest} examples that the sequence starts from"
     if not passed.any():
-        reason = (
-            f"no threshold was certified at {target_risk:g}: {failure}; "
+        return result(
+            reason=f"no threshold was certified at {target_risk:g}: {failure}; "
             f"{_least(target_risk, share)}"
         )
-        return infeasible(method, data.n, target_risk=target_risk, delta=delta, reason=reason)
     chosen = int(np.flatnonzero(passed)[-1])  # thresholds descend, so coverage grows
     # A fixed sequence rejects "risk > target"; its last bound alone isn't simultaneous.
     promised = float(bound[chosen]) if bonferroni else target_risk
-    return certified(
-        method,
-        data,
-        threshold[chosen],
-        n_accepted[chosen],
-        target_risk=target_risk,
-        delta=delta,
+    proviso = "provided that errors are no likelier where confidence is higher"
+    return result(
+        threshold=threshold[chosen],
+        n_accepted=n_accepted[chosen],
+        n_errors=data.errors[n_accepted[chosen]],
         bound=promised,
-        promise=_risk_promise(
-            promised,
-            delta,
-            ""
-            if bonferroni
-            else ", provided that errors are no likelier where confidence is higher",
-        ),
+        promise=_risk_promise(promised, delta, "" if bonferroni else f", {proviso}"),
     )
 
 
-def _start_of_sequence(n: int, target_risk: float, delta: float, slack: int) -> int:
-    """How many of n examples the first threshold of a fixed sequence must accept: see `slack`."""
-    for errors in range(slack, 0, -1):
-        start = fewest_accepted(target_risk, delta, errors)
-        if 2 * start <= n:
-            return start
-    return fewest_accepted(target_risk, delta)
+def conformal_risk_control(
+    confidence: ArrayLike, correct: ArrayLike, *, alpha: float
+) -> Certificate:
+    """Bounds the expected joint risk, P(accepted and wrong) (Angelopoulos et al. 2022).
+
+    The smallest calibration confidence with (n R + 1) / (n + 1) <= alpha, R the share of the
+    calibration examples that it accepts and that are wrong. Selective risk isn't monotone in the
+    threshold, which this method requires; the joint risk is. Selective risk is the joint risk over
+    the coverage, and larger.
+
+    Args:
+        confidence: [n], higher = more confident.
+        correct: [n], 1 where the prediction is right, 0 where it is wrong.
+        alpha: joint risk to stay below on average, in (0, 1).
+    """
+    alpha = probability(alpha, "alpha")
+    data = calibration_split(confidence, correct)
+    result = functools.partial(
+        certificate, "conformal_risk_control", data.n, target_risk=alpha, delta=None
+    )
+    n_accepted = data.accepted(data.confidence)
+    bound = (data.errors[n_accepted] + 1) / (data.n + 1)  # non-decreasing along the ranks
+    met = np.flatnonzero(bound <= alpha)
+    if 1 / (data.n + 1) > alpha:
+        needed = math.ceil(1 / alpha) - 1
+        return result(reason=f"{data.n} calibration examples are too few: at least {needed} needed")
+    if met.size == 0:
+        return result(reason=f"the most confident examples alone have a bound of {bound[0]:.4g}")
+    last = met[-1]
+    return result(
+        threshold=data.confidence[last],
+        n_accepted=n_accepted[last],
+        n_errors=data.errors[n_accepted[last]],
+        bound=bound[last],
+        promise=f"On average over draws of the calibration split and a new example, that example "
+        f"is accepted and wrong with probability at most {alpha:g}.",
+    )
 
 
-def _risk_promise(bound: float, delta: float, provided: str = "") -> str:
+def group_certificates(
+    method: Callable[..., Certificate],
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    groups: ArrayLike,
+    *,
+    target_risk: float,
+    delta: float,
+    names: Sequence[Hashable] | None = None,
+    **options: Any,
+) -> dict[Any, Certificate]:
+    """One certificate per group, all promises together with probability at least 1 - delta.
+
+    Each of G groups gets delta / G (Bonferroni). A group is whatever is known when the threshold is
+    applied: the predicted class, a camera, a region; not the true class.
+
+    Args:
+        method: `sgr` or `learn_then_test`.
+        confidence: [n], higher = more confident.
+        correct: [n], 1 where the prediction is right, 0 where it is wrong.
+        groups: [n], the group of each example, integers or strings.
+        target_risk: selective risk of every group to stay below, in (0, 1).
+        delta: chance that any of the promises fails, in (0, 1).
+        names: all groups that may occur, fixed without this data; those without an example get an
+            infeasible certificate. None takes the groups that occur here.
+        **options: the method's other arguments, such as procedure="fixed_sequence".
+
+    Returns:
+        A certificate by group, in the order of names, or sorted.
+
+    Raises:
+        ValueError: as the method, and where groups has another shape, NaN, or values not in names.
+    """
+    if method is conformal_risk_control:
+        raise ValueError("conformal_risk_control promises an average: it has no delta to divide")
+    target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
+    calibration_split(confidence, correct)  # errors here name the whole, not a group's part
+    scores, right, group = np.asarray(confidence), np.asarray(correct), np.asarray(groups)
+    if group.shape != scores.shape:
+        raise ValueError(f"groups has shape {group.shape} but confidence {scores.shape}")
+    if (group != group).any():  # NaN equals nothing, and would be a group without a member
+        raise ValueError("groups contains NaN")
+    present = np.unique(group).tolist()
+    wanted = present if names is None else list(dict.fromkeys(names))
+    if unknown := [name for name in present if name not in wanted]:
+        raise ValueError(f"groups holds {unknown[:5]}, which names lacks")
+    options |= {"target_risk": target_risk, "delta": delta / len(wanted)}
+    found = {
+        name: method(scores[group == name], right[group == name], **options) for name in present
+    }
+    without_example = certificate(
+        found[present[0]].method,
+        0,
+        target_risk=target_risk,
+        delta=delta / len(wanted),
+        reason="the group has no calibration example",
+    )
+    return {name: found.get(name, without_example) for name in wanted}
+
+
+def _risk_promise(bound: float, delta: float, proviso: str) -> str:
     return (
         f"With probability at least 1 - {_rounded_up(delta)} over the draw of the calibration "
-        f"split, the selective risk on its distribution is at most {_rounded_up(bound)}{provided}."
+        f"split, the selective risk on its distribution is at most {_rounded_up(bound)}{proviso}."
     )
 
 
@@ -194,6 +274,5 @@ def _rounded_up(value: float) -> str:
 
 
 def _least(target_risk: float, delta: float) -> str:
-    return (
-        f"even without an error, {fewest_accepted(target_risk, delta)} accepted examples are needed"
-    )
+    needed = fewest_accepted(target_risk, delta)
+    return f"even without an error, {needed} accepted examples are needed"

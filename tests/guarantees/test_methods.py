@@ -1,14 +1,21 @@
-"""SGR and learn-then-test against their definitions."""
+"""The methods against their definitions, and certificates of groups."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from sync_jax.guarantees import clopper_pearson_upper, learn_then_test, sgr
-from tests.guarantees.examples import LTT, METHODS, check_counts, example
+from sync_jax.guarantees import (
+    clopper_pearson_upper,
+    conformal_risk_control,
+    group_certificates,
+    learn_then_test,
+    sgr,
+)
+from tests.guarantees.examples import LTT, METHODS, check_counts, dumps, example
 
 
 def sgr_by_the_paper(confidence, correct, target, delta):
@@ -120,11 +127,6 @@ def test_fixed_sequence_starts_where_enough_are_accepted():
     assert certificate.coverage == 1
 
 
-def test_a_fixed_sequence_promises_the_target_and_not_its_last_bound():
-    certificate = LTT["fixed_sequence"](*example(), target_risk=0.1, delta=0.1)
-    assert certificate.bound == 0.1
-
-
 @pytest.mark.parametrize("procedure", LTT)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(procedure, dtype):
@@ -132,6 +134,8 @@ def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(proce
     certificate = LTT[procedure](confidence, correct, target_risk=0.1, delta=0.1)
     check_counts(certificate, confidence, correct)
     assert certificate.feasible
+    # A fixed sequence promises the target, not its last bound.
+    assert (certificate.bound == 0.1) == (procedure == "fixed_sequence")
     threshold = dtype(certificate.threshold)
     assert float(threshold) == certificate.threshold  # survives deployment in that dtype
     assert np.nextafter(threshold, dtype(0)) in confidence
@@ -139,11 +143,9 @@ def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(proce
 
 @pytest.mark.parametrize("procedure", LTT)
 def test_all_right_is_certified_at_full_coverage(procedure):
-    confidence = np.r_[np.linspace(0, 1, 300)]
-    certificate = LTT[procedure](confidence, np.ones(300), target_risk=0.05, delta=0.1)
-    assert certificate.coverage == 1
-    assert certificate.threshold == np.finfo(np.float64).min
-    json.dumps(certificate.to_dict(), allow_nan=False)
+    certificate = LTT[procedure](np.arange(300), np.ones(300), target_risk=0.05, delta=0.1)
+    assert (certificate.coverage, certificate.threshold) == (1, np.finfo(np.float64).min)
+    dumps(certificate)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,3 +193,82 @@ def test_the_reason_of_learn_then_test_is_that_of_its_procedure(options, reason)
     )
     assert not certificate.feasible
     assert reason in certificate.reason
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=40),
+    st.floats(0.01, 0.99),
+)
+def test_conformal_risk_control_by_its_definition(data, alpha):
+    confidence, correct = (np.array(column) for column in zip(*data, strict=True))
+    n = confidence.size
+    certificate = conformal_risk_control(confidence, correct, alpha=alpha)
+    check_counts(certificate, confidence, correct)
+    meets = [
+        t
+        for t in np.unique(confidence)
+        if (((confidence >= t) & ~correct).sum() + 1) / (n + 1) <= alpha
+    ]
+    assert certificate.threshold == (min(meets) if meets else None)
+    assert certificate.delta is None
+    if certificate.feasible:
+        assert certificate.bound == (certificate.n_errors + 1) / (n + 1)
+
+
+def test_conformal_risk_control_says_how_many_examples_it_needs():
+    certificate = conformal_risk_control(np.arange(98), np.ones(98), alpha=0.01)
+    assert not certificate.feasible
+    assert "at least 99" in certificate.reason
+    assert conformal_risk_control(np.arange(99), np.ones(99), alpha=0.01).feasible
+    wrong_on_top = conformal_risk_control(np.arange(150), np.arange(150) < 149, alpha=0.01)
+    assert "most confident" in wrong_on_top.reason
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_are_certified_alone_at_their_share_of_delta(method):
+    confidence, correct = example(3000)
+    groups = np.array(["cat", "dog", "eel"])[np.arange(3000) % 3]
+    certificates = group_certificates(
+        METHODS[method], confidence, correct, groups, target_risk=0.1, delta=0.1
+    )
+    assert list(certificates) == ["cat", "dog", "eel"]
+    for name, certificate in certificates.items():
+        inside = groups == name
+        assert certificate == METHODS[method](
+            confidence[inside], correct[inside], target_risk=0.1, delta=0.1 / 3
+        )
+        assert certificate.feasible
+
+
+def test_groups_without_examples_pay_and_are_infeasible():
+    confidence, correct = example(500)
+    certificates = group_certificates(
+        learn_then_test,
+        confidence,
+        correct,
+        np.zeros(500, int),
+        names=range(10),
+        target_risk=0.2,
+        delta=0.1,
+        procedure="fixed_sequence",
+    )
+    assert list(certificates) == list(range(10))
+    assert certificates[0].delta == pytest.approx(0.01)
+    assert certificates[0].method == "learn_then_test/fixed_sequence"
+    assert certificates[7].method == certificates[0].method
+    assert certificates[7].feasible is False
+    assert certificates[7].n_calibration == 0
+    assert "no calibration example" in certificates[7].reason
+    dumps(certificates[7])
+
+
+def test_groups_that_cannot_be_are_refused():
+    options = {"target_risk": 0.1, "delta": 0.1}
+    with pytest.raises(ValueError, match=r"groups holds \[3\]"):
+        group_certificates(sgr, [1, 2], [1, 1], [0, 3], names=[0, 1, 2], **options)
+    with pytest.raises(ValueError, match="groups has shape"):
+        group_certificates(sgr, [1, 2], [1, 1], [0], **options)
+    with pytest.raises(ValueError, match="groups contains NaN"):
+        group_certificates(sgr, [1, 2], [1, 1], [0, np.nan], **options)
+    with pytest.raises(ValueError, match="conformal_risk_control promises an average"):
+        group_certificates(conformal_risk_control, [1, 2], [1, 1], [0, 1], **options)
