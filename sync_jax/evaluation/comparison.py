@@ -1,25 +1,4 @@
-"""One table of finished runs: methods and scores by coverage, over seeds, on the same examples.
-
-compare.json is strict JSON; fractions, undefined values null. Fields:
-
-    runs[]          workdir, method, seed of every run
-    ignored[]       config fields that differ although the comparison needs them equal; only where
-                    that was allowed
-    coverages[]     the coverages of the table
-    rows[]          a row per method and score, best AURC first: label, method, score, seeds,
-                    target_coverage, and
-                    mean, std (sample standard deviation, null for one run) of:
-                    selective_risk (arrays, rank-based), aurc, excess_aurc, augrc (convention mean),
-                    accuracy, seconds (of training); and at the row's own target_coverage: own_risk
-                    (rank-based), deployed_risk and deployed_coverage (threshold from the
-                    calibration split; the mean risk is null where a run accepted nothing)
-    differences[]   per pair of rows a and b, by label: AURC of a minus that of b, each the mean of
-                    its row's runs: a metrics.Interval; all rows see the same resamples of the test
-                    examples
-
-Runs of one method that differ in its own fields (`loss.*`, `target_coverage`) are rows of their
-own, labelled with them.
-"""
+"""One table of finished runs, by coverage, over seeds, on the same examples; see docs/report.md."""
 
 import csv
 import dataclasses
