@@ -1,7 +1,7 @@
 """Trains, calibrates and evaluates a selective classifier, and writes its report.
 
-  python -m sync_jax.main --config=configs/fashion_mnist.py
-  python -m sync_jax.main --config=configs/fashion_mnist.py --config.method=ce --config.seed=1
+  python -m sync_jax.main --config=fashion_mnist
+  python -m sync_jax.main --config=fashion_mnist --config.method=ce --config.seed=1
   python -m sync_jax.main --mode=compare --runs='runs/fashion_mnist-*'
 
 A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
@@ -24,8 +24,8 @@ from sync_jax.runtime.memory import keep_freed_memory
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Name of an installed config, such as quickstart, or a Python file with get_config(). "
-    "--config.x.y=z changes one of its fields.",
+    "An installed config, such as quickstart, or a Python file with get_config(); --config.x.y=z "
+    "changes a field.",
     # Methods and backbones declare fields of their own, which config.validate checks.
     lock_config=False,
     accept_new_attributes=True,
@@ -33,47 +33,36 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run: config, checkpoints, metrics, report. Default: "
-    "runs/<config>-<method>-seed<seed>; of a sweep, which makes such folders in it: runs.",
+    "Folder of the run. Default: runs/<config>-<method>-seed<seed>; of a sweep, which makes such "
+    "folders in it, runs.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods"],
-    "prepare: obtain and convert the dataset, once. train: prepare if need be, train or resume, "
-    "calibrate, evaluate and report. evaluate: make the report of a finished run anew, from its "
-    "saved predictions, with other --config.evaluation.* values. sweep: train every combination of "
-    "the values that --vary names, and compare them. compare: one table of the "
-    "finished runs that --runs names, written to --workdir. ensemble: evaluate the mean of their "
-    "probabilities, as a run in --workdir. methods: list methods, scores and backbones with their "
-    "options. These three need no --config.",
+    "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
+    "and report. evaluate: make the report of a finished run anew, with other "
+    "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
+    "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
+    "methods, scores and backbones with their options.",
 )
 _RUNS = flags.DEFINE_list(
-    "runs",
-    [],
-    "compare, ensemble: folders of finished runs, or patterns such as 'runs/quickstart-*'.",
+    "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."
 )
 _VARY = flags.DEFINE_multi_string(
-    "vary",
-    [],
-    "sweep: a field and its values, such as method=ce,sync or seed=0,1,2; may be given repeatedly.",
+    "vary", [], "sweep: a field and its values, such as seed=0,1,2; may be given repeatedly."
 )
 _MIXED = flags.DEFINE_bool(
-    "mixed",
-    False,
-    "compare, ensemble: also runs that differ in data, network or schedule; it says in what.",
+    "mixed", False, "compare, ensemble: also runs that differ in data, network or schedule."
 )
 _SCORES = flags.DEFINE_list(
-    "scores",
-    [],
-    "compare, ensemble: scores of yours that the runs use, as package.module:NAME.",
+    "scores", [], "compare, ensemble: scores of yours in the runs, as package.module:NAME."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "Of several processes that train one network: HOST:PORT, a free port of process 0's host. All "
-    "run the same command but for --process, and see the same --workdir. On TPU slices, and under "
-    "Slurm's srun, they find each other without these three.",
+    "HOST:PORT, a free port of process 0's host, where several processes meet. They run the same "
+    "command but for --process. On TPU slices and under Slurm's srun these three are not needed.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")

@@ -313,71 +313,38 @@ _SELECTIVE = {
     "coverage_weight": Option(32.0, "[0, inf)", "weight of the coverage penalty (lambda)"),
     "alpha": Option(0.5, "[0, 1]", "share of the selective part; the rest is the auxiliary head's"),
 }
+# The values are provisional: the paper's are not public, and the best are an open question.
+_SYNC = _SELECTIVE | {
+    "prior_power": Option(3.0, "[0, inf)", "exponent of SR in the prior"),
+    "prior_weight": Option(0.0, "[0, inf)", "exponent of the prior in the weight"),
+    "sync_weight": Option(0.5, "[0, inf)", "weight of the synchronisation term"),
+    "divergence": Option("bce", ("bce", "mse"), "between g and the prior"),
+}
+_DROPOUT = {
+    "dropout": Option(0.5, "[0, 1)", "rate, on the feature vector"),
+    "dropout_samples": Option(100, "[1, 10000]", "that evaluation averages over"),
+}
+_PAYOFF = {"payoff": Option(2.2, "(1, inf)", "of a right answer; at most the number of classes")}
+_MOMENTUM = {"target_momentum": Option(0.9, "[0, 1)", "of the targets; often 0.99 on ImageNet")}
+_CONTRAST = {
+    "contrast_weight": Option(1.0, "[0, inf)", "weight of the contrastive term"),
+    "contrast_temperature": Option(0.1, "(0, inf)"),
+    "queue_size": Option(3000, "[1, 1000000]", "keys of right and of wrong predictions"),
+    "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
+}
+_TARGETS = Memory(lambda params, size, config: jnp.ones(size, jnp.float32), _update_target_table)
+_QUEUES = Memory(_create_queues, _update_queues)
+_GATED, _ABSTAINING = ("selection", "auxiliary"), ("abstention",)
 # Each objective's docstring gives its source and where ours differs, and why; losses.py has the
 # equations.
 METHODS: dict[str, Method] = {
-    "ce": Method(heads=(), objective=_ce, score="softmax_response"),
-    "mc_dropout": Method(
-        heads=("dropout",),
-        objective=_mc_dropout,
-        score="softmax_response",
-        hyperparameters={
-            "dropout": Option(0.5, "[0, 1)", "rate, on the feature vector"),
-            "dropout_samples": Option(100, "[1, 10000]", "that evaluation averages over"),
-        },
-    ),
-    "selectivenet": Method(
-        heads=("selection", "auxiliary"),
-        objective=_selectivenet,
-        score="selection",
-        hyperparameters=_SELECTIVE,
-    ),
-    # The values are provisional: the paper's are not public, and the best are an open question.
-    "sync": Method(
-        heads=("selection", "auxiliary"),
-        objective=_sync,
-        score="selection",
-        hyperparameters={
-            **_SELECTIVE,
-            "prior_power": Option(3.0, "[0, inf)", "exponent of SR in the prior"),
-            "prior_weight": Option(0.0, "[0, inf)", "exponent of the prior in the weight"),
-            "sync_weight": Option(0.5, "[0, inf)", "weight of the synchronisation term"),
-            "divergence": Option("bce", ("bce", "mse"), "between g and the prior"),
-        },
-    ),
+    "ce": Method((), _ce, "softmax_response"),
+    "mc_dropout": Method(("dropout",), _mc_dropout, "softmax_response", _DROPOUT),
+    "selectivenet": Method(_GATED, _selectivenet, "selection", _SELECTIVE),
+    "sync": Method(_GATED, _sync, "selection", _SYNC),
     "deep_gamblers": Method(
-        heads=("abstention",),
-        objective=_deep_gamblers,
-        score="abstention",
-        hyperparameters={
-            "payoff": Option(2.2, "(1, inf)", "of a right answer; at most the number of classes")
-        },
-        warmup=1 / 3,
-        check=_check_payoff,
+        _ABSTAINING, _deep_gamblers, "abstention", _PAYOFF, warmup=1 / 3, check=_check_payoff
     ),
-    "self_adaptive": Method(
-        heads=("abstention",),
-        objective=_self_adaptive,
-        score="abstention",
-        hyperparameters={
-            "target_momentum": Option(0.9, "[0, 1)", "of the targets; often 0.99 on ImageNet")
-        },
-        memory=Memory(
-            create=lambda params, train_size, config: jnp.ones(train_size, jnp.float32),
-            update=_update_target_table,
-        ),
-    ),
-    "ccl_sc": Method(
-        heads=("features",),
-        objective=_ccl_sc,
-        score="softmax_response",
-        hyperparameters={
-            "contrast_weight": Option(1.0, "[0, inf)", "weight of the contrastive term"),
-            "contrast_temperature": Option(0.1, "(0, inf)"),
-            "queue_size": Option(3000, "[1, 1000000]", "keys of right and of wrong predictions"),
-            "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
-        },
-        memory=Memory(create=_create_queues, update=_update_queues),
-        warmup=1 / 2,
-    ),
+    "self_adaptive": Method(_ABSTAINING, _self_adaptive, "abstention", _MOMENTUM, _TARGETS),
+    "ccl_sc": Method(("features",), _ccl_sc, "softmax_response", _CONTRAST, _QUEUES, warmup=1 / 2),
 }

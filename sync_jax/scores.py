@@ -77,13 +77,8 @@ def max_logit(outputs: Outputs) -> Any:
 def max_logit_pnorm(outputs: Outputs, *, p: float | None) -> Any:
     """The largest centred logit over the p-norm of the centred logits (Cattelan & Silva, 2024).
 
-    Args:
-        outputs: with `logits` `[n, classes]`.
-        p: order of the norm, at least 1; None is the softmax response, the paper's fallback. Choose
-            it on calibration data; `Score.choices` does.
-
-    Returns:
-        `[n]`, in `[0, 1]`; 0 where all logits are equal.
+    `[n]` in `[0, 1]`, 0 where all logits are equal. p is at least 1; None is the softmax response,
+    the paper's fallback.
     """
     if p is None:
         return softmax_response(outputs)

@@ -84,23 +84,20 @@ def train_step(
 
     Args:
         state: before the step.
-        batch: image `[batch, height, width, channels]`, normalised; label, mask and, for a method
-            with a memory, index `[batch]`.
+        batch: image `[batch, ...]`, normalised; label, mask and index `[batch]`.
         network: see `create_train_state`.
-        objective: what is minimised.
+        objective: the function that is minimised.
         optimizer: as given to `create_train_state`.
         dropout_key: of this step; for a network with dropout.
-        microbatches: gradient accumulation: the network sees the batch in so many parts, one after
-            the other, and keeps the activations of one. The objective is that of the whole batch,
-            however it weighs its examples; BatchNorm's statistics are a part's. Must divide the
-            batch. Above 1 it costs a second forward pass.
+        microbatches: gradient accumulation: the network sees so many parts of the batch one after
+            the other and keeps the activations of one, for a second forward pass. The objective is
+            the whole batch's; BatchNorm's statistics are a part's. Must divide the batch.
 
     Returns:
-        The state after the step, and scalars of the batch before it: loss, its terms,
-        gradient_norm, accuracy and, with a selection head, mean_selection (mean of g) and coverage
-        (share with g >= 1/2); parameter_norm and state_norm are of the parameters, and of the
-        statistics, the optimiser's state and the memory, that the step led to. If any of them is
-        not finite, the state has its old values, and `step` counts on.
+        The state after the step, and scalars: loss, its terms, gradient_norm, accuracy and, with a
+        selection head, mean_selection (of g) and coverage (share with g >= 1/2), before the step;
+        parameter_norm and state_norm (of all else) after it. If one of them is not finite, the
+        state keeps its values, and `step` counts on.
     """
 
     def forward(params: optax.Params) -> tuple[dict[str, Array], optax.Params]:

@@ -113,6 +113,6 @@ def test_help_names_the_flags_the_modes_and_the_command():
     shown = result.stdout + result.stderr
     assert result.returncode == 0
     assert "sync_jax: " not in shown  # how an error's line begins
-    assert "python -m sync_jax.main --config=configs/fashion_mnist.py" in shown
+    assert "python -m sync_jax.main --config=fashion_mnist" in shown
     for word in ("--config", "--workdir", "--mode", "prepare", "evaluate", "Exit status"):
         assert word in shown
