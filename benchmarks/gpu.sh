@@ -2,7 +2,7 @@
 # What README.md's table wants of a GPU, without a network, each part in a time of its own.
 #
 #   benchmarks/gpu.sh steps FOLDER      rows 1 to 3 and 5 to 7
-#   benchmarks/gpu.sh runs FOLDER       rows 4 and 8 to 11, and memory
+#   benchmarks/gpu.sh runs FOLDER       rows 8 to 11, and memory
 #   benchmarks/gpu.sh headline FOLDER   300 epochs, and the fast config
 #   QUICK=1 benchmarks/gpu.sh steps FOLDER      narrow and short, on a CPU: does it run?
 #
@@ -38,7 +38,6 @@ case $what${quick:+-quick} in
     part trainer-cnn 70 trainer --dtype bfloat16 --rounds 4
     ;;
   runs)
-    part dispatch 120 dispatch --networks cnn vgg16_bn
     part memory 60 memory --network vgg16_bn
     part startup 140 startup --networks cnn vgg16_bn --rounds 2
     part seeds-cnn 100 seeds --seeds 8 --rounds 1
@@ -51,7 +50,6 @@ case $what${quick:+-quick} in
     part trainer 120 trainer --width 4 --batch 32 --steps 10 --rounds 2
     ;;
   runs-quick)
-    part dispatch 120 dispatch --networks cnn --width 4 --batch 32 --examples 500 --together 1 2
     part memory 120 memory --width 4 --batch 32 --examples 2000 --rounds 2
     part startup 120 startup --rounds 1
     part seeds 240 seeds --seeds 2 --epochs 0.2 --rounds 1

@@ -23,11 +23,12 @@ from typing import Any
 from benchmarks import made_up
 from benchmarks.step import describe_machine
 from sync_jax import train
-from sync_jax.config import validate
 from sync_jax.data.datasets.cifar import Cifar10
 from sync_jax.evaluation.report import read_report
 from sync_jax.runtime import compilation_cache
 from sync_jax.runtime.memory import keep_freed_memory
+from sync_jax.sweep import combinations
+from sync_jax.trainer import resolve
 
 RUNS = {"fast": "configs/cifar10_fast.py", "full": "configs/cifar10.py"}
 _AFTERWARDS = 45.0  # seconds that a run may take beside its epochs: compilation, evaluation
@@ -52,22 +53,15 @@ def configure(name: str, data_dir: Path, arguments: argparse.Namespace) -> Any:
         config.train.batch_size, config.train.epochs = 32, 2.0
         config.data.calibration_size, config.evaluation.batch_size = 64, 64
         config.optimizer.warmup_epochs = 0.5
-    for change in arguments.set:
-        field, _, value = change.partition("=")
-        config.update_from_flattened_dict({field: _typed(config, field, value)})
+    resolve(config)
+    if arguments.set:
+        [(_, config)] = combinations(config, arguments.set, name=name)
     return config
-
-
-def _typed(config: Any, field: str, value: str) -> Any:
-    node = config
-    for part in field.split("."):
-        node = node[part]
-    return value == "True" if isinstance(node, bool) else type(node)(value)
 
 
 def run(name: str, config: Any, folder: Path) -> dict[str, Any]:
     """Trains and evaluates; seconds from beginning to end, and the report."""
-    validate(config)
+    resolve(config)
     began = time.perf_counter()
     train.train_and_evaluate(config, folder / name)
     seconds = time.perf_counter() - began

@@ -26,10 +26,7 @@ from PIL import Image
 from benchmarks.step import describe_machine
 from configs import imagenet100
 from sync_jax.data import host, registry
-from sync_jax.data.random_crop import random_crop
-from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import epoch_constants
-from sync_jax.data.splits import load_train_and_calibration
 from sync_jax.runtime.memory import keep_freed_memory
 
 BATCH, SIZE = 64, 224
@@ -81,19 +78,18 @@ def main() -> None:
     config = imagenet100.get_config()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_jpegs(folder / "pictures", arguments.pictures + BATCH)
+        write_jpegs(folder / "pictures", arguments.pictures)
         data = config.data
         data.name, data.folder = "image_folder", str(folder / "pictures")
-        data.data_dir, data.calibration_size = str(folder / "prepared"), BATCH
+        data.data_dir = str(folder / "prepared")
         dataset = registry.dataset(data)
         dataset.prepare(str)
-        part, _ = load_train_and_calibration(dataset, data, decode=True)
-        squares, _ = load_train_and_calibration(dataset, data)
-        area, size = Augmentation.of(data).min_crop_area, data.image_size
-        constants = epoch_constants(0, 2)
-        examples = host.Examples(part.images, part.labels, constants, 0, area)
-        read = host.Examples(squares.images.uncut(), squares.labels, constants, 0, 1.0)
-        encoded = [part.images.records[int(row)] for row in part.images.rows]
+        images, labels = dataset.load("train", decode=True)
+        squares, _ = dataset.load("train")
+        area, size, constants = data.min_crop_area, data.image_size, epoch_constants(0, 2)
+        examples = host.Examples(images, labels, constants, 0, area)
+        read = host.Examples(squares.uncut(), labels, constants, 0, 1.0)
+        encoded = [images.records[int(row)] for row in images.rows]
         decoded = [bare(x) for x in encoded[:BATCH]]
         steps = len(encoded) // BATCH
         rng = np.random.default_rng(0)
@@ -114,15 +110,15 @@ def main() -> None:
                 "bare decoding": (BATCH, lambda: [bare(x) for x in encoded[:BATCH]]),
                 "reading a record": (
                     BATCH,
-                    lambda: [part.images.records[int(row)] for row in part.images.rows[:BATCH]],
+                    lambda: [images.records[int(row)] for row in images.rows[:BATCH]],
                 ),
                 "decoding as the pipeline does": (
                     BATCH,
-                    lambda: [part.images.picture(i) for i in range(BATCH)],
+                    lambda: [images.picture(i) for i in range(BATCH)],
                 ),
                 "random resized crops": (
                     BATCH,
-                    lambda: [random_crop(rng, x, area, size, size) for x in decoded],
+                    lambda: [host.random_crop(rng, x, area, size, size) for x in decoded],
                 ),
                 "one example": (BATCH, lambda: [examples(i) for i in range(BATCH)]),
             }

@@ -10,6 +10,7 @@ process, see `benchmarks.step`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,17 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.step import (
-    CLOCKS,
-    INPUTS,
-    describe_machine,
-    model_config,
-    our_step,
-    take_turns,
-)
+from benchmarks.step import CLOCKS, INPUTS, describe_machine, our_step, our_trainer, take_turns
 from sync_jax.data.resident import ResidentSplit
-from sync_jax.methods import METHODS
-from sync_jax.models import make_network
+from sync_jax.data.splits import Part
 from sync_jax.runtime.memory import aligned_empty, keep_freed_memory
 from sync_jax.runtime.profiling import peak_device_bytes, peak_host_bytes, training_flops
 
@@ -39,26 +32,13 @@ _MARK = "memory: "
 def child(network: str, batch: int, width: int, examples: int) -> None:
     """Takes some steps on so many images and prints what it needed."""
     keep_freed_memory()
-    import itertools
-
-    from sync_jax.config import default_config
-    from sync_jax.data.placement import Placement
-    from sync_jax.data.splits import Part
-    from sync_jax.runtime import sharding
-    from sync_jax.trainer import Run
-
-    config = default_config()
-    config.model.name, config.model.width = network, width
-    config.data.name = "fashion_mnist" if INPUTS[network][1] == 1 else "cifar10"
-    config.train.batch_size = batch
-    run = Run(config, sharding.make_mesh(), train_size=examples, placement=Placement())
-    shape = (examples, *run.info.image_shape)
-    images = aligned_empty(shape)
+    trainer = our_trainer(network, batch, examples, width=width, method="sync", augmented=True)
+    images = aligned_empty((examples, *trainer.info.image_shape))
     images[:] = 127  # each page written, as reading a dataset does
     part = Part(images, np.zeros(examples, np.int32), np.arange(examples))
-    state = run.create_state()
-    for data in itertools.islice(run.feed(part, 0), 5):
-        state, _ = run.step(state, data)
+    state, _ = trainer.create_state()
+    for data in itertools.islice(trainer.feed(part, 0), 5):
+        state, _ = trainer.step(state, data)
     jax.block_until_ready(state)
     found = {"host": peak_host_bytes(), "device": peak_device_bytes(), "data": images.nbytes}
     print(_MARK + json.dumps(found), flush=True)
@@ -108,27 +88,22 @@ def classes(network: str, batch: int, width: int, rounds: int, clock: str) -> No
     split = jax.device_put(ResidentSplit(images, rng.integers(0, 10, 2000, np.int32)))
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     counts = (10, 100, 1000)
-    cases = {
-        str(n): our_step(network, split, batch, dtype=dtype, width=width, method="sync", classes=n)
+    trainers = {
+        n: our_trainer(network, batch, 2000, dtype=dtype, width=width, method="sync", classes=n)
         for n in counts
     }
+    cases = {str(n): our_step(trainer, split) for n, trainer in trainers.items()}
     taken = take_turns(cases, rounds, 0.2, CLOCKS[clock])
-
-    def flops_of(n: int) -> int:
-        shape = make_network(
-            model_config(network, dtype, width).model,
-            heads=METHODS["sync"].heads,
-            num_classes=n,
-            target_coverage=0.8,
-        )
-        return training_flops(shape, (pixels, pixels, channels))
-
+    flops = {
+        n: training_flops(trainer.settings.network, trainer.info.image_shape)
+        for n, trainer in trainers.items()
+    }
     print(f"{network}, batch {batch}, sync: step time / that of 10 classes, {clock} time")
     for n in counts:
         low, median, high = np.percentile(taken[str(n)] / taken["10"], (10, 50, 90))
         print(
             f"{n:12,} classes  {median:7.3f}   {low:7.3f} to {high:7.3f}   "
-            f"{flops_of(n) / flops_of(10):.3f} by FLOP"
+            f"{flops[n] / flops[10]:.3f} by FLOP"
         )
 
 

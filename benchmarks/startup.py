@@ -65,17 +65,17 @@ def child(arguments: list[str]) -> None:
     from sync_jax.runtime import sharding
     from sync_jax.runtime.checkpoint import Checkpoints
     from sync_jax.runtime.memory import keep_freed_memory
-    from sync_jax.trainer import Run
+    from sync_jax.trainer import Trainer
 
     keep_freed_memory()
     sharding.check_devices = timed("finding devices", sharding.check_devices)
     train.load_data = timed("reading the data", train.load_data)
-    Run.__init__ = timed("building the run", Run.__init__)  # type: ignore[method-assign]
+    Trainer.__init__ = timed("building the trainer", Trainer.__init__)  # type: ignore[method-assign]
     Checkpoints.__init__ = timed(  # type: ignore[method-assign]
         "opening the checkpoints", Checkpoints.__init__
     )
-    Run.create_state = timed("initial state", Run.create_state)  # type: ignore[method-assign]
-    feed = Run.feed
+    Trainer.create_state = timed("initial state", Trainer.create_state)  # type: ignore[method-assign]
+    feed = Trainer.feed
 
     def first(*args: Any) -> Any:
         data = feed(*args)
@@ -83,8 +83,8 @@ def child(arguments: list[str]) -> None:
         yield get()
         yield from data
 
-    Run.feed = first  # type: ignore[method-assign]
-    step = Run.step
+    Trainer.feed = first  # type: ignore[method-assign]
+    step = Trainer.step
 
     def first_step(*args: Any, **options: Any) -> Any:
         compiling: dict[str, float] = {}
@@ -106,7 +106,7 @@ def child(arguments: list[str]) -> None:
         print(_MARK + json.dumps({"parts": parts, "first": taken, "total": total}), flush=True)
         os._exit(0)
 
-    Run.step = first_step  # type: ignore[method-assign]
+    Trainer.step = first_step  # type: ignore[method-assign]
     sys.argv = ["main.py", *arguments]
     app.run(main.main, flags_parser=main.parse_flags)
 

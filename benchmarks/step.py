@@ -26,20 +26,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarks.torch_parity import torch_network
 from sync_jax.config import default_config
-from sync_jax.data.augmentation import normalise
-from sync_jax.data.recipe import Augmentation
-from sync_jax.data.resident import ResidentSplit, training_batch
-from sync_jax.methods import METHODS, training_objective
-from sync_jax.models import make_network
+from sync_jax.data.info import DatasetInfo
+from sync_jax.data.resident import ResidentSplit
 from sync_jax.models.vgg import LAYERS
-from sync_jax.optimizer import make_optimizer
 from sync_jax.runtime.memory import keep_freed_memory
-from sync_jax.runtime.profiling import layer_flops, training_flops
-from sync_jax.steps import create_train_state, train_step
+from sync_jax.runtime.profiling import training_flops
+from sync_jax.runtime.sharding import make_mesh
+from sync_jax.trainer import Trainer, resolve
 
 EXAMPLES = 10_000
 # Name: pixels, channels, stem.
@@ -63,62 +59,48 @@ def images_and_labels(name: str, examples: int) -> tuple[np.ndarray, np.ndarray]
     return images, rng.integers(0, 10, examples, np.int32)
 
 
-def model_config(name: str, dtype: str, width: int) -> ConfigDict:
-    """The defaults of a network."""
-    config = default_config()
-    config.model.name, config.model.stem = name, INPUTS[name][2]
-    config.model.dtype, config.model.width = dtype, width
-    return config
-
-
-def our_step(
+def our_trainer(
     name: str,
-    split: ResidentSplit,
     batch: int,
+    examples: int,
     *,
-    dtype: str,
-    width: int,
+    dtype: str = "float32",
+    width: int = 0,
     method: str = "ce",
     classes: int = 10,
     augmented: bool = False,
-) -> Step:
-    """A training step as `train.Run` compiles it for one device."""
-    config = model_config(name, dtype, width)
-    network = make_network(
-        config.model, heads=METHODS[method].heads, num_classes=classes, target_coverage=0.8
+) -> Trainer:
+    """A trainer for one device; width 0 is the network's own."""
+    pixels, channels, stem = INPUTS[name]
+    config = default_config()
+    config.method, config.train.batch_size = method, batch
+    config.model.name, config.model.stem, config.model.dtype = name, stem, dtype
+    if width:
+        config.model.width = width
+    config.data.crop_padding, config.data.flip = (4, True) if augmented else (0, False)
+    config.optimizer.learning_rate, config.loss.warmup_epochs = 1e-3, 0.0
+    resolve(config)
+    info = DatasetInfo(
+        name="made up",
+        num_classes=classes,
+        image_shape=(pixels, pixels, channels),
+        class_names=tuple(map(str, range(classes))),
+        mean=(MEAN,) * channels,
+        std=(STD,) * channels,
+        num_train=examples,
+        num_test=0,
     )
-    optimizer = make_optimizer(config.optimizer, lambda _: 1e-3)
-    objective = training_objective(
-        METHODS[method], config, train_size=split.labels.shape[0], warmup_steps=0
-    )
-    channels = split.images.shape[-1]
-    augmentation = Augmentation(4, True) if augmented else Augmentation(0, False)
+    return Trainer(config, make_mesh(jax.devices()[:1]), info, train_size=examples)
 
-    def step(state: Any, split: ResidentSplit, seed: Any) -> Any:
-        examples = training_batch(
-            split, seed, state.step, batch_size=batch, augmentation=augmentation
-        )
-        image = normalise(examples["image"], (MEAN,) * channels, (STD,) * channels, 255.0)
-        return train_step(
-            state,
-            examples | {"image": image},
-            network=network,
-            objective=objective,
-            optimizer=optimizer,
-            dropout_key=jax.random.fold_in(jax.random.key(seed), state.step),
-        )
 
-    compiled = jax.jit(step, donate_argnums=0)
-    create = functools.partial(
-        create_train_state, network=network, optimizer=optimizer, image_shape=split.images.shape[1:]
-    )
-    state = jax.jit(create)(0)
-    seed = np.uint32(0)
+def our_step(trainer: Trainer, split: ResidentSplit) -> Step:
+    """A training step of ours."""
+    state, _ = trainer.create_state()
 
     def run() -> None:
         nonlocal state
-        state, metrics = compiled(state, split, seed)
-        jax.block_until_ready(metrics["loss"])
+        state, metrics = trainer.step(state, split)
+        jax.block_until_ready(metrics)
 
     return run
 
@@ -202,19 +184,6 @@ def matmul_step(size: int, dtype: str) -> Step:
     return lambda: jax.block_until_ready(product(a))
 
 
-def flops_of(name: str, width: int, classes: int = 10) -> tuple[int, int]:
-    """FLOP for an image: see `profiling.training_flops`, and of the last layer alone."""
-    pixels, channels, _ = INPUTS[name]
-    network = make_network(
-        model_config(name, "float32", width).model,
-        heads=(),
-        num_classes=classes,
-        target_coverage=1.0,
-    )
-    shape = pixels, pixels, channels
-    return training_flops(network, shape), 3 * layer_flops(network, shape)[-1]
-
-
 def take_turns(
     cases: dict[str, Step], rounds: int, seconds: float, clock: Callable[[], float]
 ) -> dict[str, np.ndarray]:
@@ -258,17 +227,18 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> None:
     dtype = "bfloat16" if gpu else "float32"
     images, labels = images_and_labels(name, EXAMPLES // (10 if INPUTS[name][0] > 32 else 1))
     split = jax.device_put(ResidentSplit(images, labels))
-    ours = functools.partial(our_step, name, split, batch, dtype=dtype, width=width)
+    ours = functools.partial(our_trainer, name, batch, len(labels), dtype=dtype, width=width)
     size = 8192 if gpu else 2048
-    cases = {
+    trainers = {
         "ce": ours(),
         "sync": ours(method="sync"),
         "augmented": ours(augmented=True),
         "1000 classes": ours(classes=1000),
-        "matmul": matmul_step(size, dtype),
     }
     if gpu:
-        cases["float32"] = our_step(name, split, batch, dtype="float32", width=width)
+        trainers["float32"] = ours(dtype="float32")
+    cases = {case: our_step(trainer, split) for case, trainer in trainers.items()}
+    cases["matmul"] = matmul_step(size, dtype)
     theirs = functools.partial(torch_step, name, images, labels, batch, width=width, gpu=gpu)
     if torch_is_there(gpu):
         cases["torch channels last"] = theirs(channels_last=True)
@@ -276,8 +246,10 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> None:
             cases["torch"] = theirs(channels_last=False)
     taken = take_turns(cases, arguments.rounds, arguments.seconds, CLOCKS[arguments.clock])
     ce = taken["ce"]
-    flops, last = flops_of(name, width)
-    last_of_1000 = flops_of(name, width, 1000)[1]
+    flops, flops_of_1000 = (
+        training_flops(trainers[case].settings.network, split.images.shape[1:])
+        for case in ("ce", "1000 classes")
+    )
     print(
         f"\n{name}, batch {batch}, {dtype}, {split.images.shape[1:]}, {arguments.rounds} rounds, "
         f"{arguments.clock} time on {len(os.sched_getaffinity(0))} cores"
@@ -294,8 +266,8 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> None:
     share = flops * batch / ce / (2 * size**3 / taken["matmul"])
     row("6  model FLOP/s / matmul FLOP/s", share, f"{flops / 1e6:,.0f} MFLOP an image")
     row("7  float32 step / bfloat16 step", taken["float32"] / ce if gpu else None)
-    expected = 1 + (last_of_1000 - last) / flops
-    row("   1,000 classes / 10", taken["1000 classes"] / ce, f"{expected:.3f} by FLOP")
+    expected = f"{flops_of_1000 / flops:.3f} by FLOP"
+    row("   1,000 classes / 10", taken["1000 classes"] / ce, expected)
 
 
 def torch_is_there(gpu: bool) -> bool:
