@@ -33,7 +33,6 @@ from sync_jax.data.splits import Part, calibration_size
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.memory import keep_freed_memory
-from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
 from sync_jax.trainer import Run
 
@@ -90,12 +89,8 @@ class Trainer:
                 open(os.devnull, "w") as nowhere,
                 silenced(nowhere),
             ):
-                bad_steps = NonFiniteSteps(
-                    workdir, action="stop", budget=0, indices=self.run.positions,
-                    processes=processes,
-                )  # fmt: skip
                 job = train.Job(
-                    self.run, *self.parts, workdir, processes, checkpoints, bad_steps, lambda: False
+                    self.run, *self.parts, workdir, processes, checkpoints, lambda: False
                 )
                 state = jax.block_until_ready(self.run.create_state())
                 began = self.clock()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import quickstart
 from sync_jax import steps, train
 from sync_jax.data import registry
 from sync_jax.data.loading import load_data
@@ -21,8 +22,8 @@ from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.record import Predictions
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
-from sync_jax.runtime.nonfinite import FILE, NonFiniteSteps
 from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.training_log import NonFiniteSteps
 from sync_jax.steps import TrainState
 from tests import faulty, processes, tiny
 from tests.curves import check_close, curve
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.slow
 MAKE_MESH = sharding.make_mesh
 METHOD = "self_adaptive"  # its table of targets is part of the state, as ccl_sc's queues are
 TOTAL = 18  # steps; a checkpoint after every sixth, so that most kills cost some
+FILE = "nonfinite.jsonl"
 NONE, NAN = "none:never:0", "nan:step:9"
 
 
@@ -236,4 +238,7 @@ def test_steps_are_skipped_within_a_budget(data_dir, tmp_path, capsys):
 def test_notes_that_are_damaged_are_refused(tmp_path):
     (tmp_path / FILE).write_text('{"step": "3", "action": "skip"}\n')
     with pytest.raises(InputError, match=rf"{FILE} is damaged .*move it away"):
-        NonFiniteSteps(tmp_path, action="skip", budget=1, indices=np.arange, processes=Processes())
+        NonFiniteSteps(
+            tmp_path, quickstart.get_config(), start_step=0, indices=np.arange,
+            processes=Processes(),
+        )  # fmt: skip

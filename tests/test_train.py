@@ -22,7 +22,7 @@ from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding, signals
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.processes import Processes
-from sync_jax.runtime.progress import Progress
+from sync_jax.runtime.training_log import Progress
 from sync_jax.runtime.workdir import owned
 from sync_jax.steps import Metrics, TrainState
 from sync_jax.trainer import Trainer

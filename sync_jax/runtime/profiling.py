@@ -29,14 +29,14 @@ _MOST = 1000  # steps of a trace: more make a file that is too large to be opene
 class Stopwatch:
     """Seconds of a loop by phase. A context manager, which the loop runs in.
 
-    It waits for no device: what is measured is the waiting of the loop itself.
+    It waits for no device: what is measured is the waiting of the loop itself. Training is the time
+    that the other phases leave, and is known at the end.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """Stands still until it is entered."""
-        self._clock = clock
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._began = self._ended = clock()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._clock, self._began = clock, clock()
         self._compiled: list[tuple[float, float]] = []  # intervals apart from each other, in order
         self._thread = threading.get_ident()
 
@@ -46,19 +46,13 @@ class Stopwatch:
 
         If `busy` returns True at the end, the device had something to do, and it is training.
         """
-        began, compiling = self._clock(), self._seconds["compiling"]
+        began, compiling = self._clock(), self.seconds["compiling"]
         try:
             yield
         finally:
-            taken = self._clock() - began - (self._seconds["compiling"] - compiling)
+            taken = self._clock() - began - (self.seconds["compiling"] - compiling)
             if busy is None or not busy():
-                self._seconds[phase] += taken
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase so far; training is the time that the others leave."""
-        end = self._clock() if self._ended < self._began else self._ended
-        others = {name: x for name, x in self._seconds.items() if name != "training"}
-        return {"training": end - self._began - sum(others.values()), **others}
+                self.seconds[phase] += taken
 
     def _note(self, event: str, duration_secs: float, **_: Any) -> None:
         if event not in _STAGES or threading.get_ident() != self._thread:
@@ -68,19 +62,18 @@ class Stopwatch:
         # A stage that encloses others ends after them, and takes their place.
         while self._compiled and self._compiled[-1][0] >= start:
             inner = self._compiled.pop()
-            self._seconds["compiling"] -= inner[1] - inner[0]
+            self.seconds["compiling"] -= inner[1] - inner[0]
         self._compiled.append((start, end))
-        self._seconds["compiling"] += end - start
+        self.seconds["compiling"] += end - start
 
     def __enter__(self) -> "Stopwatch":
         self._began = self._clock()
-        self._ended = self._began - 1
         jax.monitoring.register_event_duration_secs_listener(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._note)
-        self._ended = self._clock()
+        self.seconds["training"] = self._clock() - self._began - sum(self.seconds.values())
 
 
 def speed(
@@ -89,17 +82,9 @@ def speed(
 ) -> dict[str, Any]:  # fmt: skip
     """Computes the entries on a training's speed in a report.
 
-    Args:
-        seconds: of `Stopwatch`.
-        steps: done in them; at least one.
-        batch_size: images of a step.
-        train_size: images of an epoch.
-        flops: for an image, see `training_flops`.
-        peak: FLOP/s of a matrix product on all devices, see `matmul_flops`.
-
-    Returns:
-        images_per_second while training and waiting for data; seconds_per_epoch with everything;
-        share_of_matmul at images_per_second; shares of the time by phase; and the arguments' rest.
+    From the seconds of `Stopwatch`, the steps done in them, the FLOP for an image (see
+    `training_flops`), and the FLOP/s of a matrix product on all devices (see `matmul_flops`). The
+    images per second are those while training and waiting for data; an epoch has everything.
     """
     images, total = steps * batch_size, sum(seconds.values())
     rate = images / max(seconds["training"] + seconds["data"], 1e-9)
@@ -199,11 +184,9 @@ def peak_device_bytes() -> int | None:
 
 def parse_steps(text: str) -> range:
     """Reads '100-110', or '100', as steps counted from 1, and '' as none; InputError otherwise."""
-    if not text:
-        return range(0)
     found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     steps = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not 1 <= steps.start < steps.stop <= steps.start + _MOST:
+    if text and not 1 <= steps.start < steps.stop <= steps.start + _MOST:
         raise InputError(
             f"config.profile.steps={text!r} must be steps of the run, as '100-110', from 1 and at "
             f"most {_MOST:,} of them"
@@ -219,34 +202,35 @@ class Trace:
         self._steps, self._folder, self._log = steps, folder, log
         self._on = False
 
-    def step(self, first: int, last: int) -> contextlib.AbstractContextManager[Any]:
-        """Context of the dispatch of steps `first` to `last`; begins the trace if it is time."""
-        if not self._on and self._steps and first <= self._steps[-1] and last >= self._steps[0]:
+    def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Context of a step's dispatch; begins the trace if it is time."""
+        if number not in self._steps:
+            return contextlib.nullcontext()
+        if not self._on:
             jax.profiler.start_trace(self._folder)
             self._on = True
-        if not self._on:
-            return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation("train", step_num=first)
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
-    def done(self, last: int, values: Any) -> None:
-        """Ends the trace if step `last` was its last; waits for the step's values then."""
-        if self._on and last >= self._steps[-1]:
+    def done(self, number: int, values: Any) -> None:
+        """Ends the trace if this step was its last; waits for the step's values then."""
+        if self._on and number == self._steps[-1]:
             jax.block_until_ready(values)
             self._end()
 
     def _end(self) -> None:
         if not self._on:
             return
-        steps, self._steps, self._on = self._steps, range(0), False
+        self._on = False
+        first, last = self._steps[0], self._steps[-1]
+        text = (
+            f"profile of steps {first} to {last}: tensorboard --logdir={self._folder}, or its "
+            ".trace.json.gz in ui.perfetto.dev"
+        )
         try:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError, ValueError) as error:  # a full disk costs no training
-            self._log(f"no profile: {one_line(error)}")
-            return
-        self._log(
-            f"profile of steps {steps[0]} to {steps[-1]}: tensorboard --logdir={self._folder}, or "
-            "its .trace.json.gz in ui.perfetto.dev"
-        )
+            text = f"no profile: {one_line(error)}"
+        self._log(text)
 
     def __enter__(self) -> "Trace":
         return self
