@@ -24,8 +24,6 @@ from sync_jax.runtime.processes import Processes
 T = TypeVar("T")
 
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score
-_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
-_DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
 _PASSING = (
     *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
     *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
@@ -44,18 +42,14 @@ class Checkpoints:
     """The checkpoints of one run: written in the background, each complete or absent.
 
     A context manager: leaving it waits for the save in progress. Of several processes all make the
-    same calls; each writes what is on its devices, into one folder that all of them see, which has
-    a subfolder for each checkpoint, named by its step.
+    same calls; each writes what is on its devices, into a folder that all of them see.
     """
 
     def __init__(
         self, folder: Path, *, keep: int, keep_best: int = 0, best_metric: str = "",
         processes: Processes | None = None,
     ):  # fmt: skip
-        """Opens a folder, which need not exist yet.
-
-        It keeps the latest few, and those with the highest scores of the name `best_metric`.
-        """
+        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`."""
         self._folder = folder.absolute()
         self._best_metric, self._processes = best_metric, processes or Processes()
 
@@ -65,7 +59,7 @@ class Checkpoints:
                 for step, about in _read_abouts(folder).items()
                 if about["score"] is not None and about["best_metric"] == best_metric
             ]
-            return scores, sorted(path.name for path in folder.glob(_HALF_WRITTEN))
+            return scores, sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
         # Before Orbax opens, which clears half-written checkpoints away.
         scores, self._half_written = self._processes.from_first("the checkpoints' scores", look)
@@ -115,15 +109,10 @@ class Checkpoints:
     def restore(self, like: Any, log: Callable[[str], None] = print) -> Restored | None:
         """Reads the latest checkpoint that is whole; puts those after it aside, by name.
 
-        Every array is compared with the fingerprint that was made of it when it was saved. Devices
-        and processes may be others than then. Each process reads the parts for its own devices.
-
-        `like` gives shapes, dtypes and shardings; `log` gets a line on each checkpoint that is
-        damaged, or was half written.
-
-        Raises:
-            InputError: there are checkpoints, and none can be used. All are left as they are.
-            FailedError: one cannot be read for want of memory or the like.
+        `like` gives shapes, dtypes and shardings; devices and processes may be others than those
+        that saved. `log` gets a line on each checkpoint that is damaged, or was half written.
+        InputError if there are checkpoints and none can be used: all are left as they are.
+        FailedError if one cannot be read for want of memory or the like.
         """
         steps: list[int] = self._processes.from_first("the list of checkpoints", self._steps)
         while self._half_written:
@@ -204,7 +193,7 @@ class Checkpoints:
         def rename() -> None:
             for step, reason in damaged.items():
                 path = self._folder / str(step)
-                names = (f"{path.name}{_DAMAGED}{suffix}" for suffix in ("", *range(2, 1000)))
+                names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
                 name = next(name for name in names if not path.with_name(name).exists())
                 log(f"checkpoint {path} is damaged and put aside as {name}: {reason}")
                 self._guarded(functools.partial(path.rename, path.with_name(name)))

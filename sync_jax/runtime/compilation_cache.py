@@ -1,7 +1,4 @@
-"""Compiled programs, kept for the next process in a folder that is the user's alone.
-
-The next run executes what is in it. JAX does not check who wrote it, so that is checked here.
-"""
+"""Compiled programs, kept in a folder that is the user's alone: JAX does not check who wrote it."""
 
 import hashlib
 import os
@@ -62,9 +59,7 @@ def _not_ours(path: Path) -> str | None:
 
 def _processor() -> str:
     """A name for this kind of processor and its instructions, which XLA compiles for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     kinds = {x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}
     return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:16]

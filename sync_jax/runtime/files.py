@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-# Errors of fsync on file systems that do not have it.
+# Errors of fsync on file systems that do not have it, such as mounted buckets.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -37,10 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk and survive a power cut.
-
-    Does nothing on file systems that cannot do that, such as mounted buckets.
-    """
+    """Makes sure that a file, or the names in a folder, are on the disk, where that can be done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,14 +55,9 @@ def locked(
 ) -> Iterator[None]:  # fmt: skip
     """Holds the lock of a file, which the system releases even when the process is killed.
 
-    The file names its holder, who may remove it: processes that waited then make a new one.
-
-    Args:
-        path: made when needed, in a folder that exists.
-        waiting: called if another process holds the lock, which is then waited for; without it,
-            LockedError is raised.
-        unsupported: called where nothing is held: on a file system without locks, such as a mounted
-            bucket.
+    The file names its holder, who may remove it: processes that waited then make a new one. If
+    another holds the lock, `waiting` is called and the lock awaited; without it, LockedError is
+    raised. `unsupported` is called on a file system without locks, where nothing is held.
     """
     while True:
         with path.open("a+") as file:

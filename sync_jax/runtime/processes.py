@@ -47,11 +47,8 @@ def initialize(
     On TPU slices and under Slurm's `srun` JAX finds the other processes; elsewhere the three
     arguments name them (HOST:PORT of process 0, their number, and this one's from 0), and without
     these the process is alone. When the others do not come in time, the process ends with a line
-    and status 1; when it is interrupted meanwhile, with status 130.
-
-    Raises:
-        InputError: the arguments are incomplete, or no such process or port is possible.
-        FailedError: the others cannot be met, because the port is in use for example.
+    and status 1; when it is interrupted meanwhile, with status 130. InputError for arguments that
+    cannot be right; FailedError if the others cannot be met, because the port is in use perhaps.
     """
     given = (coordinator, processes, process)
     under_slurm = all(name in os.environ for name in _SLURM)

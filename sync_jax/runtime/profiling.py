@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,7 @@ import jax.numpy as jnp
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import one_line
 
-# JAX's names of the stages from a Python function to a program; they nest.
-_STAGES = tuple(
-    f"/jax/core/compile/{stage}_duration"
-    for stage in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
-)
+_STAGE = "/jax/core/compile/"  # before JAX's name of a stage of compilation; they nest
 PHASES = ("training", "data", "compiling", "evaluating", "saving")
 _MOST = 1000  # steps of a trace: more make a file that is too large to be opened
 
@@ -29,8 +26,7 @@ _MOST = 1000  # steps of a trace: more make a file that is too large to be opene
 class Stopwatch:
     """Seconds of a loop by phase. A context manager, which the loop runs in.
 
-    It waits for no device: what is measured is the waiting of the loop itself. Training is the time
-    that the other phases leave, and is known at the end.
+    It waits for no device. Training is the time that the other phases leave, known at the end.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -55,7 +51,7 @@ class Stopwatch:
                 self.seconds[phase] += taken
 
     def _note(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event not in _STAGES or threading.get_ident() != self._thread:
+        if not event.startswith(_STAGE) or threading.get_ident() != self._thread:
             return
         end = self._clock()
         start = max(end - duration_secs, self._began)
@@ -82,9 +78,8 @@ def speed(
 ) -> dict[str, Any]:  # fmt: skip
     """Computes the entries on a training's speed in a report.
 
-    From the seconds of `Stopwatch`, the steps done in them, the FLOP for an image (see
-    `training_flops`), and the FLOP/s of a matrix product on all devices (see `matmul_flops`). The
-    images per second are those while training and waiting for data; an epoch has everything.
+    From the seconds of `Stopwatch`, the steps in them, the FLOP for an image, and the FLOP/s of
+    all devices. Images per second are those while training and waiting for data.
     """
     images, total = steps * batch_size, sum(seconds.values())
     rate = images / max(seconds["training"] + seconds["data"], 1e-9)
@@ -160,13 +155,8 @@ def matmul_flops(dtype: str) -> float:
 def _matmul_flops(size: int, dtype: str) -> float:
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
-    jax.block_until_ready(product(a, a))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    times = timeit.repeat(lambda: jax.block_until_ready(product(a, a)), number=1, repeat=6)
+    return 2 * size**3 / min(times)  # the first compiles
 
 
 def peak_host_bytes() -> int:
@@ -194,13 +184,15 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-class Trace:
+class Trace(contextlib.ExitStack):
     """A trace of some steps, for TensorBoard's profile plugin or Perfetto. A context manager."""
 
     def __init__(self, steps: range, folder: Path, log: Callable[[str], None]):
         """Records nothing yet; the trace goes to plugins/profile/<time>/ in the folder."""
+        super().__init__()
         self._steps, self._folder, self._log = steps, folder, log
         self._on = False
+        self.callback(self._end)
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
         """Context of a step's dispatch; begins the trace if it is time."""
@@ -231,9 +223,3 @@ class Trace:
         except (OSError, RuntimeError, ValueError) as error:  # a full disk costs no training
             text = f"no profile: {one_line(error)}"
         self._log(text)
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end()

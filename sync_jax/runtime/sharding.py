@@ -1,7 +1,6 @@
 """One mesh over all devices: the batch is split over it, everything else is copied to each.
 
-Of several processes each holds the arrays' parts on its own devices. Those are neighbours in the
-mesh, so that a process's share of a batch is one stretch of it.
+A process's devices are neighbours in the mesh, so that its share of a batch is one stretch of it.
 """
 
 import os
@@ -106,9 +105,9 @@ def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
 
 def connect(mesh: Mesh) -> None:
-    """Connects the devices of all processes; to be called where all arrive at once.
+    """Connects the devices of all processes, where all arrive at once.
 
-    The first computation does so too, but waits only 30 seconds for a process that compiles longer.
+    The first computation would do so, but waits only 30 seconds for a process that compiles longer.
     """
     if mesh.is_multi_process:
         ones = from_shares(np.ones(len(mesh.local_devices), np.float32), mesh)

@@ -41,7 +41,7 @@ class TrainingLog(contextlib.ExitStack):
         unlogged: list[tuple[int, dict[str, float]]], indices: Callable[[int], np.ndarray],
         processes: Processes,
     ):  # fmt: skip
-        """Opens the files; `unlogged` is of a checkpoint, and `indices` gives a step's examples."""
+        """Opens the files; `unlogged` is of a checkpoint, `indices` gives a step's examples."""
         super().__init__()
         self.unlogged = list(unlogged)
         self._bad_steps = NonFiniteSteps(
@@ -299,10 +299,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Reads a run's `metrics.jsonl`, without the last line if a kill cut it short.
-
-    InputError if it holds something else.
-    """
+    """Reads a run's `metrics.jsonl`, without the last line if a kill cut it short."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
