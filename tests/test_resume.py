@@ -131,14 +131,13 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(data_dir, tmp_path)
     check_the_same(whole, broken, tiny.config(data_dir, method=METHOD))
 
 
-def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path):
-    """One of two is asked to stop and both do, at the same step.
+def test_two_processes_that_are_stopped_end_with_the_same_bits(data_dir, tmp_path):
+    """One of two is asked to stop and both do, at the same step; then the power fails.
 
-    Of the ninth step's batch a pixel is NaN in each life, and all skip it.
+    Of the ninth step's batch a pixel is NaN, and all skip it.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert "skipped; 9 skips left" in live(data_dir, whole, NAN, NAN)[0]
-    live(data_dir, broken, f"{NAN},kill:saving:1", NAN)
     printed = live(data_dir, broken, NAN, f"{NAN},term:step:13")
     saved = {text.partition("saved at step ")[2].partition(";")[0] for text in printed}
     assert len(saved) == 1, printed
@@ -153,11 +152,11 @@ def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path
 
 
 @pytest.mark.usefixtures("alone")
-def test_two_processes_that_decode_their_own_shares_are_killed_likewise(data_dir, tmp_path):
+def test_two_processes_that_decode_their_own_shares_are_killed_while_saving(data_dir, tmp_path):
     """From the host pipeline, each its own half of a batch."""
     whole, broken, single = (tmp_path / name for name in ("whole", "broken", "single"))
     live(data_dir, whole, NONE, NONE, placement="host")
-    live(data_dir, broken, "kill:step:11", NONE, placement="host")
+    live(data_dir, broken, "kill:saving:2", NONE, placement="host")
     assert "resuming at step 6" in live(data_dir, broken, NONE, NONE, placement="host")[0]
     config = tiny.config(data_dir, method=METHOD)
     check_the_same(whole, broken, config)
