@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,25 +11,15 @@ from sync_jax.runtime.profiling import Trace, parse_steps
 from tests import tiny
 
 
-class Clock:
-    """Moves only when it is told to."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def compiled(clock, event, seconds, after=0.0):
+def compiled(clock, event, seconds, after):
     """A stage that ends `after` seconds from now, and whose length is `seconds`."""
     clock.now += after
     jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}_duration", seconds)
 
 
 def test_seconds_go_where_they_are_spent():
-    clock = Clock()
-    with profiling.Stopwatch(clock) as watch:
+    clock = SimpleNamespace(now=100.0)  # moves only when it is told to
+    with profiling.Stopwatch(lambda: clock.now) as watch:
         clock.now += 1  # training
         with watch.spent("data"):
             clock.now += 2
@@ -64,7 +56,6 @@ def test_speed_is_arithmetic():
     assert shown.startswith("Training: 10 images/s, 3 % of the devices' matrix products (3 MFLOP")
     assert "An epoch in all: 5 s; training 60.0 %, " in shown
     assert "waiting for data 20.0 %, compiling 10.0 %" in shown
-    assert max(map(len, shown.splitlines())) <= 120  # what the report's lines have
 
 
 class Network(nn.Module):
@@ -98,9 +89,8 @@ def test_a_matrix_product_is_measured_and_made_smaller_where_it_has_no_room(monk
 
 
 def test_steps_are_counted_from_one_and_checked_with_the_config(tmp_path):
-    assert list(parse_steps("3-5")) == [3, 4, 5]
-    assert list(parse_steps("7")) == [7]
-    assert list(parse_steps("")) == []
+    for text, steps in {"3-5": [3, 4, 5], "7": [7], "": []}.items():
+        assert list(parse_steps(text)) == steps
     for text in ("5-3", "0", "1-1001", "all"):
         with pytest.raises(InputError, match=rf"config\.profile\.steps='{text}' must be steps"):
             tiny.config(tmp_path, profile__steps=text)
