@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, to_json
@@ -23,12 +24,10 @@ from sync_jax.evaluation.report import read_report, show_report, speed_before, w
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.console import say
-from sync_jax.runtime.nonfinite import NonFiniteSteps
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
-from sync_jax.runtime.progress import read_metrics
 from sync_jax.runtime.signals import terminated, watchdog
-from sync_jax.runtime.training_log import TrainingLog
+from sync_jax.runtime.training_log import TrainingLog, read_metrics
 from sync_jax.runtime.workdir import (
     check_run,
     check_workdir,
@@ -73,7 +72,6 @@ class Job:
     workdir: Path
     processes: Processes
     checkpoints: Checkpoints
-    bad_steps: NonFiniteSteps
     stopping: Callable[[], bool]
 
 
@@ -108,22 +106,11 @@ def prepared(
         ):
             processes.share("connecting the devices")
             sharding.connect(mesh)
-            bad_steps = NonFiniteSteps(
-                workdir,
-                action=config.train.on_nonfinite,
-                budget=config.train.nonfinite_budget,
-                indices=lambda step: train_part.index[
-                    examples_of_step(
-                        config.seed, step, batch_size=config.train.batch_size, size=train_size
-                    )
-                ],
-                processes=processes,
-            )
             processes.print(describe(trainer, len(calibration_part.labels)))
             processes.print(placement.reason)
             yield Job(
                 trainer, dataset, train_part, calibration_part, workdir, processes, checkpoints,
-                bad_steps, stopping,
+                stopping,
             )  # fmt: skip
 
 
@@ -185,26 +172,30 @@ def fit(job: Job, start: Start) -> Fitted:
     periods = config.log.calibration_every_epochs, config.checkpoint.every_epochs
     calibrate_every, save_every = map(trainer.steps_of, periods)
     traced = parse_steps(config.profile.steps) if processes.first else range(0)
-    job.bad_steps.begin(start.step)
+
+    def indices(step: int) -> np.ndarray:
+        size = config.train.batch_size
+        examples = examples_of_step(config.seed, step, batch_size=size, size=trainer.train_size)
+        return job.train_part.index[examples]
+
     with (
         Stopwatch() as watch,
         TrainingLog(
             job.workdir,
-            every=config.log.every_steps,
+            config,
             start_step=start.step,
             total_steps=total,
-            batch_size=config.train.batch_size,
             unlogged=start.unlogged,
-            bad_steps=job.bad_steps,
-            writes=processes.first,
-        ) as log,
+            indices=indices,
+            processes=processes,
+        ) as log,  # fmt: skip
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
         feed = trainer.feed(job.train_part, start.step)
         for done in range(start.step + 1, total + 1):
             with watch.spent("data", busy=log.is_device_busy):
                 data = next(feed)
-            with trace.step(done, done):
+            with trace.step(done):
                 state, metrics = trainer.step(state, data, stopping=job.stopping())
             trace.done(done, metrics)
             oldest, last = log.add(done, metrics), done == total
@@ -225,7 +216,7 @@ def fit(job: Job, start: Start) -> Fitted:
                 raise TerminatedError(f"stopped by SIGTERM, saved at step {done}")
         with watch.spent("saving"):
             job.checkpoints.wait()
-    return Fitted(state, total - start.step, watch.seconds())
+    return Fitted(state, total - start.step, watch.seconds)
 
 
 def asked_to_stop(job: Job, newest: Metrics, oldest: Metrics | None) -> bool:

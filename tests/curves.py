@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sync_jax.runtime.progress import read_metrics
+from sync_jax.runtime.training_log import read_metrics
 
 
 def curve(workdir: Path) -> list[dict]:

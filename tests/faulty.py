@@ -26,7 +26,7 @@ from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sync_jax import main, steps, train
 from sync_jax.evaluation.predictions import Predictions
-from sync_jax.runtime.progress import Progress
+from sync_jax.runtime.training_log import Progress
 
 
 def before(owner: Any, name: str, harm: Callable[..., None]) -> None:

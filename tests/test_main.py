@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sync_jax import errors, train
+from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
 from tests.command_line import QUICKSTART, ROOT, run
 
@@ -20,51 +21,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_default_workdir_exit_statuses_and_traceback_on_demand(folder):
-    """Real processes: a run with the default folder, the same again, and an error's traceback."""
-    data_dir = tiny.prepare(folder)
-    command = tiny.command(data_dir, folder, "--config.seed=3")
-    command = [x for x in command if not x.startswith("--workdir")]
-
-    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments],
-            cwd=folder,
-            env={
-                **{"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
-                "XLA_FLAGS": os.environ["XLA_FLAGS"],
-            },
-            capture_output=True,
-            text=True,
-        )
-
-    first = start()
-    assert (first.returncode, first.stderr) == (0, "")
-    workdir = Path("runs/quickstart-sync-seed3")
-    for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
-        assert (folder / workdir / name).stat().st_size > 0
-    assert re.search(
-        r"step 8/18 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left", first.stdout
+def test_a_run_with_the_default_folder(folder):
+    """In a real process, whose environment is nearly empty."""
+    command = tiny.command(tiny.prepare(folder), folder, "--config.seed=3")
+    run = subprocess.run(
+        [x for x in command if not x.startswith("--workdir")],
+        cwd=folder,
+        env={
+            **{"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+            "XLA_FLAGS": os.environ["XLA_FLAGS"],
+        },
+        capture_output=True,
+        text=True,
     )
-    assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", first.stdout)
+    assert (run.returncode, run.stderr) == (0, "")
+    for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
+        assert (folder / "runs" / "quickstart-sync-seed3" / name).stat().st_size > 0
+    assert re.search(
+        r"step 8/18 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left", run.stdout
+    )
+    assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", run.stdout)
 
-    again = start()
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "holds a finished run" in again.stdout
 
-    quiet, loud = start("--config.method=x"), start("--config.method=x", "--verbosity=1")
-    assert quiet.returncode == loud.returncode == 2
-    assert "Traceback" not in quiet.stderr
-    assert "Traceback" in loud.stderr
+@pytest.mark.parametrize("loud", [False, True])
+def test_a_traceback_is_shown_on_demand(loud, capfd):
+    assert run(QUICKSTART, "--config.method=x", *["--verbosity=1"] * loud) == 2
+    assert ("Traceback" in capfd.readouterr().err) == loud
 
 
 @pytest.mark.slow
 def test_on_a_read_only_disk_nothing_is_begun_anew_and_nothing_lost(folder):
     """Where there are checkpoints, and no report yet."""
     workdir = folder / "run"
-    config = tiny.config(tiny.prepare(folder))
-    train.train_and_evaluate(config, workdir)
-    (workdir / "report.json").unlink()
+    prepare_workdir(tiny.config(tiny.prepare(folder)), workdir)
+    (workdir / "checkpoints" / "6").mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     read_only = (
         f'mount --bind "{workdir}" "{workdir}" && mount -o remount,ro,bind "{workdir}" && '

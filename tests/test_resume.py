@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import quickstart
 from sync_jax import steps, train
 from sync_jax.data import registry
 from sync_jax.data.loading import load_data
@@ -21,8 +22,8 @@ from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.record import Predictions
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
-from sync_jax.runtime.nonfinite import FILE, NonFiniteSteps
 from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.training_log import NonFiniteSteps
 from sync_jax.steps import TrainState
 from tests import faulty, processes, tiny
 from tests.curves import check_close, curve
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.slow
 MAKE_MESH = sharding.make_mesh
 METHOD = "self_adaptive"  # its table of targets is part of the state, as ccl_sc's queues are
 TOTAL = 18  # steps; a checkpoint after every sixth, so that most kills cost some
+FILE = "nonfinite.jsonl"
 NONE, NAN = "none:never:0", "nan:step:9"
 
 
@@ -129,14 +131,13 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(data_dir, tmp_path)
     check_the_same(whole, broken, tiny.config(data_dir, method=METHOD))
 
 
-def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path):
-    """One of two is asked to stop and both do, at the same step.
+def test_two_processes_that_are_stopped_end_with_the_same_bits(data_dir, tmp_path):
+    """One of two is asked to stop and both do, at the same step; then the power fails.
 
-    Of the ninth step's batch a pixel is NaN in each life, and all skip it.
+    Of the ninth step's batch a pixel is NaN, and all skip it.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert "skipped; 9 skips left" in live(data_dir, whole, NAN, NAN)[0]
-    live(data_dir, broken, f"{NAN},kill:saving:1", NAN)
     printed = live(data_dir, broken, NAN, f"{NAN},term:step:13")
     saved = {text.partition("saved at step ")[2].partition(";")[0] for text in printed}
     assert len(saved) == 1, printed
@@ -151,11 +152,11 @@ def test_two_processes_killed_anywhere_end_with_the_same_bits(data_dir, tmp_path
 
 
 @pytest.mark.usefixtures("alone")
-def test_two_processes_that_decode_their_own_shares_are_killed_likewise(data_dir, tmp_path):
+def test_two_processes_that_decode_their_own_shares_are_killed_while_saving(data_dir, tmp_path):
     """From the host pipeline, each its own half of a batch."""
     whole, broken, single = (tmp_path / name for name in ("whole", "broken", "single"))
     live(data_dir, whole, NONE, NONE, placement="host")
-    live(data_dir, broken, "kill:step:11", NONE, placement="host")
+    live(data_dir, broken, "kill:saving:2", NONE, placement="host")
     assert "resuming at step 6" in live(data_dir, broken, NONE, NONE, placement="host")[0]
     config = tiny.config(data_dir, method=METHOD)
     check_the_same(whole, broken, config)
@@ -236,4 +237,7 @@ def test_steps_are_skipped_within_a_budget(data_dir, tmp_path, capsys):
 def test_notes_that_are_damaged_are_refused(tmp_path):
     (tmp_path / FILE).write_text('{"step": "3", "action": "skip"}\n')
     with pytest.raises(InputError, match=rf"{FILE} is damaged .*move it away"):
-        NonFiniteSteps(tmp_path, action="skip", budget=1, indices=np.arange, processes=Processes())
+        NonFiniteSteps(
+            tmp_path, quickstart.get_config(), start_step=0, indices=np.arange,
+            processes=Processes(),
+        )  # fmt: skip

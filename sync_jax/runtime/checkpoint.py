@@ -24,8 +24,6 @@ from sync_jax.runtime.processes import Processes
 T = TypeVar("T")
 
 _ABOUT = "about"  # the item beside the state: fingerprints, notes, score
-_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
-_DAMAGED = ".damaged"  # after the name of a checkpoint that was put aside
 _PASSING = (
     *(errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
     *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # of a mount
@@ -44,38 +42,34 @@ class Checkpoints:
     """The checkpoints of one run: written in the background, each complete or absent.
 
     A context manager: leaving it waits for the save in progress. Of several processes all make the
-    same calls; each writes what is on its devices, into one folder that all of them see.
+    same calls; each writes what is on its devices, into a folder that all of them see.
     """
 
     def __init__(
         self, folder: Path, *, keep: int, keep_best: int = 0, best_metric: str = "",
         processes: Processes | None = None,
     ):  # fmt: skip
-        """Opens a folder, which need not exist yet.
-
-        Args:
-            folder: one subfolder per checkpoint, named by its step.
-            keep: number of the latest to keep.
-            keep_best: number of those with the highest score to keep besides.
-            best_metric: the scores' name; scores of another name are not compared.
-            processes: of the run.
-        """
+        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`."""
         self._folder = folder.absolute()
-        self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
-        self._processes = processes or Processes()
+        self._best_metric, self._processes = best_metric, processes or Processes()
 
         def look() -> tuple[list[tuple[int, float]], list[str]]:
-            half_written = sorted(x.name for x in folder.glob(_HALF_WRITTEN))
-            return _read_scores(folder, best_metric), half_written
+            scores = [
+                (step, about["score"])
+                for step, about in _read_abouts(folder).items()
+                if about["score"] is not None and about["best_metric"] == best_metric
+            ]
+            return scores, sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
         # Before Orbax opens, which clears half-written checkpoints away.
         scores, self._half_written = self._processes.from_first("the checkpoints' scores", look)
         self._scores: dict[int, float] = dict(scores)
+        self._policy = _Kept(keep, keep_best, self._scores)
         self._guarded(self._open)
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(self._keep, self._keep_best, self._scores),
+            preservation_policy=self._policy,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # of a process that was killed while it saved
         )
@@ -91,14 +85,9 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """Copies the state and writes it in the background; waits for an earlier save first.
 
-        Args:
-            state: a tree of arrays, which may be donated once this returns.
-            step: steps done; nothing is written if that is saved already.
-            notes: of JSON's types.
-            score: for `keep_best`, higher is better; None is the worst.
-
-        Raises:
-            WriteError: this or the earlier one cannot be written; those before are intact.
+        The state, a tree of arrays, may be donated once this returns. Notes are of JSON's types. A
+        higher score is better; None is the worst. Nothing is written if that step is saved already.
+        WriteError if this or the earlier one cannot be written; those before are intact.
         """
         if step == self.latest_step():
             return
@@ -120,16 +109,10 @@ class Checkpoints:
     def restore(self, like: Any, log: Callable[[str], None] = print) -> Restored | None:
         """Reads the latest checkpoint that is whole; puts those after it aside, by name.
 
-        Every array is compared with the fingerprint that was made of it when it was saved. Devices
-        and processes may be others than then. Each process reads the parts for its own devices.
-
-        Args:
-            like: gives shapes, dtypes and shardings.
-            log: called with a line on each checkpoint that is damaged, or was half written.
-
-        Raises:
-            InputError: there are checkpoints, and none can be used. All are left as they are.
-            FailedError: one cannot be read for want of memory or the like.
+        `like` gives shapes, dtypes and shardings; devices and processes may be others than those
+        that saved. `log` gets a line on each checkpoint that is damaged, or was half written.
+        InputError if there are checkpoints and none can be used: all are left as they are.
+        FailedError if one cannot be read for want of memory or the like.
         """
         steps: list[int] = self._processes.from_first("the list of checkpoints", self._steps)
         while self._half_written:
@@ -172,20 +155,18 @@ class Checkpoints:
 
     def _on_all(self, step: int, what: str, function: Callable[[], T]) -> T | str:
         """Calls a function on every process; the reason instead, if it fails on any."""
-        result, reason = None, None
+        result, reason = None, (False, "")
         try:
             result = function()
         except Exception as error:  # Orbax and TensorStore raise what they like
-            reason = [_is_passing(error), one_line(error)]
-        reasons = filter(None, self._processes.share(f"{what} checkpoint {step}", reason))
-        for passing, text in sorted(reasons, reverse=True):  # those that pass first
-            if passing:
-                raise FailedError(
-                    f"{self._folder / str(step)} cannot be read now: {text}; the same command "
-                    "tries again"
-                )
-            return text
-        return result  # type: ignore[return-value]
+            reason = _is_passing(error), one_line(error)
+        passing, text = max(self._processes.share(f"{what} checkpoint {step}", reason))
+        if passing:
+            raise FailedError(
+                f"{self._folder / str(step)} cannot be read now: {text}; the same command tries "
+                "again"
+            )
+        return text or result  # type: ignore[return-value]
 
     def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
         """Reads this process's parts of the state, without waiting for another, and the notes."""
@@ -212,7 +193,7 @@ class Checkpoints:
         def rename() -> None:
             for step, reason in damaged.items():
                 path = self._folder / str(step)
-                names = (f"{path.name}{_DAMAGED}{suffix}" for suffix in ("", *range(2, 1000)))
+                names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
                 name = next(name for name in names if not path.with_name(name).exists())
                 log(f"checkpoint {path} is damaged and put aside as {name}: {reason}")
                 self._guarded(functools.partial(path.rename, path.with_name(name)))
@@ -222,11 +203,7 @@ class Checkpoints:
         self._open()  # the manager would not write these steps again
 
     def wait(self) -> None:
-        """Returns when every save is on the disk.
-
-        Raises:
-            WriteError: one cannot be written; those before are intact.
-        """
+        """Returns when every save is on the disk; WriteError if one cannot be written."""
         self._guarded(self._manager.wait_until_finished)
 
     def _guarded(self, write: Callable[[], Any]) -> None:
@@ -272,14 +249,6 @@ def latest_notes(folder: Path) -> dict[str, Any] | None:
     """The notes of the latest checkpoint in a folder that has readable ones; None without any."""
     abouts = _read_abouts(folder)
     return abouts[max(abouts)]["notes"] if abouts else None
-
-
-def _read_scores(folder: Path, best_metric: str) -> list[tuple[int, float]]:
-    return [
-        (step, about["score"])
-        for step, about in _read_abouts(folder).items()
-        if about["score"] is not None and about["best_metric"] == best_metric
-    ]
 
 
 def _read_abouts(folder: Path) -> dict[int, dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""Compiled programs, kept for the next process in a folder that is the user's alone.
-
-The next run executes what is in it. JAX does not check who wrote it, so that is checked here.
-"""
+"""Compiled programs, kept in a folder that is the user's alone: JAX does not check who wrote it."""
 
 import hashlib
 import os
@@ -15,17 +12,12 @@ _SECONDS = 0.5  # of compilation, from which a program is worth keeping
 
 
 def use(folder: str) -> str | None:
-    """Has JAX keep what it compiles; before it compiles anything.
+    """Has JAX keep what it compiles from now on; returns a line if the folder cannot be used.
 
-    A variable or setting of JAX's own (JAX_COMPILATION_CACHE_DIR) takes precedence and is not
-    checked. Of several processes none keeps anything: on GPUs they measure kernels together while
-    they compile, and a process that found its program would leave the others waiting.
-
-    The folder is made when needed; '' keeps nothing. Programs of one kind of processor are not
-    offered to another.
-
-    Returns:
-        One line on why nothing is kept though a folder is named; None where all is well.
+    The folder is made when needed; '' keeps nothing. JAX's own setting (JAX_COMPILATION_CACHE_DIR)
+    takes precedence and is not checked. Of several processes none keeps anything: on GPUs they
+    measure kernels together while they compile, and one that found its program would leave the
+    others waiting. Programs of one kind of processor are not offered to another.
     """
     settings: Any = jax.config
     if not folder or settings.jax_compilation_cache_dir or jax.process_count() > 1:
@@ -34,12 +26,13 @@ def use(folder: str) -> str | None:
         path = Path(folder).expanduser().absolute() / _processor()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        if reason := _not_ours(path.parent) or _not_ours(path):
-            return f"compiled programs are not kept: {reason}"
+        reason = _not_ours(path.parent) or _not_ours(path)
         if not os.access(path, os.W_OK):
-            return f"compiled programs are not kept: {path} cannot be written"
+            reason = reason or f"{path} cannot be written"
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
-        return f"compiled programs are not kept: {folder} cannot be used ({error})"
+        reason = f"{folder} cannot be used ({error})"
+    if reason:
+        return f"compiled programs are not kept: {reason}"
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
     return None
@@ -66,9 +59,7 @@ def _not_ours(path: Path) -> str | None:
 
 def _processor() -> str:
     """A name for this kind of processor and its instructions, which XLA compiles for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     kinds = {x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}
     return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:16]

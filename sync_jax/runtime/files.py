@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-# Errors of fsync on file systems that do not have it.
+# Errors of fsync on file systems that do not have it, such as mounted buckets.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -20,8 +20,7 @@ class LockedError(Exception):
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside its place, makes sure that it is on the disk, and moves it there.
 
-    Raises:
-        OSError: the file cannot be written; the file that was there is unchanged.
+    On an OSError the file that was there is unchanged.
     """
     temporary = path.with_name(f"{path.name}.incomplete")
     with temporary.open("wb") as file:
@@ -38,10 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk and survive a power cut.
-
-    Does nothing on file systems that cannot do that, such as mounted buckets.
-    """
+    """Makes sure that a file, or the names in a folder, are on the disk, where that can be done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,27 +50,15 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(
-    path: Path,
-    *,
-    waiting: Callable[[], None] | None = None,
-    unsupported: Callable[[], None] | None = None,
-) -> Iterator[None]:
-    """Holds a lock, which the system releases even when the process is killed.
+    path: Path, *, waiting: Callable[[], None] | None = None,
+    unsupported: Callable[[], None] = lambda: None,
+) -> Iterator[None]:  # fmt: skip
+    """Holds the lock of a file, which the system releases even when the process is killed.
 
-    The holder may remove the file: processes that waited for it then make a new one.
-
-    Args:
-        path: of the lock file, which names its holder; made when needed, in a folder that exists.
-        waiting: called once if another process holds the lock, which is then waited for; without
-            it, the lock is refused.
-        unsupported: called on a file system without locks, such as a mounted bucket, where nothing
-            is held.
-
-    Raises:
-        LockedError: another process holds the lock, and `waiting` is None.
-        OSError: the file cannot be written.
+    The file names its holder, who may remove it: processes that waited then make a new one. If
+    another holds the lock, `waiting` is called and the lock awaited; without it, LockedError is
+    raised. `unsupported` is called on a file system without locks, where nothing is held.
     """
-    told = False
     while True:
         with path.open("a+") as file:
             try:
@@ -83,13 +67,10 @@ def locked(
                 if waiting is None:
                     file.seek(0)
                     raise LockedError(file.read().strip() or "another process") from None
-                if not told:
-                    waiting()
-                    told = True
+                waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                if unsupported is not None:
-                    unsupported()
+                unsupported()
                 yield
                 return
             # The process that held the lock may have removed the file: then it is nobody's.

@@ -6,14 +6,7 @@ import numpy as np
 
 
 def mix(x: Any) -> Any:
-    """The finaliser of MurmurHash3 (Appleby): every bit of the input moves every bit of the output.
-
-    Args:
-        x: any shape, uint32; of NumPy or JAX, which give the same.
-
-    Returns:
-        The shape of `x`, uint32; different for different inputs.
-    """
+    """The finaliser of MurmurHash3 (Appleby), a bijection of uint32, in NumPy or JAX alike."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

@@ -13,13 +13,11 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory rather than hand it back to the system; True if it does.
+    """Tells glibc to keep freed memory, before JAX starts a backend; True if it does.
 
-    On a CPU XLA allocates a step's intermediate results anew each time. Blocks of this size come
-    from the system, page by page, each cleared at its first touch: a fifth or more of a step on two
-    cores (benchmarks/README.md). To be called before JAX starts a backend, whose threads otherwise
-    have arenas of their own already. Does nothing without glibc, nor where JAX has an accelerator's
-    plugin, for the threads that decode images for it are faster with arenas of their own.
+    On a CPU XLA allocates a step's intermediate results anew each time, and the system clears every
+    page: a fifth or more of a step on two cores (benchmarks/README.md). With an accelerator the
+    threads that decode images are faster with arenas of their own.
     """
     if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
         return False

@@ -1,8 +1,7 @@
 """Several processes that train one network: how they meet, agree and end together.
 
-Devices exchange arrays by XLA's collectives, which nothing can interrupt: a process that fails
-leaves the others waiting in them for ever. So processes agree over JAX's coordination service
-instead, which needs no device.
+Nothing can interrupt XLA's collectives: a process that fails leaves the others waiting in them. So
+processes agree over JAX's coordination service instead, which needs no device.
 """
 
 import contextlib
@@ -46,26 +45,19 @@ def initialize(
     """Joins the other processes; before JAX computes anything.
 
     On TPU slices and under Slurm's `srun` JAX finds the other processes; elsewhere the three
-    arguments name them, and without these the process is alone.
-
-    Args:
-        coordinator: HOST:PORT, a free port of process 0's host; the same for all.
-        processes: how many there are.
-        process: which one this is, from 0.
-        seconds: how long to wait for the others. When they have not come by then, the process ends
-            with a line and status 1; when it is interrupted meanwhile, with status 130.
-
-    Raises:
-        InputError: the arguments are incomplete, or no such process or port is possible.
-        FailedError: the others cannot be met, because the port is in use for example.
+    arguments name them (HOST:PORT of process 0, their number, and this one's from 0), and without
+    these the process is alone. When the others do not come in time, the process ends with a line
+    and status 1; when it is interrupted meanwhile, with status 130. InputError for arguments that
+    cannot be right; FailedError if the others cannot be met, because the port is in use perhaps.
     """
     given = (coordinator, processes, process)
     under_slurm = all(name in os.environ for name in _SLURM)
     if given != (None, None, None):
         _check(*given)
-        if process == 0:
-            _check_port(str(coordinator))
-    elif not under_slurm and not _on_tpu():
+    elif not under_slurm and (
+        "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu")
+        or importlib.util.find_spec("libtpu") is None
+    ):
         return
     # Its handler of SIGTERM would keep ours, and the system's, from ever seeing one.
     jax.config.update("jax_enable_preemption_service", False)
@@ -122,21 +114,14 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
     number = int(port) if port.isascii() and port.isdecimal() and len(port) < 6 else 0
     if not host or not 0 < number < 65536:
         raise InputError(f"--coordinator={coordinator} must be HOST:PORT, a port from 1 to 65535")
-
-
-def _check_port(coordinator: str) -> None:
-    """Refuses a port that is in use, of which JAX makes a segmentation fault."""
-    try:
-        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    if process > 0:
+        return
+    try:  # JAX makes a segmentation fault of a port that is in use
+        socket.create_server(("", number)).close()
     except OSError as error:
         raise FailedError(
             f"the other processes cannot be met at {coordinator}: {os.strerror(error.errno or 0)}"
         ) from error
-
-
-def _on_tpu() -> bool:
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
-    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
 def _give_up(text: str, status: int) -> NoReturn:
@@ -163,17 +148,15 @@ def outlast_others() -> None:
 class Processes:
     """The processes of a run, and how they agree. All make the same calls in the same order.
 
-    Attributes:
-        index: of this process.
-        count: of all processes.
-        first: True for the process that writes logs and reports.
+    `index` is this process's, of `count`; the one that writes logs and reports is the `first`.
     """
 
     def __init__(self, *, seconds: float = 600.0, name: str = ""):
-        """Lets each call wait so long for the others; a process with several runs names each."""
+        """Each call waits so long for the others; a process with several runs names each."""
         self.index, self.count = jax.process_index(), jax.process_count()
         self.first = self.index == 0
         self._seconds, self._name, self._calls = seconds, name, 0
+        self._failed = f"sync_jax/{name}/failed"  # the key of an error
 
     def print(self, text: str) -> None:
         """Prints a line, once for all processes."""
@@ -183,13 +166,8 @@ class Processes:
     def share(self, what: str, value: Any = None, *, after_first: bool = False) -> list[Any]:
         """Exchanges values of JSON's types, in the order of processes; waits until all have come.
 
-        Args:
-            what: is being waited for, for the error.
-            value: of this process.
-            after_first: True to wait without limit for the first, and then for the others as usual.
-
-        Raises:
-            FailedError: naming the processes that did not come in time.
+        If `after_first`, it waits without limit for the first, and then for the others as usual.
+        FailedError names the processes that did not come to `what` in time.
         """
         if self.count == 1:
             return [value]
@@ -200,22 +178,18 @@ class Processes:
         while after_first and _found(client, f"{key}/0", self._seconds) is None:
             # If process 0 dies, JAX ends the others.
             say(f"process {self.index} still waits for process 0: {what}")
-        values, missing = [], []
         deadline = time.monotonic() + self._seconds
-        for process in range(self.count):
+        texts = [
             # Also when the time is over, a process that has come must be found.
-            left = max(deadline - time.monotonic(), 2.0)
-            text = _found(client, f"{key}/{process}", left)
-            if text is None:
-                missing.append(str(process))
-            else:
-                values.append(json.loads(text))
-        if missing:
+            _found(client, f"{key}/{process}", max(deadline - time.monotonic(), 2.0))
+            for process in range(self.count)
+        ]
+        if missing := [str(process) for process, text in enumerate(texts) if text is None]:
             raise FailedError(
                 f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
                 f"{self._seconds:g} s; its own log says why"
             )
-        return values
+        return [json.loads(text or "") for text in texts]
 
     def together(self, what: str, function: Callable[[], T]) -> T:
         """Calls a function on every process; if it fails on one, it fails on all."""
@@ -225,9 +199,8 @@ class Processes:
         failures = self.share(what, failure)
         if failed is not None:
             raise failed
-        for process, other in enumerate(failures):
-            if other is not None:
-                name, message = other
+        for process, (name, message) in enumerate(failures):
+            if name:
                 raise _AGREED[name](f"process {process}: {message}")
         return result
 
@@ -235,12 +208,11 @@ class Processes:
         """Calls a function on the first process; all get its result, of JSON's types, or fail."""
         if self.count == 1:
             return function()
-        result, failure, failed = _called(function) if self.first else (None, None, None)
-        result, failure = self.share(what, [result, failure], after_first=True)[0]
-        if failed is not None:
-            raise failed
-        if failure is not None:
-            name, message = failure
+        mine = _called(function) if self.first else (None, ("", ""), None)
+        result, (name, message) = self.share(what, mine[:2], after_first=True)[0]
+        if mine[2] is not None:
+            raise mine[2]
+        if name:
             raise _AGREED[name](message)
         return result
 
@@ -248,9 +220,8 @@ class Processes:
     def ending_together(self) -> Iterator[None]:
         """Ends all processes when one of them fails within, by a full disk or a bug for example.
 
-        The others may be in a collective that nothing can interrupt. They print the error and end
-        with its status, wherever they are. FailedError stands for a computation that failed here,
-        as it does when another process is gone.
+        The others may be in a collective. They print the error and end with its status, wherever
+        they are. A computation that failed here, as when another process is gone, is a FailedError.
         """
         if self.count == 1:
             yield
@@ -270,10 +241,6 @@ class Processes:
         finally:
             over.set()
             watch.join()
-
-    @property
-    def _failed(self) -> str:
-        return f"sync_jax/{self._name}/failed"
 
     def _tell(self, error: BaseException) -> str | None:
         """Tells the others of an error and waits until they know; returns an earlier error."""
@@ -312,11 +279,7 @@ class Processes:
 
 
 def _found(client: Any, key: str, seconds: float) -> str | None:
-    """Waits for a key's value; None if there is none in time.
-
-    Raises:
-        FailedError: process 0 is gone.
-    """
+    """Waits for a key's value; None if there is none in time, FailedError if process 0 is gone."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -329,16 +292,16 @@ def _found(client: Any, key: str, seconds: float) -> str | None:
     return None
 
 
-def _called(function: Callable[[], Any]) -> tuple[Any, list[str] | None, Exception | None]:
-    """Calls a function; its result, or its error in JSON's types and as it is."""
+def _called(function: Callable[[], Any]) -> tuple[Any, tuple[str, str], Exception | None]:
+    """Calls a function; its result, and its error as kind and message, if any, and as it is."""
     try:
-        return function(), None, None
+        return function(), ("", ""), None
     except Exception as error:
         return None, _described(error), error
 
 
-def _described(error: BaseException) -> list[str]:
+def _described(error: BaseException) -> tuple[str, str]:
     for name, kind in _AGREED.items():
         if isinstance(error, kind):
-            return [name, str(error)]
-    return [FailedError.__name__, f"{type(error).__name__}: {error}"]
+            return name, str(error)
+    return FailedError.__name__, f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,7 @@ import jax.numpy as jnp
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import one_line
 
-# JAX's names of the stages from a Python function to a program; they nest.
-_STAGES = tuple(
-    f"/jax/core/compile/{stage}_duration"
-    for stage in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
-)
+_STAGE = "/jax/core/compile/"  # before JAX's name of a stage of compilation; they nest
 PHASES = ("training", "data", "compiling", "evaluating", "saving")
 _MOST = 1000  # steps of a trace: more make a file that is too large to be opened
 
@@ -29,14 +26,13 @@ _MOST = 1000  # steps of a trace: more make a file that is too large to be opene
 class Stopwatch:
     """Seconds of a loop by phase. A context manager, which the loop runs in.
 
-    It waits for no device: what is measured is the waiting of the loop itself.
+    It waits for no device. Training is the time that the other phases leave, known at the end.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """Stands still until it is entered."""
-        self._clock = clock
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._began = self._ended = clock()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._clock, self._began = clock, clock()
         self._compiled: list[tuple[float, float]] = []  # intervals apart from each other, in order
         self._thread = threading.get_ident()
 
@@ -46,41 +42,34 @@ class Stopwatch:
 
         If `busy` returns True at the end, the device had something to do, and it is training.
         """
-        began, compiling = self._clock(), self._seconds["compiling"]
+        began, compiling = self._clock(), self.seconds["compiling"]
         try:
             yield
         finally:
-            taken = self._clock() - began - (self._seconds["compiling"] - compiling)
+            taken = self._clock() - began - (self.seconds["compiling"] - compiling)
             if busy is None or not busy():
-                self._seconds[phase] += taken
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase so far; training is the time that the others leave."""
-        end = self._clock() if self._ended < self._began else self._ended
-        others = {name: x for name, x in self._seconds.items() if name != "training"}
-        return {"training": end - self._began - sum(others.values()), **others}
+                self.seconds[phase] += taken
 
     def _note(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event not in _STAGES or threading.get_ident() != self._thread:
+        if not event.startswith(_STAGE) or threading.get_ident() != self._thread:
             return
         end = self._clock()
         start = max(end - duration_secs, self._began)
         # A stage that encloses others ends after them, and takes their place.
         while self._compiled and self._compiled[-1][0] >= start:
             inner = self._compiled.pop()
-            self._seconds["compiling"] -= inner[1] - inner[0]
+            self.seconds["compiling"] -= inner[1] - inner[0]
         self._compiled.append((start, end))
-        self._seconds["compiling"] += end - start
+        self.seconds["compiling"] += end - start
 
     def __enter__(self) -> "Stopwatch":
         self._began = self._clock()
-        self._ended = self._began - 1
         jax.monitoring.register_event_duration_secs_listener(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._note)
-        self._ended = self._clock()
+        self.seconds["training"] = self._clock() - self._began - sum(self.seconds.values())
 
 
 def speed(
@@ -89,17 +78,8 @@ def speed(
 ) -> dict[str, Any]:  # fmt: skip
     """Computes the entries on a training's speed in a report.
 
-    Args:
-        seconds: of `Stopwatch`.
-        steps: done in them; at least one.
-        batch_size: images of a step.
-        train_size: images of an epoch.
-        flops: for an image, see `training_flops`.
-        peak: FLOP/s of a matrix product on all devices, see `matmul_flops`.
-
-    Returns:
-        images_per_second while training and waiting for data; seconds_per_epoch with everything;
-        share_of_matmul at images_per_second; shares of the time by phase; and the arguments' rest.
+    From the seconds of `Stopwatch`, the steps in them, the FLOP for an image, and the FLOP/s of
+    all devices. Images per second are those while training and waiting for data.
     """
     images, total = steps * batch_size, sum(seconds.values())
     rate = images / max(seconds["training"] + seconds["data"], 1e-9)
@@ -175,13 +155,8 @@ def matmul_flops(dtype: str) -> float:
 def _matmul_flops(size: int, dtype: str) -> float:
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
-    jax.block_until_ready(product(a, a))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    times = timeit.repeat(lambda: jax.block_until_ready(product(a, a)), number=1, repeat=6)
+    return 2 * size**3 / min(times)  # the first compiles
 
 
 def peak_host_bytes() -> int:
@@ -199,11 +174,9 @@ def peak_device_bytes() -> int | None:
 
 def parse_steps(text: str) -> range:
     """Reads '100-110', or '100', as steps counted from 1, and '' as none; InputError otherwise."""
-    if not text:
-        return range(0)
     found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     steps = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not 1 <= steps.start < steps.stop <= steps.start + _MOST:
+    if text and not 1 <= steps.start < steps.stop <= steps.start + _MOST:
         raise InputError(
             f"config.profile.steps={text!r} must be steps of the run, as '100-110', from 1 and at "
             f"most {_MOST:,} of them"
@@ -211,45 +184,42 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-class Trace:
+class Trace(contextlib.ExitStack):
     """A trace of some steps, for TensorBoard's profile plugin or Perfetto. A context manager."""
 
     def __init__(self, steps: range, folder: Path, log: Callable[[str], None]):
         """Records nothing yet; the trace goes to plugins/profile/<time>/ in the folder."""
+        super().__init__()
         self._steps, self._folder, self._log = steps, folder, log
         self._on = False
+        self.callback(self._end)
 
-    def step(self, first: int, last: int) -> contextlib.AbstractContextManager[Any]:
-        """Context of the dispatch of steps `first` to `last`; begins the trace if it is time."""
-        if not self._on and self._steps and first <= self._steps[-1] and last >= self._steps[0]:
+    def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Context of a step's dispatch; begins the trace if it is time."""
+        if number not in self._steps:
+            return contextlib.nullcontext()
+        if not self._on:
             jax.profiler.start_trace(self._folder)
             self._on = True
-        if not self._on:
-            return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation("train", step_num=first)
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
-    def done(self, last: int, values: Any) -> None:
-        """Ends the trace if step `last` was its last; waits for the step's values then."""
-        if self._on and last >= self._steps[-1]:
+    def done(self, number: int, values: Any) -> None:
+        """Ends the trace if this step was its last; waits for the step's values then."""
+        if self._on and number == self._steps[-1]:
             jax.block_until_ready(values)
             self._end()
 
     def _end(self) -> None:
         if not self._on:
             return
-        steps, self._steps, self._on = self._steps, range(0), False
+        self._on = False
+        first, last = self._steps[0], self._steps[-1]
+        text = (
+            f"profile of steps {first} to {last}: tensorboard --logdir={self._folder}, or its "
+            ".trace.json.gz in ui.perfetto.dev"
+        )
         try:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError, ValueError) as error:  # a full disk costs no training
-            self._log(f"no profile: {one_line(error)}")
-            return
-        self._log(
-            f"profile of steps {steps[0]} to {steps[-1]}: tensorboard --logdir={self._folder}, or "
-            "its .trace.json.gz in ui.perfetto.dev"
-        )
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
+            text = f"no profile: {one_line(error)}"
+        self._log(text)

@@ -1,7 +1,6 @@
 """One mesh over all devices: the batch is split over it, everything else is copied to each.
 
-Of several processes each holds the arrays' parts on its own devices. Those are neighbours in the
-mesh, so that a process's share of a batch is one stretch of it.
+A process's devices are neighbours in the mesh, so that its share of a batch is one stretch of it.
 """
 
 import os
@@ -66,10 +65,7 @@ def share(batch_size: int, mesh: Mesh) -> slice:
 
 
 def from_shares(tree: Any, mesh: Mesh) -> Any:
-    """Arrays `[batch, ...]` from a tree of each process's rows, `[batch / processes, ...]`.
-
-    Arrays of one process are left as they are.
-    """
+    """Makes arrays of whole batches from a tree of each process's rows; of one, leaves them."""
     if not mesh.is_multi_process:
         return tree
     place = batch_sharding(mesh)
@@ -79,8 +75,7 @@ def from_shares(tree: Any, mesh: Mesh) -> Any:
 def split_over(mesh: Mesh, shapes: Any) -> Any:
     """Shardings that divide the longest axis of every large array that can be divided evenly.
 
-    For arrays that are only ever used element by element, such as an optimizer's state (the first
-    stage of Rajbhandari et al., 2020, "ZeRO").
+    For an optimizer's state, the first stage of ZeRO (Rajbhandari et al., 2020).
     """
 
     def split(x: Any) -> NamedSharding:
@@ -110,9 +105,9 @@ def one_at_a_time(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
 
 def connect(mesh: Mesh) -> None:
-    """Connects the devices of all processes; to be called where all arrive at once.
+    """Connects the devices of all processes, where all arrive at once.
 
-    The first computation does so too, but waits only 30 seconds for a process that compiles longer.
+    The first computation would do so, but waits only 30 seconds for a process that compiles longer.
     """
     if mesh.is_multi_process:
         ones = from_shares(np.ones(len(mesh.local_devices), np.float32), mesh)
@@ -121,20 +116,16 @@ def connect(mesh: Mesh) -> None:
 
 
 def check_divisible(field: str, batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
-    """Refuses a batch that cannot be split evenly.
-
-    Raises:
-        InputError: `batch_size`, named by `field`, is no multiple of devices times microbatches.
-    """
-    devices, parts = mesh.size, mesh.size * microbatches
+    """Raises InputError, with the arithmetic, for a batch that cannot be split evenly."""
+    parts = mesh.size * microbatches
     if batch_size % parts == 0:
         return
-    below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-    choices = f"{below} or {above}" if below else str(above)
-    over, divisor = f"{devices} devices", str(devices)
+    below = batch_size // parts * parts
+    choices = f"{below} or {below + parts}" if below else str(parts)
+    over, divisor = f"{mesh.size} devices", str(mesh.size)
     if microbatches > 1:
         over += f" with {microbatches} microbatches each"
-        divisor = f"({devices} * {microbatches})"
+        divisor = f"({mesh.size} * {microbatches})"
     raise InputError(
         f"{field}={batch_size} cannot be split over {over}: "
         f"{batch_size} / {divisor} = {batch_size / parts:.2f}; use {choices}"

@@ -15,26 +15,16 @@ from sync_jax.runtime.checkpoint import latest_notes
 from sync_jax.runtime.console import say
 from sync_jax.runtime.files import LockedError, locked, write_text
 from sync_jax.runtime.processes import Processes
-from sync_jax.runtime.profiling import parse_steps
-from sync_jax.runtime.progress import read_metrics
+from sync_jax.runtime.training_log import read_metrics
 
 
 def check_run(config: ConfigDict, workdir: Path) -> None:
-    """Refuses what a training could not begin with, whatever the data are.
-
-    Raises:
-        InputError: the batch cannot be split over the devices, `workdir` cannot be the run's, or
-            the steps to be traced are none.
-    """
-    parse_steps(config.profile.steps)
-    mesh = sharding.make_mesh()
-    sharding.check_divisible(
-        "config.train.batch_size",
-        config.train.batch_size,
-        mesh,
-        microbatches=config.train.microbatches,
-    )
-    sharding.check_divisible("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    """Raises InputError for what a training could not begin with, whatever the data are."""
+    for part, microbatches in {"train": config.train.microbatches, "evaluation": 1}.items():
+        sharding.check_divisible(
+            f"config.{part}.batch_size", config[part].batch_size, sharding.make_mesh(),
+            microbatches=microbatches,
+        )  # fmt: skip
     check_workdir(config, workdir)
     for name in ("checkpoints", "tensorboard"):
         if (workdir / name).exists() and not (workdir / name).is_dir():
@@ -51,10 +41,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     except OSError as error:  # a name too long, a folder that is another user's
         raise InputError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if not nearest.is_dir():
-        whose = (
-            "is not a folder" if nearest == workdir else f"is below {nearest}, which is no folder"
+        below = f"is below {nearest}, which is no folder"
+        raise InputError(
+            f"--workdir={workdir} {'is not a folder' if nearest == workdir else below}"
         )
-        raise InputError(f"--workdir={workdir} {whose}")
     if has_report and not has_config:
         raise InputError(
             f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
@@ -76,11 +66,7 @@ def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path)
 
 
 def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and saves the resolved config in it.
-
-    Raises:
-        InputError, WriteError: that is not allowed there, or fails on a full disk for example.
-    """
+    """Makes the folder and saves the resolved config in it; InputError or WriteError otherwise."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "config.json", to_json(config))
@@ -94,20 +80,13 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
 def owned(workdir: Path, processes: Processes) -> Iterator[None]:
     """Holds the lock of the folder, which is made when needed; the first process does, for all.
 
-    Raises:
-        InputError: another run holds the lock, or the folder cannot be written.
+    InputError if another run holds it, or the folder cannot be written.
     """
-    with contextlib.ExitStack() as held:
-        processes.from_first("the workdir's lock", lambda: held.enter_context(_exclusive(workdir)))
-        yield
 
-
-@contextlib.contextmanager
-def _exclusive(workdir: Path) -> Iterator[None]:
     def warn() -> None:
         say(f"{workdir} cannot be locked there: see that no other run uses it meanwhile")
 
-    with contextlib.ExitStack() as held:
+    def lock() -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(workdir / ".lock", unsupported=warn))
@@ -118,4 +97,7 @@ def _exclusive(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+    with contextlib.ExitStack() as held:
+        processes.from_first("the workdir's lock", lock)
         yield

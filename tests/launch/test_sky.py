@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -34,31 +34,19 @@ print(json.dumps(found))
 """
 
 
-def read(folder: Path, *texts: str) -> list:
-    paths = [folder / f"{i}.yaml" for i in range(len(texts))]
-    for path, text in zip(paths, texts, strict=True):
+def test_skypilot_reads_it(tmp_path):
+    """And nothing that it does not understand."""
+    paths = [tmp_path / "good.yaml", tmp_path / "bad.yaml"]
+    for path, text in zip(paths, (TEXT, TEXT.replace("use_spot", "use_spto")), strict=True):
         path.write_text(text)
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     environment["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
-    command = [sys.executable, "-c", READ, *map(str, paths)]
+    command = [sys.executable, "-c", READ, *paths]
     result = subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_skypilot_reads_it(tmp_path):
-    """And nothing that it does not understand."""
-    broken = [
-        TEXT.replace("use_spot", "use_spto"),
-        TEXT.replace("recover_on_exit_codes: [75]", "recover_on_exit_codes: [seventy-five]"),
-        TEXT.replace("mode: MOUNT", "mode: AMOUNT"),
-        TEXT.replace("BUCKET: null", "BUCKET_: null"),
-    ]
-    assert TEXT not in broken
-    good, *bad = read(tmp_path, TEXT, *broken)
-    assert isinstance(good, list), good
+    good, bad = json.loads(result.stdout.splitlines()[-1])
     nodes, resources, storage, overridden = good
     assert nodes == 1
     assert resources["accelerators"] == {"tpu-v5litepod-8": 1}
@@ -68,25 +56,17 @@ def test_skypilot_reads_it(tmp_path):
     assert resources["job_recovery"].items() >= recovery.items()
     assert storage == {"/mnt/sync_jax": ["gs://my-bucket", "MOUNT"]}
     assert "H100" in overridden
-    for error, word in zip(bad, ["use_spto", "seventy-five", "AMOUNT", "BUCKET_"], strict=True):
-        assert isinstance(error, str), error
-        assert "Error" in error
-        assert word in error
+    assert re.match(r"\w+Error: .*use_spto", bad, re.S)
 
 
 def meet(rank: int) -> list[str]:
     return ["--coordinator=10.0.0.3:8476", "--processes=2", f"--process={rank}"]
 
 
+# The hosts of a TPU slice count as nodes here, and JAX knows of them by itself.
 @pytest.mark.parametrize(
     ("nodes", "gpus", "rank", "options"),
-    [
-        (1, 8, 0, []),
-        (2, 8, 0, meet(0)),
-        (2, 8, 1, meet(1)),
-        # The hosts of a TPU slice count as nodes here, and JAX knows of them by itself.
-        (2, 0, 1, []),
-    ],
+    [(1, 8, 0, []), (2, 8, 0, meet(0)), (2, 8, 1, meet(1)), (2, 0, 1, [])],
 )
 def test_nodes_with_gpus_meet_and_hosts_of_a_slice_are_left_to_jax(
     nodes, gpus, rank, options, tmp_path

@@ -121,17 +121,14 @@ def test_arguments_and_secrets_arrive_on_every_host_and_secrets_are_shown_nowher
     for worker, status in ((1, 75), (2, 1)):  # the worst decides
         cloud.notes("exit", worker).write_text(f"{status}\n")
         cloud.tpu("status", status=status)
+    for path in cloud.root.rglob("host.sh"):  # no run comes of it, and the secret does not stay
+        path.unlink()
+    cloud.tpu("run", workdir, CONFIG, "--env=SECRET", status=1, SECRET=secret)
     dry = cloud.tpu("run", workdir, CONFIG, "--env=SECRET", "--dry-run", SECRET=secret)
-    assert cloud.get("modes") == ["0o600"] * 3
+    assert cloud.get("modes") == ["0o600"] * 6
     assert "hunter2" not in shown + dry + (cloud.root / "calls").read_text()
     files = [p for p in cloud.root.rglob("*") if p.is_file() and ".venv" not in p.parts]
     assert not [p for p in files if b"hunter2" in p.read_bytes() and "tests" not in p.parts]
-
-
-def test_secrets_do_not_stay_where_no_run_comes_of_it(cloud: Cloud):
-    cloud.tpu("create", "--type=v4-8")
-    cloud.tpu("run", WORKDIR, CONFIG, "--env=SECRET", status=1, SECRET="hunter2")  # no host.sh yet
-    assert list(cloud.home().iterdir()) == []
 
 
 def test_stop_kills_after_the_grace_and_nothing_but_the_run(cloud: Cloud):
@@ -204,27 +201,24 @@ def test_what_was_set_up_half_way_is_not_run_and_stale_files_go(cloud: Cloud):
         assert message in cloud.tpu("run", f"--workdir={workdir}", CONFIG, status=1)
 
 
-@pytest.mark.parametrize(
-    ("type_", "runtime"),
-    [
-        ("v2-8", "tpu-ubuntu2204-base"),
-        ("v4-32", "tpu-ubuntu2204-base"),
-        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
-        ("v5p-16", "v2-alpha-tpuv5"),
-        ("v6e-64", "v2-alpha-tpuv6e"),
-    ],
-)
-def test_create_takes_the_runtime_of_the_type_and_ends_with_how_to_delete(type_, runtime, cloud):
-    created = cloud.tpu("create", f"--type={type_}")
-    (call,) = cloud.calls("tpu-vm", "create", f"--accelerator-type={type_}")
-    assert f"--version={runtime}" in call
-    assert created.endswith(DELETE)
-    assert cloud.tpu("create", f"--type={type_}", status=1).endswith("ALREADY_EXISTS: sync\n")
+def test_create_takes_the_runtime_of_the_type_and_ends_with_how_to_delete(cloud: Cloud):
+    runtimes = {
+        "v2-8": "tpu-ubuntu2204-base",
+        "v4-32": "tpu-ubuntu2204-base",
+        "v5litepod-16": "v2-alpha-tpuv5-lite",
+        "v5p-16": "v2-alpha-tpuv5",
+        "v6e-64": "v2-alpha-tpuv6e",
+    }
+    for type_, runtime in runtimes.items():
+        shown = cloud.tpu("create", f"--type={type_}", "--dry-run")
+        assert f" --accelerator-type={type_} --version={runtime} " in shown
+    assert cloud.tpu("create", "--type=v6e-64").endswith(DELETE)
+    assert cloud.tpu("create", "--type=v6e-64", status=1).endswith("ALREADY_EXISTS: sync\n")
     cloud.tpu("delete", "--yes")
     assert [call[2] for call in cloud.calls("delete")] == ["tpu-vm"]
-    cloud.tpu("create", f"--type={type_}", "--spot")
-    (call,) = cloud.calls("queued-resources", "create", f"--accelerator-type={type_}", "--spot")
-    assert f"--runtime-version={runtime}" in call
+    cloud.tpu("create", "--type=v6e-64", "--spot")
+    (call,) = cloud.calls("queued-resources", "create", "--accelerator-type=v6e-64", "--spot")
+    assert "--runtime-version=v2-alpha-tpuv6e" in call
 
 
 def test_a_request_that_is_not_served_or_not_seen_is_deleted_with_its_slice(cloud: Cloud):

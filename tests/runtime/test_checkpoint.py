@@ -104,26 +104,18 @@ def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
 
 
 def spoil(folder, how):
-    """Damages every file of a checkpoint that is large enough to hold numbers, or all of it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Damages every file of a checkpoint, removes those that hold numbers, or all of it."""
     if how == "emptied folder":
         shutil.rmtree(folder)
         folder.mkdir()
-        return
-    for path in files:
-        data = path.read_bytes()
-        if how in ("emptied", "truncated"):
-            path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if how == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         elif "/d/" in str(path):
             path.unlink()
-            if how == "numbers flipped":
-                path.write_bytes(bytes(x ^ 1 for x in data))
 
 
-DAMAGES = ("emptied folder", "emptied", "truncated", "numbers flipped", "a part is missing")
-
-
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", ["emptied folder", "truncated", "a part is missing"])
 def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, how):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
@@ -209,14 +201,12 @@ def test_a_bit_flipped_anywhere_never_gives_other_numbers(tmp_path):
         for step in (1, 2):
             checkpoints.save(state(step + 0.1), step, notes={"loss": 0.5 + step})
     rng = random.Random(0)
-    files = sorted(p for p in (tmp_path / "whole" / "2").rglob("*") if p.stat().st_size)
-    files = [path for path in files if path.is_file()]
     outcomes = []
-    for path in files:
+    for path in sorted(p for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file()):
         folder = tmp_path / "copy"
         shutil.copytree(tmp_path / "whole", folder)
         damaged = folder / path.relative_to(tmp_path / "whole")
-        data = bytearray(damaged.read_bytes())
+        data = bytearray(damaged.read_bytes() or b" ")
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         damaged.write_bytes(bytes(data))
         with Checkpoints(folder, keep=3) as checkpoints:

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache as cc
 from sync_jax.runtime import compilation_cache
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_cache():
     """As a user's process begins; the session's cache is put back."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -26,17 +26,15 @@ def no_cache():
     cc.reset_cache()
 
 
-@pytest.mark.usefixtures("no_cache")
 def test_the_folder_is_made_for_the_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compilation_cache.use("~/a/cache") is None
-    used = jax.config.jax_compilation_cache_dir
-    assert os.path.dirname(used) == str(tmp_path / "a" / "cache")
-    for folder in (used, os.path.dirname(used)):
-        assert os.stat(folder).st_mode & 0o777 == 0o700
+    used = Path(jax.config.jax_compilation_cache_dir)
+    assert used.parent == tmp_path / "a" / "cache"
+    for folder in (used, used.parent):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.usefixtures("no_cache")
 def test_a_folder_that_others_could_write_to_or_replace_is_not_used(tmp_path, monkeypatch):
     def refused(folder: Path) -> str:
         jax.config.update("jax_compilation_cache_dir", None)
@@ -63,7 +61,6 @@ def test_a_folder_that_others_could_write_to_or_replace_is_not_used(tmp_path, mo
     assert "cache is another user's" in refused(cache)
 
 
-@pytest.mark.usefixtures("no_cache")
 def test_what_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     for folder in (f"{tmp_path}/file", f"{tmp_path}/file/cache", "/proc/cache", "~nobody9/x"):
@@ -74,7 +71,6 @@ def test_what_cannot_be_written_is_no_error(tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-@pytest.mark.usefixtures("no_cache")
 def test_the_users_choice_takes_precedence(tmp_path):
     assert compilation_cache.use("") is None
     assert jax.config.jax_compilation_cache_dir is None
@@ -84,7 +80,6 @@ def test_the_users_choice_takes_precedence(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.usefixtures("no_cache")
 def test_a_program_from_the_cache_computes_the_same_bits(tmp_path, monkeypatch):
     """As newly compiled: gradients of a convolution and BatchNorm, by which rounding differs."""
     monkeypatch.setattr(compilation_cache, "_SECONDS", 0.0)  # tests compile quickly
@@ -99,18 +94,18 @@ def test_a_program_from_the_cache_computes_the_same_bits(tmp_path, monkeypatch):
 
     def compute():
         step = jax.jit(jax.value_and_grad(lambda kernel, images: loss(kernel, images)))
-        hits = events.count("/jax/compilation_cache/cache_hits")
         values = jax.device_get(step(kernel, images))
-        return values, events.count("/jax/compilation_cache/cache_hits") - hits
+        return values, events.count("/jax/compilation_cache/cache_hits")
 
-    listener = lambda event, **_: events.append(event)  # noqa: E731
+    def listener(event, **_):
+        events.append(event)
+
     jax.monitoring.register_event_listener(listener)
     try:
         compilation_cache.use(str(tmp_path / "cache"))
         cold, warm = compute(), compute()  # each compiles a program of its own
     finally:
         jax.monitoring.unregister_event_listener(listener)
-    assert warm[1] > cold[1]
-    assert list((tmp_path / "cache").rglob("*-cache"))
+    assert (cold[1], warm[1]) == (0, 1)
     chex.assert_trees_all_equal(cold[0], warm[0])
     assert 0 < np.abs(cold[0][1]).max() < np.inf

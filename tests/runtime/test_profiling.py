@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -6,29 +8,18 @@ from flax import linen as nn
 from sync_jax.errors import InputError
 from sync_jax.runtime import profiling
 from sync_jax.runtime.profiling import Trace, parse_steps
-from sync_jax.runtime.workdir import check_run
 from tests import tiny
 
 
-class Clock:
-    """Moves only when it is told to."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def compiled(clock, event, seconds, after=0.0):
+def compiled(clock, event, seconds, after):
     """A stage that ends `after` seconds from now, and whose length is `seconds`."""
     clock.now += after
     jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}_duration", seconds)
 
 
 def test_seconds_go_where_they_are_spent():
-    clock = Clock()
-    with profiling.Stopwatch(clock) as watch:
+    clock = SimpleNamespace(now=100.0)  # moves only when it is told to
+    with profiling.Stopwatch(lambda: clock.now) as watch:
         clock.now += 1  # training
         with watch.spent("data"):
             clock.now += 2
@@ -44,14 +35,13 @@ def test_seconds_go_where_they_are_spent():
         with watch.spent("saving"):
             clock.now += 16
         compiled(clock, "backend_compile", 32, after=32)
-        assert sum(watch.seconds().values()) == 71  # so far
     clock.now += 1000
     compiled(clock, "backend_compile", 10, after=10)  # nobody listens
     expected = {"training": 5, "data": 2, "compiling": 40, "evaluating": 8, "saving": 16}
-    assert watch.seconds() == expected
+    assert watch.seconds == expected
     with profiling.Stopwatch() as watch:
         jax.jit(lambda x: jnp.sin(x) + 123.0)(jnp.ones(3))
-    assert 0 < watch.seconds()["compiling"] <= sum(watch.seconds().values())
+    assert 0 < watch.seconds["compiling"] <= sum(watch.seconds.values())
 
 
 def test_speed_is_arithmetic():
@@ -66,7 +56,6 @@ def test_speed_is_arithmetic():
     assert shown.startswith("Training: 10 images/s, 3 % of the devices' matrix products (3 MFLOP")
     assert "An epoch in all: 5 s; training 60.0 %, " in shown
     assert "waiting for data 20.0 %, compiling 10.0 %" in shown
-    assert max(map(len, shown.splitlines())) <= 120  # what the report's lines have
 
 
 class Network(nn.Module):
@@ -99,18 +88,16 @@ def test_a_matrix_product_is_measured_and_made_smaller_where_it_has_no_room(monk
     assert sizes == [1024, 512]
 
 
-def test_steps_are_counted_from_one_and_checked_before_anything_is_written(tmp_path):
-    assert list(parse_steps("3-5")) == [3, 4, 5]
-    assert list(parse_steps("7")) == [7]
-    assert list(parse_steps("")) == []
+def test_steps_are_counted_from_one_and_checked_with_the_config(tmp_path):
+    for text, steps in {"3-5": [3, 4, 5], "7": [7], "": []}.items():
+        assert list(parse_steps(text)) == steps
     for text in ("5-3", "0", "1-1001", "all"):
         with pytest.raises(InputError, match=rf"config\.profile\.steps='{text}' must be steps"):
-            check_run(tiny.config(tmp_path, profile__steps=text), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+            tiny.config(tmp_path, profile__steps=text)
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_steps_of_one_dispatch_are_traced_together(full, tmp_path, monkeypatch):
+def test_the_chosen_steps_are_traced(full, tmp_path, monkeypatch):
     """And where the disk is full, training goes on."""
     calls: list[str] = []
 
@@ -121,15 +108,15 @@ def test_steps_of_one_dispatch_are_traced_together(full, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", stop)
-    with Trace(range(5, 8), tmp_path, calls.append) as trace:
-        for first, last in ((1, 4), (5, 8), (9, 12)):
-            with trace.step(first, last):
-                calls.append(f"{first}")
-            trace.done(last, ())
+    with Trace(range(5, 7), tmp_path, calls.append) as trace:
+        for step in (4, 5, 6, 7):
+            with trace.step(step):
+                calls.append(f"{step}")
+            trace.done(step, ())
     line = "no profile: [Errno 28] No space left on device"
     if not full:
         line = (
-            f"profile of steps 5 to 7: tensorboard --logdir={tmp_path}, or its .trace.json.gz in "
+            f"profile of steps 5 to 6: tensorboard --logdir={tmp_path}, or its .trace.json.gz in "
             "ui.perfetto.dev"
         )
-    assert calls == ["1", "start", "5", "stop", line, "9"]
+    assert calls == ["4", "start", "5", "6", "stop", line, "7"]
