@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "sync_jax"
 ORDER = (
     ("errors",),
     ("options",),
-    ("losses", "scores", "metrics", "guarantees"),
+    ("losses", "scores", "metrics"),
+    ("guarantees",),
     ("methods",),
     ("config",),
     ("optimizer", "runtime"),

@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from sync_jax.metrics.sample import FloatArray, IntArray, vector
 
 
 def probability(value: float, name: str) -> float:
@@ -15,21 +14,6 @@ def probability(value: float, name: str) -> float:
     if not 0 < value < 1:  # NaN fails too
         raise ValueError(f"{name} must lie in (0, 1), got {value}")
     return float(value)
-
-
-def real(values: ArrayLike, name: str) -> tuple[NDArray[Any], FloatArray]:
-    """The argument `name` as an array, and in float64.
-
-    Other floats than these three are refused: float64 cannot hold a longdouble, and NumPy has no
-    successor of a bfloat16; a threshold would accept others than were counted.
-    """
-    given = np.asarray(values)
-    ours = given.dtype.newbyteorder("=")
-    if given.dtype.kind not in "biu" and ours not in (np.float16, np.float32, np.float64):
-        raise ValueError(
-            f"{name} must hold integers or float16, float32 or float64, got {given.dtype}"
-        )
-    return given, given.astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,19 +51,18 @@ class CalibrationSplit:
 
 def calibration_split(confidence: ArrayLike, correct: ArrayLike) -> CalibrationSplit:
     """Checks the arguments of these names and sorts them."""
-    given, scores = real(confidence, "confidence")
-    _, right = real(correct, "correct")
-    if scores.ndim != 1:
-        raise ValueError(f"confidence must have shape [n], got {scores.shape}")
-    if scores.size == 0:
-        raise ValueError("confidence is empty")
-    if np.isnan(scores).any():
-        raise ValueError("confidence contains NaN")
+    dtype = np.asarray(confidence).dtype
+    # float64 cannot hold a longdouble, and NumPy has no successor of a bfloat16: a threshold would
+    # accept others than were counted.
+    if dtype.kind not in "biu" and dtype.newbyteorder("=") not in (np.float16, np.float32, float):
+        raise ValueError(
+            f"confidence must hold integers or float16, float32 or float64, got {dtype}"
+        )
+    scores, right = vector(confidence, "confidence"), vector(correct, "correct")
     if right.shape != scores.shape:
         raise ValueError(f"correct has shape {right.shape} but confidence {scores.shape}")
-    if not ((right == 0) | (right == 1)).all():  # NaN is neither
+    if not ((right == 0) | (right == 1)).all():
         raise ValueError("correct must hold only 0 and 1")
     order = np.argsort(-scores, kind="stable")
     errors = np.concatenate(([0], np.cumsum(right[order] == 0)))
-    dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(np.float64)
-    return CalibrationSplit(scores[order] + 0.0, errors, dtype)  # + 0.0: no -0.0 as a threshold
+    return CalibrationSplit(scores[order], errors, dtype if dtype.kind == "f" else np.dtype(float))

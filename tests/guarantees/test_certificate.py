@@ -121,9 +121,9 @@ BAD_INPUT = [
     ([[0.5, 1.0]], [0, 1], r"confidence must have shape \[n\]"),
     ([0.5, 1.0], [1], "correct has shape"),
     ([0.5, 1.0], [0, 2], "correct must hold only 0 and 1"),
-    ([0.5, 1.0], [0, math.nan], "correct must hold only 0 and 1"),
+    ([0.5, 1.0], [0, math.nan], "correct contains NaN"),
     (["a", "b"], [0, 1], "confidence must hold .* got <U1"),
-    ([0.5, 1.0], ["0", "1"], "correct must hold .* got <U1"),
+    ([0.5, 1.0], ["0", "1"], "correct must be .* not of <U1"),
     (np.array([0.5, 1.0], complex), [0, 1], "confidence must hold .* got complex128"),
     ([0.5, None], [0, 1], "confidence must hold .* got object"),
     # Neither has the successors and the comparisons of float64 that a count relies on.
