@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.parametrize(("package", "name"), [("metrics", "aurc"), ("guarantees", "sgr")])
 def test_importable_without_jax_or_a_dataset_library(package, name):
-    """They need only NumPy and SciPy; of ours, guarantees takes checks of arguments from metrics."""
+    """They need NumPy and SciPy; guarantees takes its checks of arguments from metrics."""
     code = (
         f"import sys; from sync_jax.{package} import {name}; "
         "heavy = {'jax', 'flax', 'tensorflow', 'tensorflow_datasets', 'grain', 'matplotlib'}; "
