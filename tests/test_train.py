@@ -115,19 +115,6 @@ def test_the_test_split_is_read_once_and_last(finished):
     assert reads == [["train", False], ["test", True]]
 
 
-def test_same_seed_same_run_other_seed_other_run(finished, data_dir, tmp_path):
-    a, b, c = finished, tmp_path / "b", tmp_path / "c"
-    for seed, workdir in enumerate((b, c)):
-        train.train_and_evaluate(tiny.config(data_dir, seed=seed), workdir)
-    test = [Predictions.load(folder / "predictions_test.npz") for folder in (a, b, c)]
-    chex.assert_trees_all_equal(test[0].outputs, test[1].outputs)
-    assert curve(a) == curve(b)
-    assert not np.array_equal(test[0].outputs["logits"], test[2].outputs["logits"])
-    # The seed does not move the hold-out: runs of different seeds share their examples.
-    held_out = [Predictions.load(x / "predictions_calibration.npz").index for x in (a, c)]
-    np.testing.assert_array_equal(*held_out)
-
-
 def test_a_finished_run_says_so_and_trains_no_more(finished, data_dir, capsys, monkeypatch):
     before = (finished / "report.json").read_bytes()
     monkeypatch.setattr(train, "fit", None)

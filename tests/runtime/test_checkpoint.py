@@ -64,23 +64,6 @@ def test_restores_the_latest_bit_for_bit_and_keeps_so_many(tmp_path):
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3", "²"}
 
 
-def test_a_save_in_progress_is_no_checkpoint_and_what_is_left_of_it_goes(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state(1.0), 1)
-    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
-    lines: list[str] = []
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 1
-        for _ in range(2):  # said once
-            assert checkpoints.restore(state(0.0), lines.append).step == 1
-        checkpoints.save(state(2.0), 2)
-    assert lines == [
-        f"checkpoint {tmp_path}/2.orbax-checkpoint-tmp was half written when its process ended, "
-        "and is removed"
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
-
-
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
     """Until it is complete there is no such checkpoint."""
     may_end, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize

@@ -84,9 +84,3 @@ def test_large_arrays_are_divided_along_their_longest_axis_that_can_be(mesh):
         "small": whole,
         "count": whole,
     }
-
-
-def test_the_share_of_one_process_is_the_whole_batch(mesh):
-    assert sharding.share(24, mesh) == slice(0, 24)
-    batch = {"image": np.zeros((4, 2))}
-    assert sharding.from_shares(batch, mesh) is batch
