@@ -94,12 +94,8 @@ def test_exit_statuses(error, status, line, monkeypatch, capsys):
 
 
 def test_help_names_the_flags_the_modes_and_the_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "sync_jax.main", "--helpshort"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "sync_jax.main", "--helpshort"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     shown = result.stdout + result.stderr
     assert result.returncode == 0
     assert "sync_jax: " not in shown  # how an error's line begins

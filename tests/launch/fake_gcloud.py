@@ -1,6 +1,6 @@
 """Answers to gcloud in the tests: a cloud in the folder FAKE_ROOT, its hosts folders and processes.
 
-Options are checked by the real gcloud alone (test_command_line.py). cloud.json holds the slices
+It takes the commands and options that launch/tpu.sh uses and no others. cloud.json holds the slices
 and the states of each request: every look takes the next, and the last stays.
 """
 
@@ -14,6 +14,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(os.environ["FAKE_ROOT"])
+WHERE = {"project", "zone"}
+OPTIONS = {
+    "tpu-vm create": {"accelerator-type", "version"},
+    "tpu-vm describe": {"format"},
+    "tpu-vm ssh": {"worker", "quiet", "command"},
+    "tpu-vm scp": {"worker", "quiet"},
+    "tpu-vm delete": {"quiet"},
+    "queued-resources create": {"node-id", "accelerator-type", "runtime-version", "spot"},
+    "queued-resources describe": {"format"},
+    "queued-resources list": {"format"},
+    "queued-resources delete": {"force", "quiet"},
+}
 VARIABLES = ("FAKE_ROOT", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
 
 
@@ -95,6 +107,8 @@ def main(arguments: list[str]) -> int:
     compute, tpus, group, verb, *names = [a for a in arguments if not a.startswith("--")]
     action = f"{group} {verb}"
     assert (compute, tpus) == ("compute", "tpus")
+    if options.keys() != OPTIONS[action] | WHERE:
+        refuse(f"unrecognized or missing arguments: {sorted(options)}", 2)
     assert options.get("worker", "all") == "all", "a slice whose hosts are told one by one hangs"
     with (ROOT / "cloud.json").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
