@@ -147,8 +147,6 @@ def test_if_none_is_whole_all_are_left_as_they_are(tmp_path, how):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
-# --- Fingerprints ---------------------------------------------------------------------------------
-
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool")
 
 
@@ -201,9 +199,6 @@ def test_a_bit_flipped_anywhere_never_gives_other_numbers(tmp_path):
     assert outcomes.count(1) >= 3  # most files matter
 
 
-# --- Which are kept -------------------------------------------------------------------------------
-
-
 def test_the_latest_and_the_best_are_kept(tmp_path):
     scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.8, 5: None, 6: 0.1, 7: 0.2}
     with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
@@ -212,10 +207,8 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "6", "7"}
     # A run that goes on remembers the scores of those before.
     with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
-        assert checkpoints.restore(state(0.0)).step == 7
-        checkpoints.save(state(8 / 3), 8, score=0.85)
-        checkpoints.save(state(9 / 3), 9, score=0.0)
-        checkpoints.save(state(10 / 3), 10, score=0.0)
+        for step, score in {8: 0.85, 9: 0.0, 10: 0.0}.items():
+            checkpoints.save(state(step / 3), step, score=score)
     assert {path.name for path in tmp_path.iterdir()} == {"2", "8", "9", "10"}
 
 
