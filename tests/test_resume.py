@@ -8,7 +8,6 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -89,14 +88,6 @@ def check_the_same(whole: Path, broken: Path, config) -> None:
         chex.assert_trees_all_equal(predictions[0].outputs, predictions[1].outputs)
     reports = [json.loads((workdir / "report.json").read_text()) for workdir in (whole, broken)]
     assert reports[0]["scores"] == reports[1]["scores"]
-    # Negative control: the comparison would notice one bit.
-    leaves, tree = jax.tree.flatten(states[0])
-    for i, leaf in enumerate(leaves):
-        if leaf.dtype == jnp.float32:
-            spoilt = [*leaves]
-            spoilt[i] = jnp.nextafter(leaf, jnp.inf)
-            with pytest.raises(AssertionError):
-                chex.assert_trees_all_equal(jax.tree.unflatten(tree, spoilt), states[1])
 
 
 def cut_power(workdir: Path) -> None:

@@ -2,7 +2,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
-from sync_jax.runtime import sharding, signals
+from sync_jax.runtime import sharding
 from sync_jax.runtime.processes import Processes
-from sync_jax.runtime.training_log import Progress
 from sync_jax.runtime.workdir import owned
 from sync_jax.steps import Metrics
 from sync_jax.trainer import Trainer
@@ -187,33 +185,17 @@ def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
         pass
 
 
-def test_the_watchdog_hears_of_every_step_and_prints_stacks_when_one_hangs(
-    data_dir, tmp_path, monkeypatch, capfd
-):
+def test_the_watchdog_hears_of_every_step(data_dir, tmp_path, monkeypatch):
+    """What it prints when it hears nothing is in runtime/test_signals.py."""
     heard = []
 
     @contextlib.contextmanager
     def watchdog(seconds):
-        with signals.watchdog(seconds) as happened:
-            yield lambda: (heard.append(1), happened())
-
-    step, shown = Progress.step, ""
-
-    def hangs_at_nine(self, done):
-        nonlocal shown
-        if done == 9:
-            capfd.readouterr()  # a compilation may have taken as long
-            deadline = time.monotonic() + 60
-            while "Thread" not in shown and time.monotonic() < deadline:
-                time.sleep(0.05)
-                shown += capfd.readouterr().err
-        step(self, done)
+        assert seconds == 0.5
+        yield lambda: heard.append(1)
 
     monkeypatch.setattr(train, "watchdog", watchdog)
-    monkeypatch.setattr(Progress, "step", hangs_at_nine)
     train.train_and_evaluate(tiny.config(data_dir, process__watchdog_seconds=0.5), tmp_path)
-    assert "sync_jax: no step has finished for" in shown
-    assert "in hangs_at_nine" in shown
     # Steps, saves, and batches of 16: of two evaluations while training and of both splits at its
     # end, between which the test split is read.
     assert len(heard) == 18 + 3 + 2 * 3 + 3 + 1 + 5
