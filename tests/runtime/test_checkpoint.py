@@ -99,7 +99,7 @@ def spoil(folder, how):
 
 
 @pytest.mark.parametrize("how", ["emptied folder", "truncated", "a part is missing"])
-def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, how):
+def test_the_damaged_are_put_aside_by_name_and_if_none_is_whole_all_are_left(tmp_path, how):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(state(float(step)), step)
@@ -117,6 +117,14 @@ def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, h
         restored, step, _ = checkpoints.restore(state(0.0), lines.append)
         assert step == 2
         chex.assert_trees_all_equal(restored, state(2.0))
+    for path in tmp_path.iterdir():
+        spoil(path, how)
+    with (
+        Checkpoints(tmp_path, keep=3) as checkpoints,
+        pytest.raises(InputError, match=rf"{tmp_path}/2: .*{tmp_path}/1: .*move {tmp_path} away"),
+    ):
+        checkpoints.restore(state(0.0))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
 
 
 def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
@@ -130,21 +138,6 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
         lines = []
         assert checkpoints.restore(state(0.0), lines.append).step == 1
     assert re.search(r"2\.damaged: .*(kernel|bias|memory|step).* is not what was saved", lines[0])
-
-
-@pytest.mark.parametrize("how", ["truncated", "emptied folder"])
-def test_if_none_is_whole_all_are_left_as_they_are(tmp_path, how):
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(state(float(step)), step)
-    for step in ("1", "2"):
-        spoil(tmp_path / step, how)
-    with (
-        Checkpoints(tmp_path, keep=3) as checkpoints,
-        pytest.raises(InputError, match=rf"{tmp_path}/2: .*{tmp_path}/1: .*move {tmp_path} away"),
-    ):
-        checkpoints.restore(state(0.0))
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool")
