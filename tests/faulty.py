@@ -2,11 +2,8 @@
 
     python -m tests.faulty HARM:MOMENT:NUMBER[,HARM:MOMENT:NUMBER] ARGUMENT...
 
-HARM is 'kill' (SIGKILL, as a power cut) or 'term' (SIGTERM). MOMENT is 'data' (they are read),
-'step' (that step is under way), 'saving' (the arrays of a checkpoint are written, and it is not
-complete), 'evaluating' (an evaluation of the training is half done) or 'predictions' (they are
-about to be written), NUMBER which one. 'nan:step:N' spoils a pixel of that step's batch instead,
-and 'none:never:0' does no harm.
+HARM is 'kill' (SIGKILL) or 'term' (SIGTERM), at the moment NUMBER of its kind in `prepare`.
+'nan:step:N' spoils a pixel of that step's batch instead, and 'none:never:0' does no harm.
 """
 
 import functools
@@ -45,37 +42,32 @@ def prepare(how: str, moment: str, number: int) -> None:
     """Makes sure that it will come to that."""
     count = itertools.count(1)
 
-    def harm() -> None:
+    def harm(*_: Any) -> None:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
 
-    def harm_at_last(*_: Any) -> None:
+    def at_last(do: Callable[[], None] = harm) -> None:
         if next(count) == number:
-            harm()
+            do()
 
-    def data(*_: Any) -> None:
-        harm()
-        time.sleep(60)  # it must not come to more
-
-    def evaluating(job: train.Job, *_: Any) -> None:
-        if next(count) == number:
-            job.trainer._alive = harm  # after the first batch
-
-    if how == "nan":
-        spoil(number)
-    elif moment == "step":
-        before(Progress, "step", lambda _, done: harm() if done == number else None)
-    elif moment == "data":
-        before(train, "load_data", data)
-    elif moment == "saving":
-        before(
+    moments: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "data": (train, "load_data", lambda *_: harm() or time.sleep(60)),  # and no more happens
+        "step": (Progress, "step", lambda _, done: done == number and harm()),
+        "saving": (  # the arrays of a checkpoint are written, and it is not complete
             AtomicRenameTemporaryPath,
             "finalize",
-            lambda path: harm_at_last() if path.get_final().name.isdigit() else None,
-        )
-    elif moment == "evaluating":
-        before(train, "calibrate", evaluating)
-    elif moment == "predictions":
-        before(Predictions, "save", harm_at_last)
+            lambda path: path.get_final().name.isdigit() and at_last(),
+        ),
+        "evaluating": (  # the first batch is done
+            train,
+            "calibrate",
+            lambda job, *_: at_last(lambda: setattr(job.trainer, "_alive", harm)),
+        ),
+        "predictions": (Predictions, "save", lambda *_: at_last()),
+    }
+    if how == "nan":
+        spoil(number)
+    elif how != "none":
+        before(*moments[moment])
 
 
 def spoil(*numbers: int) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,16 +32,9 @@ def start(
     if len(commands) > 1:
         job = (f"--coordinator=localhost:{free_port()}", f"--processes={len(commands)}")
         options = [[*job, f"--process={i}"] for i in range(len(commands))]
+    pipes: Any = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
-        subprocess.Popen(
-            [*command, *more],
-            cwd=ROOT,
-            env=variables,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        subprocess.Popen([*command, *more], cwd=ROOT, env=variables, text=True, **pipes)
         for command, more in zip(commands, options, strict=True)
     ]
 

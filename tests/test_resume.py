@@ -8,7 +8,6 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -54,8 +53,7 @@ def live(data_dir: Path, workdir: Path, *harms: str, placement: str = "device") 
     children = processes.start(
         [[sys.executable, "-m", "tests.faulty", harm, *arguments] for harm in harms],
         devices=1,
-        # Once with the usual optimisations is enough; they take long.
-        XLA_FLAGS="" if len(harms) == 1 else os.environ["XLA_FLAGS"],
+        XLA_FLAGS=os.environ["XLA_FLAGS"] if len(harms) > 1 else "",  # once as users have it
     )
     killed = [child for child, harm in zip(children, harms, strict=True) if "kill" in harm]
     for child in killed:
@@ -90,14 +88,6 @@ def check_the_same(whole: Path, broken: Path, config) -> None:
         chex.assert_trees_all_equal(predictions[0].outputs, predictions[1].outputs)
     reports = [json.loads((workdir / "report.json").read_text()) for workdir in (whole, broken)]
     assert reports[0]["scores"] == reports[1]["scores"]
-    # Negative control: the comparison would notice one bit.
-    leaves, tree = jax.tree.flatten(states[0])
-    for i, leaf in enumerate(leaves):
-        if leaf.dtype == jnp.float32:
-            spoilt = [*leaves]
-            spoilt[i] = jnp.nextafter(leaf, jnp.inf)
-            with pytest.raises(AssertionError):
-                chex.assert_trees_all_equal(jax.tree.unflatten(tree, spoilt), states[1])
 
 
 def cut_power(workdir: Path) -> None:
@@ -175,18 +165,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "train_step", steps.train_step)
 
 
-def bad_config(data_dir: Path, action: str, **changes: object):
-    return tiny.config(data_dir, method="sync", train__on_nonfinite=action, **changes)
-
-
 def noted(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / FILE).read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
-    faulty.spoil(9)
-    config = bad_config(data_dir, "stop")
+    faulty.spoil(9, 14)
+    config = tiny.config(data_dir, train__on_nonfinite="stop")
     with pytest.raises(NonFiniteError, match=r"^step 9: .*selective_risk=nan.*examples are in"):
         train.train_and_evaluate(config, tmp_path)
     (entry,) = noted(tmp_path)
@@ -196,11 +182,8 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
     _, part, _ = load_data(
         config, registry.dataset(config.data), sharding.make_mesh(), tmp_path, Processes()
     )
-    host = tiny.trainer(
-        tiny.config(data_dir, method="sync", data__placement="host"),
-        sharding.make_mesh(),
-        Placement("host"),
-    )
+    config = tiny.config(data_dir, data__placement="host")
+    host = tiny.trainer(config, sharding.make_mesh(), Placement("host"))
     batch = next(host.feed(part, 8))
     np.testing.assert_array_equal(entry["indices"], part.index[np.asarray(batch["index"])])
     # The latest checkpoint is from before, and everything in it is finite.
@@ -212,23 +195,20 @@ def test_a_bad_step_stops_the_run_and_is_noted(data_dir, tmp_path):
 
 @pytest.mark.usefixtures("alone")
 def test_steps_are_skipped_within_a_budget(data_dir, tmp_path, capsys):
-    faulty.spoil(3, 9, 14)
-    config = bad_config(data_dir, "skip", train__nonfinite_budget=2)
-    with pytest.raises(NonFiniteError, match=r"^step 14: .*nonfinite_budget=2 is spent"):
+    faulty.spoil(9, 14)
+    changes = {"train__on_nonfinite": "skip", "train__nonfinite_budget": 1}
+    config = tiny.config(data_dir, **changes)
+    with pytest.raises(NonFiniteError, match=r"^step 14: .*nonfinite_budget=1 is spent"):
         train.train_and_evaluate(config, tmp_path)
     assert "step 9: " in (shown := capsys.readouterr().out)
     assert "skipped; 0 skips left in the budget" in shown
-    assert [e["action"] for e in noted(tmp_path)] == ["skip", "skip", "stop"]
+    assert [e["action"] for e in noted(tmp_path)] == ["skip", "stop"]
     # With more of it the same command goes on, also where version 0.1 has noted a rollback.
-    entries = [entry | {"action": "rollback"} for entry in noted(tmp_path)[:1]] + noted(tmp_path)[
-        1:
-    ]
-    (tmp_path / FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    config = bad_config(data_dir, "skip", train__nonfinite_budget=3)
+    notes = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(notes.replace('"skip"', '"rollback"', 1))
+    config = tiny.config(data_dir, **changes | {"train__nonfinite_budget": 2})
     train.train_and_evaluate(config, tmp_path)
-    assert [(e["step"], e["action"]) for e in noted(tmp_path)] == [
-        (3, "rollback"), (9, "skip"), (14, "skip")
-    ]  # fmt: skip
+    assert [(e["step"], e["action"]) for e in noted(tmp_path)] == [(9, "rollback"), (14, "skip")]
     # The steps changed nothing but their count: the same as with those batches left out.
     chex.assert_tree_all_finite(final_state(config, tmp_path))
     assert [e["step"] for e in curve(tmp_path) if e["part"] == "train"] == [4, 8, 12, 16, 18]

@@ -49,13 +49,7 @@ esac
 
 
 class Cloud:
-    """What the tests arrange, and what they look at.
-
-    Attributes:
-        root: the cloud's folder.
-        bucket: the contents of gs://bucket, the only one there is.
-        environment: of the laptop.
-    """
+    """A cloud in the folder `root`, with gs://bucket in `bucket`; `environment` is the laptop's."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -105,17 +99,9 @@ class Cloud:
         return [line for line in lines if set(words) <= set(line)]
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=self.environment | environment,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options: Any = {"cwd": REPOSITORY, "env": self.environment | environment, **pipes}
+        child = subprocess.Popen(command, text=True, start_new_session=True, **options)
         self.children.append(child)
         return child
 

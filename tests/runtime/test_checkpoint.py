@@ -64,23 +64,6 @@ def test_restores_the_latest_bit_for_bit_and_keeps_so_many(tmp_path):
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3", "²"}
 
 
-def test_a_save_in_progress_is_no_checkpoint_and_what_is_left_of_it_goes(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state(1.0), 1)
-    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
-    lines: list[str] = []
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 1
-        for _ in range(2):  # said once
-            assert checkpoints.restore(state(0.0), lines.append).step == 1
-        checkpoints.save(state(2.0), 2)
-    assert lines == [
-        f"checkpoint {tmp_path}/2.orbax-checkpoint-tmp was half written when its process ended, "
-        "and is removed"
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
-
-
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
     """Until it is complete there is no such checkpoint."""
     may_end, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
@@ -116,7 +99,7 @@ def spoil(folder, how):
 
 
 @pytest.mark.parametrize("how", ["emptied folder", "truncated", "a part is missing"])
-def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, how):
+def test_the_damaged_are_put_aside_by_name_and_if_none_is_whole_all_are_left(tmp_path, how):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(state(float(step)), step)
@@ -134,6 +117,14 @@ def test_a_damaged_latest_is_put_aside_by_name_and_can_be_saved_anew(tmp_path, h
         restored, step, _ = checkpoints.restore(state(0.0), lines.append)
         assert step == 2
         chex.assert_trees_all_equal(restored, state(2.0))
+    for path in tmp_path.iterdir():
+        spoil(path, how)
+    with (
+        Checkpoints(tmp_path, keep=3) as checkpoints,
+        pytest.raises(InputError, match=rf"{tmp_path}/2: .*{tmp_path}/1: .*move {tmp_path} away"),
+    ):
+        checkpoints.restore(state(0.0))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
 
 
 def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
@@ -148,23 +139,6 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
         assert checkpoints.restore(state(0.0), lines.append).step == 1
     assert re.search(r"2\.damaged: .*(kernel|bias|memory|step).* is not what was saved", lines[0])
 
-
-@pytest.mark.parametrize("how", ["truncated", "emptied folder"])
-def test_if_none_is_whole_all_are_left_as_they_are(tmp_path, how):
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(state(float(step)), step)
-    for step in ("1", "2"):
-        spoil(tmp_path / step, how)
-    with (
-        Checkpoints(tmp_path, keep=3) as checkpoints,
-        pytest.raises(InputError, match=rf"{tmp_path}/2: .*{tmp_path}/1: .*move {tmp_path} away"),
-    ):
-        checkpoints.restore(state(0.0))
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
-
-
-# --- Fingerprints ---------------------------------------------------------------------------------
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool")
 
@@ -218,9 +192,6 @@ def test_a_bit_flipped_anywhere_never_gives_other_numbers(tmp_path):
     assert outcomes.count(1) >= 3  # most files matter
 
 
-# --- Which are kept -------------------------------------------------------------------------------
-
-
 def test_the_latest_and_the_best_are_kept(tmp_path):
     scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.8, 5: None, 6: 0.1, 7: 0.2}
     with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
@@ -229,10 +200,8 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "6", "7"}
     # A run that goes on remembers the scores of those before.
     with Checkpoints(tmp_path, keep=2, keep_best=2) as checkpoints:
-        assert checkpoints.restore(state(0.0)).step == 7
-        checkpoints.save(state(8 / 3), 8, score=0.85)
-        checkpoints.save(state(9 / 3), 9, score=0.0)
-        checkpoints.save(state(10 / 3), 10, score=0.0)
+        for step, score in {8: 0.85, 9: 0.0, 10: 0.0}.items():
+            checkpoints.save(state(step / 3), step, score=score)
     assert {path.name for path in tmp_path.iterdir()} == {"2", "8", "9", "10"}
 
 

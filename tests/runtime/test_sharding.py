@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
@@ -68,25 +69,8 @@ def test_what_cannot_be_split_is_refused_with_the_sum(devices, batch_size, parts
 
 
 def test_large_arrays_are_divided_along_their_longest_axis_that_can_be(mesh):
-    shapes = {
-        "kernel": jax.ShapeDtypeStruct((3, 3, 16, 64), jnp.float32),
-        "rows": jax.ShapeDtypeStruct((800, 9), jnp.float32),
-        "odd": jax.ShapeDtypeStruct((1001, 3), jnp.float32),
-        "small": jax.ShapeDtypeStruct((64,), jnp.float32),
-        "count": jax.ShapeDtypeStruct((), jnp.int32),
-    }
-    specs = {name: place.spec for name, place in sharding.split_over(mesh, shapes).items()}
-    whole = jax.sharding.PartitionSpec()
-    assert specs == {
-        "kernel": jax.sharding.PartitionSpec(None, None, None, "batch"),
-        "rows": jax.sharding.PartitionSpec("batch"),
-        "odd": whole,
-        "small": whole,
-        "count": whole,
-    }
-
-
-def test_the_share_of_one_process_is_the_whole_batch(mesh):
-    assert sharding.share(24, mesh) == slice(0, 24)
-    batch = {"image": np.zeros((4, 2))}
-    assert sharding.from_shares(batch, mesh) is batch
+    shapes = [(3, 3, 16, 64), (800, 9), (1001, 3), (64,), ()]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    specs = [place.spec for place in sharding.split_over(mesh, arrays)]
+    last, first = PartitionSpec(None, None, None, "batch"), PartitionSpec("batch")
+    assert specs == [last, first, *[PartitionSpec()] * 3]
