@@ -1,9 +1,9 @@
-"""The host pipeline: pictures decoded and cropped, or squares read, batch = f(seed, step).
+"""The host pipeline: pictures decoded and cropped, or squares read, for each batch.
 
-An example is a function of the seed and its position, step * batch + place in the batch, and of
-nothing else: neither threads, workers and processes nor an interruption change it. The order is the
-resident pipeline's, and so is all of the augmentation but resized crops: it is left to the device.
-Nothing here computes with JAX, which a worker process must not start.
+An example depends on the seed and on its position, step * batch + place in the batch, alone:
+threads, workers, processes and interruptions change nothing. Resized crops are made here; the rest
+of the augmentation is left to the device. Nothing here computes with JAX, which a worker process
+must not start.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ from PIL import Image
 
 from sync_jax.data.info import Images
 from sync_jax.data.prepare.records import DecodedPictures
-from sync_jax.data.random_crop import random_crop
-from sync_jax.data.shuffle import shuffled
+from sync_jax.data.recipe import random_crop, shuffled
 
 Example = dict[str, np.ndarray]
 
@@ -33,11 +32,11 @@ class Examples:
     """Training examples by position.
 
     Attributes:
-        images: `[n, ...]`, in memory, as squares on the disk, or encoded.
+        images: `[n, ...]`.
         labels: `[n]` int32.
-        constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
+        constants: see `resident.epoch_constants`.
         seed: of the crops.
-        min_crop_area: of random resized crops, to the shape of the images; 1: there are none.
+        min_crop_area: of resized crops to the shape of the images; 1 for none.
     """
 
     images: Images
@@ -45,16 +44,10 @@ class Examples:
     constants: np.ndarray
     seed: int
     min_crop_area: float
-    _rows: dict[tuple[int, int], np.ndarray] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _rows: dict[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict, init=False)
 
     def __call__(self, position: int) -> Example:
-        """An example: image `[height, width, channels]` uint8, label and index `[]` int32.
-
-        Raises:
-            InputError: the prepared folder is damaged, or its picture cannot be decoded.
-        """
+        """Gives image `[height, width, channels]` uint8, label and index `[]` int32."""
         epoch, place = divmod(position, len(self.labels))
         row = self._row(epoch, place)
         return {
@@ -77,18 +70,17 @@ class Examples:
 
     def _image(self, row: int, position: int) -> np.ndarray:
         images = self.images
+        encoded = isinstance(images, DecodedPictures)
         if self.min_crop_area == 1 or len(images.shape) == 2:
-            return images.square(row) if isinstance(images, DecodedPictures) else images[row]
-        rng = np.random.Generator(
-            np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
-        )
-        if isinstance(images, DecodedPictures):
+            return images.square(row) if encoded else images[row]
+        key = np.asarray([self.seed, position], np.uint64)
+        if encoded:
             picture = images.picture(row)
         else:
             pixels = images[row]
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        height, width = images.shape[1:3]
-        return random_crop(rng, picture, self.min_crop_area, height, width)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        return random_crop(rng, picture, self.min_crop_area, *images.shape[1:3])
 
 
 def batches(
@@ -101,16 +93,16 @@ def batches(
     processes: int = 1,
     workers: int = 0,
 ) -> Iterator[Example]:
-    """This process's share of the batches of steps `start` to `stop`, in order.
+    """Yields this process's share of the batches of steps `start` to `stop` - 1.
 
     Args:
         examples: by position.
         start: first step.
-        stop: the one after the last.
-        batch_size: of all processes together; each has a stretch of equal length.
-        process: which one this is.
-        processes: how many there are; must divide batch_size.
-        workers: processes of its own that decode; 0: threads, one for each core.
+        stop: the step after the last one.
+        batch_size: of all processes together; a multiple of `processes`.
+        process: number of this process.
+        processes: how many there are.
+        workers: processes that decode; 0: threads, one for each core.
     """
     share = batch_size // processes
 
@@ -141,7 +133,7 @@ def batches(
 
 
 def _end_with_the_run(worker: int, workers: int) -> None:
-    """Neither before its run, by a signal to the whole process group, nor after it."""
+    """Lets a worker end with its run: not before, by a signal to the whole group, nor after."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
