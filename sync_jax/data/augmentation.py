@@ -203,11 +203,8 @@ def random_corners(key: Array, images: Array) -> Array:
     batch, height, width, _ = images.shape
     most = jnp.asarray([int(_DISTORTION * (length // 2)) for length in (width, height)])
     moved = jax.random.randint(key, (batch, 4, 2), 0, most + 1)
-    x, y = moved[..., 0], moved[..., 1]
-    right, bottom = width - 1 - x, height - 1 - y
-    corners = [(x[:, 0], y[:, 0]), (right[:, 1], y[:, 1]), (right[:, 2], bottom[:, 2])]
-    corners.append((x[:, 3], bottom[:, 3]))
-    return jnp.stack([jnp.stack(c, axis=-1) for c in corners], axis=1).astype(jnp.float32)
+    last, far = jnp.asarray([width - 1, height - 1]), jnp.asarray([[0, 0], [1, 0], [1, 1], [0, 1]])
+    return jnp.where(far == 1, last - moved, moved).astype(jnp.float32)
 
 
 def perspective(images: Array, corners: Array) -> Array:

@@ -15,15 +15,9 @@ class DatasetInfo:
     """The facts about a dataset that models and pipelines need.
 
     Attributes:
-        name: as in `config.data.name`.
-        num_classes: labels are 0 to num_classes - 1.
         image_shape: of the network's input: (height, width, channels), or (features,).
-        class_names: one for each label.
-        mean: per channel or feature, of the training values divided by `scale`.
-        std: likewise.
-        num_train: examples in the official training split.
-        num_test: examples in the official test split; 0: there is none.
-        scale: divisor of the values before mean and std.
+        mean: per channel or feature, of the training values divided by `scale`; std likewise.
+        num_test: 0: there is no test split.
         stored_shape: of an image in device memory; (): `image_shape`.
         squares_bytes: bytes that the squares of encoded pictures have yet to take on the disk;
             None: images are arrays in memory.
