@@ -118,7 +118,7 @@ def main() -> None:
                 ),
                 "random resized crops": (
                     BATCH,
-                    lambda: [host.random_crop(rng, x, area, size, size) for x in decoded],
+                    lambda: [random_crop(rng, x, area, size, size) for x in decoded],
                 ),
                 "one example": (BATCH, lambda: [examples(i) for i in range(BATCH)]),
             }

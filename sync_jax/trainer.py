@@ -14,8 +14,8 @@ import optax
 from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, validate
-from sync_jax.data.feed import training_feed
 from sync_jax.data.info import DatasetInfo
+from sync_jax.data.loading import training_feed
 from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import ResidentSplit
@@ -209,7 +209,7 @@ class Trainer:
         return predictions
 
     def feed(self, part: Part, start: int) -> Iterator[ResidentSplit | Batch]:
-        """Yields what each step after `start` takes; see `data.feed`."""
+        """Yields what each step after `start` takes; see `data.loading`."""
         total = self.total_steps
         return training_feed(
             part, self.config, self.placement, self.mesh, start=start, total_steps=total

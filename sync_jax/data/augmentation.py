@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sync_jax.data.recipe import (
-    DISTORTION,
-    LUMA,
-    POSTERISED,
-    RATIO,
-    SHARPNESS,
-    TRIES,
-    Augmentation,
-)
+from sync_jax.data.recipe import RATIO, TRIES, Augmentation
+
+_SHARPNESS = 2.0  # factor
+_DISTORTION = 0.5  # of perspective: corners move by up to half of this times a side
+_POSTERISED = 0xC0  # the two bits that are kept
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(
@@ -23,7 +20,7 @@ def augment(
     size: int | None = None,
     cropped: bool = False,
 ) -> Array:
-    """What `augmentation` says, at random, each image by itself.
+    """Augments each image at random.
 
     Resizing, shifts and their flips are one product with a matrix of weights for rows and one for
     columns, rather than gathers, which are slow on TPUs. Integers up to 255 are exact even in
@@ -33,10 +30,10 @@ def augment(
         key: PRNG key of the batch.
         images: `[batch, height, width, channels]` uint8; or features `[batch, d]`, which are left
             as they are.
-        augmentation: what to do.
-        size: pixels of a side of the result, where the images are squares and larger; without
-            resized crops the middle is taken. None, or the images' height: their own size.
-        cropped: whether the resized crops have been made already, as the host pipeline does.
+        augmentation: see there.
+        size: pixels of a side of the result, where the images are larger squares; without resized
+            crops the middle is taken. None, or the images' height: their own size.
+        cropped: the resized crops have been made already, by the host pipeline.
 
     Returns:
         `[batch, size, size, channels]` float32, values in [0, 255].
@@ -51,13 +48,22 @@ def augment(
             top, left = (height - size) // 2, (width - size) // 2
             images = images[:, top : top + size, left : left + size]
         height = width = size
-    row_key, column_key, flip_key = jax.random.split(key, 3)
-    pad = a.crop_padding
-    flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & a.flip
     limit = jnp.deg2rad(a.rotation)
     angles = jax.random.uniform(jax.random.fold_in(key, 1), (batch,), minval=-limit, maxval=limit)
     if a.rotation and not resized:
         images = rotate(images, angles)
+    images = _crop_and_flip(key, images, a, height, width, resizes=resized and not cropped)
+    if a.rotation and resized:
+        images = rotate(images, angles)
+    return _recolour(key, images.astype(jnp.float32), a)
+
+
+def _crop_and_flip(
+    key: Array, images: Array, a: Augmentation, height: int, width: int, *, resizes: bool
+) -> Array:
+    row_key, column_key, flip_key = jax.random.split(key, 3)
+    batch, pad = images.shape[0], a.crop_padding
+    flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1)) & a.flip
     if pad:
         down = jax.random.randint(row_key, (batch, 1), -pad, pad + 1)
         right = jax.random.randint(column_key, (batch, 1), -pad, pad + 1)
@@ -65,7 +71,7 @@ def augment(
         rows = jax.nn.one_hot(jnp.arange(height) + down, height)
         columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
         columns = jax.nn.one_hot(columns, width)
-    if resized and not cropped:
+    if resizes:
         boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
         resize_rows, resize_columns = box_weights(images, boxes, height, width)
         if pad:
@@ -75,14 +81,14 @@ def augment(
         else:
             rows = resize_rows
             columns = jnp.where(flip[..., None], resize_columns[:, ::-1], resize_columns)
-        images = apply_weights(images, rows, columns, exact=True)
-    elif pad:
-        images = apply_weights(images, rows, columns, exact=False)
-    elif a.flip:
-        images = jnp.where(flip[..., None, None], images[:, :, ::-1], images)
-    if a.rotation and resized:
-        images = rotate(images, angles)
-    images = images.astype(jnp.float32)
+    if resizes or pad:
+        return apply_weights(images, rows, columns, exact=resizes)
+    if a.flip:
+        return jnp.where(flip[..., None, None], images[:, :, ::-1], images)
+    return images
+
+
+def _recolour(key: Array, images: Array, a: Augmentation) -> Array:
     if a.jitter:
         images = colour_jitter(jax.random.fold_in(key, 3), images, a.jitter)
     if a.sharpen:
@@ -104,27 +110,15 @@ def _sometimes(key: Array, probability: float, changed: Array, images: Array) ->
 
 
 def apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) -> Array:
-    """Weights `[batch, out, in]` for rows and columns, applied to images."""
+    """Applies weights `[batch, out, in]` for rows and columns to images."""
     # Resized pixels are no integers, and bfloat16 would round them.
-    return jnp.einsum(
-        "bij,bjkc,blk->bilc",
-        rows,
-        images.astype(jnp.float32),
-        columns,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-    )
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    images = images.astype(jnp.float32)
+    return jnp.einsum("bij,bjkc,blk->bilc", rows, images, columns, precision=precision)
 
 
 def random_boxes(key: Array, images: Array, min_area: float) -> Array:
-    """Boxes as torchvision's RandomResizedCrop draws them.
-
-    Share of the area uniform, aspect ratio log-uniform from 3/4 to 4/3, ten tries at a box that
-    fits into the image, else all of it.
-
-    Args:
-        key: PRNG key of the batch.
-        images: `[batch, height, width, channels]`.
-        min_area: in (0, 1].
+    """Draws boxes as torchvision's RandomResizedCrop, but the whole image where no try fits.
 
     Returns:
         `[batch, 4]` float32 of whole numbers: top, left, height, width.
@@ -165,31 +159,13 @@ def _resize_matrix(start: Array, length: Array, from_size: int, to_size: int) ->
 
 
 def colour_jitter(key: Array, images: Array, strength: float) -> Array:
-    """Brightness, then contrast, then saturation, as torchvision's, which shuffles the order.
-
-    Args:
-        key: PRNG key of the batch.
-        images: `[batch, height, width, channels]` float32 in [0, 255]; saturation is of three
-            channels only.
-        strength: in [0, 1].
-
-    Returns:
-        As `images`.
-    """
+    """Jitters brightness, then contrast, then saturation; torchvision's shuffles the order."""
     shape = (3, images.shape[0], 1, 1, 1)
     return adjust(images, jax.random.uniform(key, shape, minval=1 - strength, maxval=1 + strength))
 
 
 def adjust(images: Array, factors: Array) -> Array:
-    """Multiplies brightness, then contrast, then saturation.
-
-    Args:
-        images: as in `colour_jitter`.
-        factors: `[3, batch, 1, 1, 1]`.
-
-    Returns:
-        As `images`.
-    """
+    """Multiplies brightness, contrast and, of colours, saturation by `[3, batch, 1, 1, 1]`."""
     images = _blend(images, jnp.zeros_like(images), factors[0])
     mean = jnp.mean(_luma(images), axis=(1, 2, 3), keepdims=True)
     images = _blend(images, mean, factors[1])
@@ -203,7 +179,7 @@ def _blend(images: Array, other: Array, factor: Array | float) -> Array:
 def _luma(images: Array) -> Array:
     if images.shape[-1] != 3:
         return jnp.mean(images, axis=-1, keepdims=True)
-    return jnp.sum(images * jnp.asarray(LUMA), axis=-1, keepdims=True)
+    return jnp.sum(images * jnp.asarray(_LUMA), axis=-1, keepdims=True)
 
 
 def to_grey(images: Array) -> Array:
@@ -219,44 +195,29 @@ def sharpen(images: Array) -> Array:
         images[:, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
     )
     smooth = (around + 4 * inner) / 13
-    return images.at[:, 1:-1, 1:-1].set(_blend(inner, smooth, SHARPNESS))
+    return images.at[:, 1:-1, 1:-1].set(_blend(inner, smooth, _SHARPNESS))
 
 
 def posterise(images: Array) -> Array:
     """Keeps the two highest bits of each value."""
-    return (images.astype(jnp.uint8) & POSTERISED).astype(images.dtype)
+    return (images.astype(jnp.uint8) & _POSTERISED).astype(images.dtype)
 
 
 def random_corners(key: Array, images: Array) -> Array:
-    """Where perspective puts the corners, as torchvision draws them.
-
-    Args:
-        key: PRNG key of the batch.
-        images: `[batch, height, width, channels]`.
+    """Draws where perspective puts the corners, as torchvision does.
 
     Returns:
         `[batch, 4, 2]` float32 of whole numbers: (x, y), clockwise from the top left.
     """
     batch, height, width, _ = images.shape
-    most = jnp.asarray([int(DISTORTION * (length // 2)) for length in (width, height)])
+    most = jnp.asarray([int(_DISTORTION * (length // 2)) for length in (width, height)])
     moved = jax.random.randint(key, (batch, 4, 2), 0, most + 1)
-    x, y = moved[..., 0], moved[..., 1]
-    right, bottom = width - 1 - x, height - 1 - y
-    corners = [(x[:, 0], y[:, 0]), (right[:, 1], y[:, 1]), (right[:, 2], bottom[:, 2])]
-    corners.append((x[:, 3], bottom[:, 3]))
-    return jnp.stack([jnp.stack(c, axis=-1) for c in corners], axis=1).astype(jnp.float32)
+    last, far = jnp.asarray([width - 1, height - 1]), jnp.asarray([[0, 0], [1, 0], [1, 1], [0, 1]])
+    return jnp.where(far == 1, last - moved, moved).astype(jnp.float32)
 
 
 def perspective(images: Array, corners: Array) -> Array:
-    """Moves the corners of images to places; bilinear, zeros outside.
-
-    Args:
-        images: `[batch, height, width, channels]`.
-        corners: `[batch, 4, 2]`: (x, y), clockwise from the top left.
-
-    Returns:
-        As `images`, float32.
-    """
+    """Moves the corners of images to places as of `random_corners`; bilinear, zeros outside."""
     height, width = images.shape[1:3]
     # From the unit square to the corners (Heckbert, 1989), then inverted by the adjugate.
     x, y = corners[..., 0], corners[..., 1]
@@ -281,8 +242,7 @@ def perspective(images: Array, corners: Array) -> Array:
 
 def _bilinear(images: Array, row: Array, column: Array) -> Array:
     """Values between pixels, `[batch, height, width]` places each; zero outside of the image."""
-    batch, height, width, channels = images.shape
-    flat = images.reshape(batch, height * width, channels)
+    height, width = images.shape[1:3]
     # Half a pixel beyond the last centre the picture ends; the pixel at the border goes that far.
     inside = (row >= -0.5) & (row < height - 0.5) & (column >= -0.5) & (column < width - 0.5)
     top, left = jnp.floor(row), jnp.floor(column)
@@ -292,22 +252,21 @@ def _bilinear(images: Array, row: Array, column: Array) -> Array:
             r = jnp.clip(top + i, 0, height - 1).astype(jnp.int32)
             k = jnp.clip(left + j, 0, width - 1).astype(jnp.int32)
             weight = (1 - jnp.abs(row - top - i)) * (1 - jnp.abs(column - left - j))
-            taken = jnp.take_along_axis(flat, (r * width + k).reshape(batch, -1, 1), axis=1)
-            result += weight[..., None] * taken.reshape(images.shape)
+            result += weight[..., None] * _pixels(images, r, k)
     return jnp.where(inside[..., None], result, 0.0)
 
 
-def rotate(images: Array, angles: Array) -> Array:
-    """Turns images about their centres, by the nearest pixel, with zeros outside.
-
-    Args:
-        images: `[batch, height, width, channels]`.
-        angles: `[batch]` radians, counterclockwise.
-
-    Returns:
-        As `images`.
-    """
+def _pixels(images: Array, row: Array, column: Array) -> Array:
+    """The pixels at `[batch, height, width]` places."""
     batch, height, width, channels = images.shape
+    flat = images.reshape(batch, height * width, channels)
+    place = (row * width + column).reshape(batch, -1, 1)
+    return jnp.take_along_axis(flat, place, axis=1).reshape(images.shape)
+
+
+def rotate(images: Array, angles: Array) -> Array:
+    """Turns images counterclockwise by `[batch]` radians: the nearest pixel, zeros outside."""
+    height, width = images.shape[1:3]
     y = jnp.arange(height, dtype=jnp.float32)[:, None] - (height - 1) / 2
     x = jnp.arange(width, dtype=jnp.float32)[None, :] - (width - 1) / 2
     cos, sin = jnp.cos(angles)[:, None, None], jnp.sin(angles)[:, None, None]
@@ -315,25 +274,13 @@ def rotate(images: Array, angles: Array) -> Array:
     row = jnp.round(cos * y + sin * x + (height - 1) / 2).astype(jnp.int32)
     column = jnp.round(cos * x - sin * y + (width - 1) / 2).astype(jnp.int32)
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    source = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
-    flat = images.reshape(batch, height * width, channels)
-    turned = jnp.take_along_axis(flat, source.reshape(batch, -1, 1), axis=1)
-    return jnp.where(inside[..., None], turned.reshape(images.shape), 0)
+    turned = _pixels(images, jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1))
+    return jnp.where(inside[..., None], turned, 0)
 
 
 def normalise(
     images: Array, mean: tuple[float, ...], std: tuple[float, ...], scale: float
 ) -> Array:
-    """Normalises values to zero mean and unit variance per channel or feature.
-
-    Args:
-        images: `[batch, ...]`, any real dtype; pixels in [0, 255].
-        mean: per channel or feature, of values / scale; as of a `DatasetInfo`.
-        std: likewise.
-        scale: that values are divided by.
-
-    Returns:
-        The same shape, float32.
-    """
+    """Normalises values / scale by a mean and deviation per channel or feature; float32."""
     scaled = images.astype(jnp.float32) / scale
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

@@ -1,9 +1,9 @@
-"""The host pipeline: pictures decoded and cropped, or squares read, batch = f(seed, step).
+"""The host pipeline: pictures decoded and cropped, or squares read, for each batch.
 
-An example is a function of the seed and its position, step * batch + place in the batch, and of
-nothing else: neither threads, workers and processes nor an interruption change it. The order is the
-resident pipeline's, and so is all of the augmentation but resized crops: it is left to the device.
-Nothing here computes with JAX, which a worker process must not start.
+An example depends on the seed and on its position, step * batch + place in the batch, alone:
+threads, workers, processes and interruptions change nothing. Resized crops are made here; the rest
+of the augmentation is left to the device. Nothing here computes with JAX, which a worker process
+must not start.
 """
 
 import dataclasses
@@ -20,12 +20,9 @@ from PIL import Image
 
 from sync_jax.data.info import Images
 from sync_jax.data.prepare.records import DecodedPictures
-from sync_jax.data.random_crop import random_crop
-from sync_jax.data.shuffle import shuffled
+from sync_jax.data.recipe import random_crop, shuffled
 
-Example = dict[str, np.ndarray]
-
-_BLOCK = 1024  # places of the order computed at once: of one alone NumPy takes half a decoding
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +30,11 @@ class Examples:
     """Training examples by position.
 
     Attributes:
-        images: `[n, ...]`, in memory, as squares on the disk, or encoded.
+        images: `[n, ...]`.
         labels: `[n]` int32.
-        constants: `[epochs, rounds, 2]`, the shuffle of each epoch; `resident.epoch_constants`.
+        constants: see `resident.epoch_constants`.
         seed: of the crops.
-        min_crop_area: of random resized crops, to the shape of the images; 1: there are none.
+        min_crop_area: of resized crops to the shape of the images; 1 for none.
     """
 
     images: Images
@@ -45,50 +42,27 @@ class Examples:
     constants: np.ndarray
     seed: int
     min_crop_area: float
-    _rows: dict[tuple[int, int], np.ndarray] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
-    def __call__(self, position: int) -> Example:
-        """An example: image `[height, width, channels]` uint8, label and index `[]` int32.
-
-        Raises:
-            InputError: the prepared folder is damaged, or its picture cannot be decoded.
-        """
-        epoch, place = divmod(position, len(self.labels))
-        row = self._row(epoch, place)
-        return {
-            "image": self._image(row, position),
-            "label": self.labels[row],
-            "index": np.int32(row),
-        }
-
-    def _row(self, epoch: int, place: int) -> int:
-        first = place - place % _BLOCK
-        rows = self._rows.get((epoch, first))
-        if rows is None:
-            size = len(self.labels)
-            places = np.arange(first, min(first + _BLOCK, size), dtype=np.uint32)
-            rows = shuffled(places, self.constants[epoch], size)
-            if len(self._rows) >= 8:
-                self._rows.clear()
-            self._rows[epoch, first] = rows
-        return int(rows[place - first])
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Gives images `[batch, height, width, channels]` uint8, labels and indices as int32."""
+        size = len(self.labels)
+        epochs, places = np.divmod(positions, size)
+        rows = shuffled(places.astype(np.uint32), self.constants[epochs], size).astype(np.int32)
+        images = [self._image(*x) for x in zip(rows.tolist(), positions.tolist(), strict=True)]
+        return {"image": np.stack(images), "label": self.labels[rows], "index": rows}
 
     def _image(self, row: int, position: int) -> np.ndarray:
         images = self.images
         if self.min_crop_area == 1 or len(images.shape) == 2:
             return images.square(row) if isinstance(images, DecodedPictures) else images[row]
-        rng = np.random.Generator(
-            np.random.Philox(key=np.asarray([self.seed, position], np.uint64))
-        )
         if isinstance(images, DecodedPictures):
             picture = images.picture(row)
         else:
             pixels = images[row]
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        height, width = images.shape[1:3]
-        return random_crop(rng, picture, self.min_crop_area, height, width)
+        key = np.asarray([self.seed, position], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        return random_crop(rng, picture, self.min_crop_area, *images.shape[1:3])
 
 
 def batches(
@@ -100,36 +74,23 @@ def batches(
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
-) -> Iterator[Example]:
-    """This process's share of the batches of steps `start` to `stop`, in order.
+) -> Iterator[Batch]:
+    """Yields this process's share of the batches of steps `start` to `stop` - 1.
 
-    Args:
-        examples: by position.
-        start: first step.
-        stop: the one after the last.
-        batch_size: of all processes together; each has a stretch of equal length.
-        process: which one this is.
-        processes: how many there are; must divide batch_size.
-        workers: processes of its own that decode; 0: threads, one for each core.
+    Batches are of `batch_size` examples of all processes together, a multiple of their number.
+    With `workers`, so many processes decode; without, threads do, one for each core.
     """
     share = batch_size // processes
 
-    def position(element: int) -> int:
-        step, place = divmod(element, share)
-        return step * batch_size + process * share + place
+    def batch(step: int) -> Batch:
+        return examples.batch(step * batch_size + process * share + np.arange(share))
 
     cores = os.cpu_count() or 1
-    dataset = (
-        grain.MapDataset.range(start * share, stop * share)
-        .map(position)
-        .map(examples)
-        .batch(share, drop_remainder=True)
-    )
-    # An element is a batch by now: few are enough, and each takes a batch's memory.
+    # An element is a batch: few are enough, and each takes a batch's memory.
     threads = grain.ReadOptions(
         num_threads=1 if workers else cores, prefetch_buffer_size=2 if workers else cores + 2
     )
-    ordered = dataset.to_iter_dataset(threads)
+    ordered = grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(threads)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which only main.py parses
             flags.FLAGS.mark_as_parsed()
@@ -141,7 +102,7 @@ def batches(
 
 
 def _end_with_the_run(worker: int, workers: int) -> None:
-    """Neither before its run, by a signal to the whole process group, nor after it."""
+    """Lets a worker end with its run: not before, by a signal to the whole group, nor after."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

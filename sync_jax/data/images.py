@@ -1,4 +1,4 @@
-"""A picture of any kind as RGB, and as a square."""
+"""Decodes pictures of any kind to RGB, and makes squares of them."""
 
 import dataclasses
 import io
@@ -11,15 +11,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sync_jax.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-# What these files may hold, whatever their names say. Not any kind that Pillow knows: it would hand
-# PostScript to Ghostscript, which executes it.
+# Not all kinds that Pillow knows: it would hand PostScript to Ghostscript, which executes it.
 _KINDS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How pictures become squares.
+    """The sizes of pictures.
 
     Attributes:
         short_side: pixels that it is resized to.
@@ -33,11 +32,7 @@ class Layout:
 
     @classmethod
     def of(cls, section: ConfigDict) -> "Layout":
-        """Of the `data` section of a config, where 0 stands for the size below.
-
-        Raises:
-            InputError: the sizes decrease.
-        """
+        """Reads the `data` section of a config, where 0 stands for the size below."""
         stored = section.stored_size or section.short_side or section.image_size
         short_side = section.short_side or stored
         if not section.image_size <= stored <= short_side:
@@ -53,16 +48,10 @@ class BadImageError(Exception):
 
 
 def decode(source: Path | bytes) -> Image.Image:
-    """Decodes a picture and makes it RGB.
+    """Decodes a file or its contents to RGB, turned as its EXIF orientation says.
 
-    Turned as its EXIF orientation says; grey, 16-bit, palette and CMYK converted; transparent
-    parts white; of an animation the first picture.
-
-    Args:
-        source: the file, or its contents.
-
-    Raises:
-        BadImageError: it is truncated, damaged, too large or no picture.
+    Grey, 16-bit, palette and CMYK are converted, transparent parts become white, and of an
+    animation the first picture is taken. Raises a BadImageError where that cannot be done.
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -81,15 +70,9 @@ def decode(source: Path | bytes) -> Image.Image:
 
 
 def square(image: Image.Image, short_side: int, size: int) -> np.ndarray:
-    """Resizes a picture to a short side and cuts a square from its middle.
+    """Resizes a picture to a short side, and cuts a square from its middle.
 
-    Args:
-        image: of any size.
-        short_side: pixels.
-        size: pixels of a side of the square, at most `short_side`.
-
-    Returns:
-        `[size, size, channels]` uint8; resized bilinear and antialiased.
+    Returns `[size, size, channels]` uint8; bilinear and antialiased.
     """
     side = min(image.size) * size / short_side
     left, top = ((length - side) / 2 for length in image.size)

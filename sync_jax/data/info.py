@@ -1,4 +1,4 @@
-"""The interface of datasets, and what models and pipelines need to know of one."""
+"""The interface of datasets, and the facts about one that models and pipelines need."""
 
 import dataclasses
 import math
@@ -12,21 +12,15 @@ from sync_jax.runtime.console import say
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What models and pipelines need to know of a dataset.
+    """The facts about a dataset that models and pipelines need.
 
     Attributes:
-        name: as in `config.data.name`.
-        num_classes: labels are 0 to num_classes - 1.
         image_shape: of the network's input: (height, width, channels), or (features,).
-        class_names: one for each label.
-        mean: per channel or feature, of the training values divided by `scale`.
-        std: likewise the standard deviation.
-        num_train: examples in the official training split.
-        num_test: examples in the official test split; 0: there is none.
-        scale: that values are divided by before mean and std.
+        mean: per channel or feature, of the training values divided by `scale`; std likewise.
+        num_test: 0: there is no test split.
         stored_shape: of an image in device memory; (): `image_shape`.
-        squares_bytes: of encoded pictures, what their squares have yet to take on the disk; None:
-            images are arrays in memory, which nothing decodes.
+        squares_bytes: bytes that the squares of encoded pictures have yet to take on the disk;
+            None: images are arrays in memory.
     """
 
     name: str
@@ -59,7 +53,6 @@ class Pictures:
     Attributes:
         rows: `[n]`, positions in the split.
         size: pixels of a side.
-        dtype: uint8.
     """
 
     rows: np.ndarray
@@ -72,15 +65,13 @@ class Pictures:
         return len(self.rows), self.size, self.size, 3
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.rows)
 
     def __getitem__(self, wanted: Any) -> np.ndarray:
-        """Some of them, as an array."""
         raise NotImplementedError
 
     def subset(self, rows: np.ndarray) -> Self:
-        """Some of them, by position."""
+        """Selects some by position."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
     def uncut(self) -> Self:
@@ -93,14 +84,14 @@ Images = np.ndarray | Pictures
 
 
 class Dataset(Protocol):
-    """A dataset, made once per run by `registry.dataset`. It may keep what it has found out."""
+    """A dataset, made once per run by `registry.dataset`. It may keep what it has found out.
+
+    All methods raise an InputError where the data cannot be had or are damaged, or their source
+    has changed since it was prepared.
+    """
 
     def info(self) -> DatasetInfo | None:
-        """What is known of it; of pictures not yet prepared, upper bounds or None.
-
-        Raises:
-            InputError: the prepared folder is damaged, or its source has changed since.
-        """
+        """Facts about it; of pictures not yet prepared, upper bounds or None."""
 
     def is_prepared(self) -> bool:
         """True where `load` will find it."""
@@ -109,26 +100,17 @@ class Dataset(Protocol):
         """Obtains and converts it where that was not done; once is enough.
 
         Interrupted at any moment, it leaves nothing that passes for prepared, and can be run again.
-        Of several processes at once the first prepares, and the others wait.
-
-        Args:
-            log: told what is done, a line at a time.
-
-        Raises:
-            InputError: it cannot be had, or `data_dir` cannot be written.
+        Of several processes at once the first prepares, and the others wait. `log` is told what is
+        done, a line at a time.
         """
 
     def load(self, split: str, *, decode: bool = False) -> tuple[Images, np.ndarray]:
-        """Images and labels of an official split, in its order.
+        """Reads an official split, in its order: images, and labels `[n]` int32.
+
+        Arrays are the caller's own.
 
         Args:
             split: "train" or "test".
-            decode: encoded pictures: decode them whenever they are sliced. Otherwise squares are
-                read, which are made first where they are missing. Arrays are the same either way.
-
-        Returns:
-            images, and labels `[n]` int32. Arrays are the caller's own.
-
-        Raises:
-            InputError: there is no such split, it is not prepared, or it is damaged.
+            decode: decode encoded pictures whenever they are sliced. Otherwise squares are read,
+                which are made first where they are missing. Arrays are the same either way.
         """

@@ -1,31 +1,28 @@
-"""The data of a run: prepared, put where they fit, and read."""
+"""The data of a run: prepared, placed, read, and fed to the training steps."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sync_jax.data import host
 from sync_jax.data.info import Dataset, DatasetInfo
 from sync_jax.data.placement import Placement, choose
-from sync_jax.data.splits import Part, calibration_size, load_test, load_train_and_calibration
+from sync_jax.data.resident import ResidentSplit, epoch_constants, put_on_devices
+from sync_jax.data.splits import Part, calibration_size, load_train_and_calibration
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
 from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 
-__all__ = ["check_sizes", "load_data", "load_test", "load_train_and_calibration", "prepare"]
-
 
 def prepare(config: ConfigDict, dataset: Dataset) -> None:
-    """Obtains and prepares a config's dataset; once is enough.
-
-    Of encoded pictures also the squares, where the config or this machine's memory wants them.
-
-    Raises:
-        InputError: it cannot be had, or the config does not fit it.
-    """
+    """Obtains and prepares a config's dataset, with squares where this run would need them."""
     if (known := dataset.info()) is not None:
         check_sizes(config, known)
     dataset.prepare()
@@ -38,23 +35,11 @@ def prepare(config: ConfigDict, dataset: Dataset) -> None:
 
 
 def load_data(
-    config: ConfigDict,
-    dataset: Dataset,
-    mesh: jax.sharding.Mesh,
-    workdir: Path | None,
-    processes: Processes,
+    config: ConfigDict, dataset: Dataset, mesh: Mesh, workdir: Path | None, processes: Processes
 ) -> tuple[Placement, Part, Part]:
     """Places the training images, and reads the training and the calibration part.
 
-    Args:
-        config: validated.
-        dataset: its dataset, prepared where that was not done.
-        mesh: the devices.
-        workdir: of the run, whose checkpoints say where its images were; None: it has none.
-        processes: that train together; all call it.
-
-    Raises:
-        InputError: the data cannot be had, or the config does not fit them.
+    All processes call it. The checkpoints in `workdir` say where the images of a run were.
     """
 
     def make_ready() -> None:
@@ -79,13 +64,9 @@ def load_data(
 
 
 def decide(
-    config: ConfigDict, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path | None = None
+    config: ConfigDict, dataset: Dataset, mesh: Mesh, workdir: Path | None = None
 ) -> Placement:
-    """Places the training images as `data.placement` says; a run that goes on keeps its place.
-
-    Raises:
-        InputError: there is no room.
-    """
+    """Places the training images as `data.placement` says; a run that goes on keeps its place."""
     section = config.data.copy_and_resolve_references()
     notes = latest_notes(workdir / "checkpoints") if workdir else None
     if notes is not None and section.placement == "auto":
@@ -95,11 +76,7 @@ def decide(
 
 
 def check_sizes(config: ConfigDict, info: DatasetInfo) -> None:
-    """Checks what depends on how large the dataset is.
-
-    Raises:
-        InputError: naming the field, the value and what would do.
-    """
+    """Raises an InputError where the config does not fit the size of the dataset."""
     held_out = calibration_size(config.data, info.num_train)
     train_size = info.num_train - held_out
     if train_size < info.num_classes or held_out < info.num_classes:
@@ -121,12 +98,47 @@ def check_sizes(config: ConfigDict, info: DatasetInfo) -> None:
 
 
 def known_info(dataset: Dataset) -> DatasetInfo:
-    """The info of a dataset that has been prepared.
-
-    Raises:
-        InputError: it has not.
-    """
+    """The info of a dataset that has been prepared."""
     info = dataset.info()
     if info is None:
         raise InputError("the dataset is not prepared; --mode=prepare does it")
     return info
+
+
+def training_feed(
+    part: Part,
+    config: ConfigDict,
+    placement: Placement,
+    mesh: Mesh,
+    *,
+    start: int,
+    total_steps: int,
+) -> Iterator[ResidentSplit | dict[str, jax.Array]]:
+    """Yields what each step after `start` takes: the resident split, or the host's batch."""
+    images = part.images if isinstance(part.images, np.ndarray) else part.images.uncut()
+    if placement.on_device:
+        split = put_on_devices(images, part.labels, mesh, sharded=placement.sharded)
+        while True:
+            yield split
+    batch_size = config.train.batch_size
+    examples = host.Examples(
+        images,
+        part.labels,
+        epoch_constants(config.seed, -(-total_steps * batch_size // len(part.labels))),
+        config.seed,
+        float(config.data.min_crop_area) if placement.decoded else 1.0,
+    )
+    for batch in host.batches(
+        examples,
+        start=start,
+        stop=total_steps,
+        batch_size=batch_size,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        workers=config.data.workers if placement.decoded else 0,
+    ):
+        whole = batch | {"mask": np.ones(len(batch["label"]), np.float32)}
+        yield {
+            name: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), array)
+            for name, array in whole.items()
+        }

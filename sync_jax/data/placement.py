@@ -1,4 +1,4 @@
-"""Where training images are: in the devices' memory, on the disk, or on the host."""
+"""Places training images: in the devices' memory, on the disk, or on the host."""
 
 import dataclasses
 import os
@@ -18,13 +18,13 @@ _COPY_SHARE = 0.05  # of it that each device may spend on a copy of its own, whi
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where training images are.
+    """The place of the training images.
 
     Attributes:
-        where: "device": in the devices' memory; "disk": as squares there, read for each batch;
-            "host": decoded there for each batch, or taken from arrays in memory.
-        sharded: a part of them on each device, rather than all.
-        reason: what was chosen and why, in a line.
+        where: "device"; "disk": squares, read for each batch; "host": decoded for each batch, or
+            taken from arrays in memory.
+        sharded: each device holds a part of them rather than all.
+        reason: the choice and its reason, in a line.
     """
 
     where: str = "device"
@@ -47,14 +47,6 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
 
     'auto' takes the devices where the images fit into half of their free memory, else the disk
     where the squares are there or fit, else the host.
-
-    Args:
-        section: `data`.
-        info: of the dataset.
-        mesh: the devices.
-
-    Raises:
-        InputError: the devices are asked for and are too small.
     """
     count = info.num_train - calibration_size(section, info.num_train)
     needed = count * info.bytes_per_example
@@ -64,7 +56,6 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
         f"{_giga(needed)} of training images, {_giga(free)} free on {devices} "
         f"(data.placement={section.placement!r}"
     )
-    sharded = mesh.size > 1 and needed > _COPY_SHARE * free / mesh.size
     where: str = section.placement
     if where == "device" and needed > free:
         smaller = "; use 'disk' or 'host', or a smaller config.data.stored_size"
@@ -74,11 +65,11 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
         where = "device" if needed <= _SHARE * free else "host"
         if where == "host" and info.squares_bytes is not None:
             room = _free_disk(section.data_dir)
-            fits = info.squares_bytes <= room
-            where = "disk" if fits else "host"
+            where = "disk" if info.squares_bytes <= room else "host"
             sizes += (
                 f"; squares on the disk take {_giga(info.squares_bytes)} more, {_giga(room)} free"
             )
+    sharded = where == "device" and mesh.size > 1 and needed > _COPY_SHARE * free / mesh.size
     how = {
         "device": f"in device memory{', sharded' if sharded else ''}",
         "disk": "on the disk, read for each batch",
@@ -86,11 +77,11 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
     }[where]
     if where != "device" and info.squares_bytes is None:
         how = "in the host's memory, copied for each batch"
-    return Placement(where, sharded and where == "device", f"images {how}: {sizes})")
+    return Placement(where, sharded, f"images {how}: {sizes})")
 
 
 def free_memory(mesh: Mesh) -> float:
-    """Bytes free on all devices together; the host's of a CPU's, and of those that do not tell."""
+    """Free bytes of all devices together; the host's for CPUs and devices that do not tell."""
     total = 0.0
     for device in mesh.local_devices:
         statistics = device.memory_stats() if device.platform != "cpu" else None

@@ -15,21 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sync_jax.data.augmentation import augment
 from sync_jax.data.info import Images
-from sync_jax.data.recipe import Augmentation
-from sync_jax.data.shuffle import ROUNDS, shuffled
+from sync_jax.data.recipe import ROUNDS, Augmentation, shuffled
 from sync_jax.runtime.sharding import BATCH_AXIS, batch_sharding, replicated
 
 _CHUNK = 1 << 28  # bytes copied to a device at once
 
 
 class ResidentSplit(NamedTuple):
-    """A split in device memory.
-
-    Attributes:
-        images: `[n, height, width, channels]` uint8, or features `[n, d]` float32; more than n rows
-            where they are sharded.
-        labels: `[n]` int32.
-    """
+    """A split in device memory: labels `[n]`, images `[n, ...]` or more rows where sharded."""
 
     images: Array
     labels: Array
@@ -45,11 +38,10 @@ def training_batch(
     size: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-    """The training batch of a step.
+    """Makes the training batch of a step.
 
     Examples come without replacement: positions `step * batch_size ...` of an endless row of
-    shuffled epochs, so a batch may hold the end of one epoch and the beginning of the next, and no
-    example is left out.
+    shuffled epochs, so a batch may hold the end of one epoch and the beginning of the next.
 
     Args:
         split: the training examples.
@@ -61,9 +53,8 @@ def training_batch(
         mesh: over which the images are sharded; None: every device has all of them.
 
     Returns:
-        image `[batch, height, width, channels]` float32 in [0, 255] (features `[batch, d]`), label
-        `[batch]` int32, index `[batch]` int32, the example's position in the split, and mask
-        `[batch]` float32, all ones.
+        image `[batch, ...]` float32 in [0, 255], label `[batch]` int32, index `[batch]` int32, the
+        example's position in the split, and mask `[batch]` float32, all ones.
     """
     shuffle_key, _ = jax.random.split(jax.random.key(seed))
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])
@@ -79,13 +70,13 @@ def training_batch(
 
 
 def augmentation_key(seed: Array, step: Array) -> Array:
-    """PRNG key of a step's augmentation, whichever pipeline the images come from."""
+    """PRNG key of a step's augmentation, in either pipeline."""
     _, key = jax.random.split(jax.random.key(seed))
     return jax.random.fold_in(key, step)
 
 
 def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:
-    """Which examples a step sees: `[batch_size]` int32; an epoch permutes `range(size)`."""
+    """Positions of the examples of a step: `[batch_size]` int32."""
     start = jnp.uint32(step) * jnp.uint32(batch_size)
     position = start + jnp.arange(batch_size, dtype=jnp.uint32)
     epoch, place = position // jnp.uint32(size), position % jnp.uint32(size)
@@ -97,18 +88,18 @@ def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:
 
 
 def examples_of_step(seed: int, step: int, *, batch_size: int, size: int) -> np.ndarray:
-    """The positions of the examples that a step, counted from 1, sees: `[batch_size]`."""
+    """The same of a step counted from 1, as an array of NumPy."""
     key, _ = jax.random.split(jax.random.key(np.uint32(seed)))
     return np.asarray(epoch_index(key, jnp.uint32(step - 1), batch_size, size))
 
 
 def shuffle_constants(key: Array) -> Array:
-    """What defines one permutation: `[rounds, 2]` uint32."""
+    """Random numbers that define one permutation: `[rounds, 2]` uint32."""
     return jax.random.bits(key, (ROUNDS, 2), jnp.uint32)
 
 
 def epoch_constants(seed: int, epochs: int) -> np.ndarray:
-    """The same of the first epochs of a seed, for the host: `[epochs, rounds, 2]` uint32."""
+    """The same of the first epochs, for the host: `[epochs, rounds, 2]` uint32."""
     shuffle_key, _ = jax.random.split(jax.random.key(seed))
     numbers = jnp.arange(epochs, dtype=jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(shuffle_key, numbers)
@@ -120,14 +111,8 @@ def put_on_devices(
 ) -> ResidentSplit:
     """Copies a split to the devices, some hundred megabytes at a time.
 
-    A CPU is its own device: an array of `memory.aligned_empty` is not copied there.
-
-    Args:
-        images: `[n, ...]`; an array is not to be changed afterwards.
-        labels: `[n]` int32.
-        mesh: the devices.
-        sharded: each holds a part of the images (the last are filled up with zeros) rather than
-            all of them.
+    A CPU is its own device: an array of `memory.aligned_empty` is not copied there, and must not be
+    changed afterwards. If sharded, each device holds a part, the last filled up with zeros.
     """
     copied = replicated(mesh)
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
@@ -156,18 +141,10 @@ def put_on_devices(
 
 
 def take(images: Array, index: Array, mesh: Mesh) -> Array:
-    """Rows of an array whose first axis is split over the mesh; the result is split likewise.
+    """Takes rows of an array whose first axis is split over the mesh; the result is split likewise.
 
     Each device looks up, for the whole batch, the rows that it holds; what the others lack comes to
-    them by one exchange of the size of the batch.
-
-    Args:
-        images: `[n, ...]`, n a multiple of the number of devices.
-        index: `[batch]`, likewise.
-        mesh: the devices.
-
-    Returns:
-        `[batch, ...]`.
+    them by one exchange of the size of the batch. Both sizes are multiples of the devices' number.
     """
     rows = images.shape[0] // mesh.size
 

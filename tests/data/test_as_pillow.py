@@ -7,8 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from sync_jax.data import augmentation
-from sync_jax.data.random_crop import random_box
-from sync_jax.data.recipe import Augmentation
+from sync_jax.data.recipe import Augmentation, random_box
 
 
 def smooth(seed, size=48):

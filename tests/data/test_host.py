@@ -16,8 +16,7 @@ import scipy.stats
 from PIL import Image
 
 from sync_jax.data import augmentation, host, registry
-from sync_jax.data.random_crop import random_box, random_crop
-from sync_jax.data.recipe import Augmentation
+from sync_jax.data.recipe import Augmentation, random_box, random_crop
 from sync_jax.data.resident import (
     ResidentSplit,
     augmentation_key,

@@ -12,8 +12,8 @@ from sync_jax import train
 from sync_jax.config import default_config
 from sync_jax.data import loading, registry
 from sync_jax.data.datasets import image_folder
-from sync_jax.data.prepare import records
-from sync_jax.data.prepare.records import INFO
+from sync_jax.data.prepare import pictures as prepare_pictures
+from sync_jax.data.prepare.pictures import INFO
 from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from tests.curves import check_close
@@ -145,7 +145,7 @@ def test_changed_pictures_are_noticed_and_absent_ones_are_not_needed(tmp_path):
 
 
 def test_damage_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD", 3)
+    monkeypatch.setattr(prepare_pictures, "SHARD", 3)
     write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
     data = section(tmp_path)
     dataset, _ = prepared(data)

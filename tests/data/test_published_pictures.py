@@ -14,7 +14,7 @@ from PIL import Image
 from sync_jax.data import registry
 from sync_jax.data.datasets import imagenet100
 from sync_jax.data.images import square
-from sync_jax.data.prepare import records
+from sync_jax.data.prepare import pictures, records
 from sync_jax.data.prepare.archives import Picture, tar_members
 from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
@@ -368,7 +368,7 @@ def test_bad_pictures_are_listed_by_name_and_left_out(tmp_path):
 
 def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
     """Stopped in the middle of a file of records, then again in the middle of the squares."""
-    monkeypatch.setattr(records, "SHARD", 3)
+    monkeypatch.setattr(pictures, "SHARD", 3)
     members, expected = food_members()
     write_food(tmp_path / "source", members, "tar.gz")
     data = section("food101", tmp_path)
@@ -401,7 +401,7 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 def test_squares_that_were_stopped_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("sync_jax.data.prepare.squares._AT_ONCE", 4)
+    monkeypatch.setattr("sync_jax.data.prepare.records._AT_ONCE", 4)
     members, expected = food_members()
     write_food(tmp_path / "source", members, "tar")
     data = section("food101", tmp_path)

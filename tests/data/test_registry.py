@@ -78,11 +78,6 @@ def test_sizes_that_do_not_fit():
             {"train__epochs": 39_769.0},
             "config.train.epochs=39769 must be less than 39768 with 54000",
         ),
-        (
-            {"loss__payoff": 10.1},
-            {"loss__payoff": 10.1, "method": "deep_gamblers"},
-            "config.loss.payoff=10.1 must be at most the 10 classes",
-        ),
     ):
         check_sizes(config(**good), INFO)
         assert expected in refused(lambda bad=bad: check_sizes(config(**bad), INFO))

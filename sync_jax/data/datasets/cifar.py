@@ -38,6 +38,7 @@ CIFAR100_CLASS_NAMES = tuple(
     """.split()  # noqa: SIM905
 )
 _PIXELS = 3 * 32 * 32
+_BYTE_NAMES = ("u1", b"u1", "uint8", b"uint8")  # of a dtype
 _URL = "https://www.cs.toronto.edu/~kriz/"
 
 
@@ -97,37 +98,30 @@ class Cifar100(ArrayDataset):
 
 
 def _read(path: Path, splits: dict[str, list[str]], *, label_bytes: int, key: bytes) -> Arrays:
-    """Reads an archive of either form; nothing is unpacked to the disk.
+    """Reads an archive of either form, as its name says; nothing is unpacked to the disk.
 
-    Args:
-        path: the archive; its name says which form it has.
-        splits: the names of a split's files, without `.bin`.
-        label_bytes: in front of an image in the binary form; the last one is the label.
-        key: of the labels in the Python form.
+    In the binary form `label_bytes` come before an image, the last of which is the label; in the
+    Python form labels are found by their `key`.
     """
-    binary = "binary" in path.name
-    wanted = {
-        name + (".bin" if binary else ""): name for names in splits.values() for name in names
-    }
+    suffix = ".bin" if "binary" in path.name else ""
+    wanted = {name + suffix for names in splits.values() for name in names}
     parts = {}
     try:
         with tarfile.open(path, mode="r:gz") as archive:
             for name, data in named_members(archive, wanted):
                 where = f"{path}: {name}"
-                parts[wanted[name]] = (
+                parts[name.removesuffix(suffix)] = (
                     _parse_binary(where, data, label_bytes)
-                    if binary
+                    if suffix
                     else _parse_python(where, data, key)
                 )
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    missing = sorted(set(wanted.values()) - parts.keys())
-    if missing:
-        raise InputError(f"{path} does not hold {', '.join(missing)}")
     arrays = {}
     for split, names in splits.items():
-        pixels = np.concatenate([parts[name][0] for name in names])
-        labels = np.concatenate([parts[name][1] for name in names])
+        if missing := [name for name in names if name not in parts]:
+            raise InputError(f"{path} does not hold {', '.join(missing)}")
+        pixels, labels = (np.concatenate([parts[name][i] for name in names]) for i in (0, 1))
         arrays[split] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
     return arrays
 
@@ -161,35 +155,26 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # Each time a new object, for a pickle may also change what it is given.
-        if module.startswith("numpy") and name == "_reconstruct":
-            return lambda *arguments: _Array()
-        if (module, name) == ("numpy", "ndarray"):
-            return None  # an argument of the above
-        if (module, name) == ("numpy", "dtype"):
-            return lambda *arguments: _Dtype(arguments[0])
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+            return lambda *arguments: _Stub(arguments)
         if (module, name) == ("_codecs", "encode"):
             return lambda *arguments: arguments[0].encode("latin1")  # how protocol 2 spells bytes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
 
 
-class _Dtype:
-    """In place of a NumPy dtype: its name, such as "u1" or b"u1"."""
-
-    def __init__(self, name: Any):
-        self.name = name
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # byte order and alignment, which bytes have not
-
-
-class _Array:
-    """In place of a NumPy array of bytes; `array` is `[...]` uint8."""
+class _Stub:
+    """In place of a NumPy dtype, known by its arguments, or of an array of bytes."""
 
     array: np.ndarray
 
+    def __init__(self, arguments: tuple[Any, ...]):
+        self.arguments = arguments
+
     def __setstate__(self, state: Any) -> None:
+        if len(state) != 5:  # of a dtype: byte order and alignment, which bytes have not
+            return
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", b"u1", "uint8", b"uint8"):
+        if not isinstance(dtype, _Stub) or dtype.arguments[0] not in _BYTE_NAMES:
             raise pickle.UnpicklingError("it has an array of other elements than bytes")
         if not isinstance(data, bytes):
             raise pickle.UnpicklingError("it has an array without contents")

@@ -18,6 +18,15 @@ CLASS_NAMES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 _URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# Debian recompressed the files; with the gzip headers of the originals put back, they have the MD5
+# sums that the authors publish, so these are the SHA-256 sums of the authors' own bytes.
+_DIGESTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+_COUNTS = {"train": 60_000, "t10k": 10_000}
 
 
 def idx_file(name: str, digest: str, shape: tuple[int, ...], url: str = _URL) -> PublishedFile:
@@ -39,31 +48,15 @@ class FashionMnist(ArrayDataset):
         num_train=60_000,
         num_test=10_000,
     )
-    # Debian recompressed the files; with the gzip headers of the originals put back, they have the
-    # MD5 sums that the authors publish, so these are the SHA-256 sums of the authors' own bytes.
     UPSTREAM = Upstream(
         forms=(
-            (
+            tuple(
                 idx_file(
-                    "train-images-idx3-ubyte",
-                    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                    (60_000, 28, 28),
-                ),
-                idx_file(
-                    "train-labels-idx1-ubyte",
-                    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-                    (60_000,),
-                ),
-                idx_file(
-                    "t10k-images-idx3-ubyte",
-                    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                    (10_000, 28, 28),
-                ),
-                idx_file(
-                    "t10k-labels-idx1-ubyte",
-                    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-                    (10_000,),
-                ),
+                    name,
+                    digest,
+                    (_COUNTS[name.partition("-")[0]], *((28, 28) if "images" in name else ())),
+                )
+                for name, digest in _DIGESTS.items()
             ),
         ),
         prepared_bytes=70_000 * 1_000,
@@ -74,7 +67,7 @@ class FashionMnist(ArrayDataset):
     def read(self, paths: tuple[Path, ...]) -> Arrays:
         """See `ArrayDataset.read`."""
         train_images, train_labels, test_images, test_labels = (
-            _parse(file.read(path))
+            _parse(b"".join(file.content(path)))
             for file, path in zip(self.UPSTREAM.forms[0], paths, strict=True)
         )
         return {"train": (train_images, train_labels), "test": (test_images, test_labels)}

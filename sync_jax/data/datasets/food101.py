@@ -3,17 +3,16 @@
 75,750 training pictures, whose labels are noisy, and 25,250 test pictures.
 """
 
-import contextlib
 import gzip
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from sync_jax.data.prepare.archives import Listing, Picture, tar_members
 from sync_jax.data.prepare.pictures import PublishedPictures
-from sync_jax.data.prepare.records import progress_bar
-from sync_jax.data.prepare.staging import Log, check_disk, exclusive
+from sync_jax.data.prepare.staging import Log, check_disk, exclusive, progress_bar
 from sync_jax.errors import InputError
 
 _ARCHIVE, _TAR = "food-101.tar.gz", "food-101.tar"
@@ -41,8 +40,10 @@ class Food101(PublishedPictures):
         if not tar.is_file():
             if not (folder / _ARCHIVE).is_file():
                 raise InputError(f"{folder} does not hold {self.NEEDED}")
+            tar = self.scratch / _TAR
             with exclusive(self.root, self.key, log):
-                tar = _decompress(folder / _ARCHIVE, self.scratch / _TAR)
+                if not tar.is_file():  # by an earlier process
+                    _decompress(folder / _ARCHIVE, tar)
         members = {
             member.name.removeprefix("./").removeprefix("food-101/"): member
             for member in tar_members(tar)
@@ -83,31 +84,21 @@ def _listing(where: Path, file: Callable[[str], Picture]) -> Listing:
     return Listing(tuple(names), splits)
 
 
-def _decompress(archive: Path, target: Path) -> Path:
-    if target.is_file():  # by an earlier process
-        return target
+def _decompress(archive: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     total = os.stat(archive).st_size
     check_disk(target.parent, int(_EXPANSION * total), f"to decompress {archive.name}")
     temporary = target.with_suffix(".incomplete")  # one alone, however often it is begun
-    with archive.open("rb") as compressed, temporary.open("wb") as out, progress_bar() as progress:
-        task = progress.add_task(f"decompressing {archive.name}", total=total)
-        try:
+    try:
+        with archive.open("rb") as compressed, temporary.open("wb") as out, progress_bar() as bar:
+            task = bar.add_task(f"decompressing {archive.name}", total=total)
             with gzip.GzipFile(fileobj=compressed) as contents:
                 while chunk := contents.read(_CHUNK):
                     out.write(chunk)
                     if out.tell() > _MOST * total + _CHUNK:
-                        _give_up(temporary)
-                        raise InputError(f"{archive} expands to more than photographs do")
-                    progress.update(task, completed=compressed.tell())
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            _give_up(temporary)
-            raise InputError(f"{archive} is damaged or truncated: {error}") from error
+                        raise gzip.BadGzipFile("it expands to more than photographs do")
+                    bar.update(task, completed=compressed.tell())
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        shutil.rmtree(target.parent)
+        raise InputError(f"{archive} is damaged or truncated: {error}") from error
     temporary.replace(target)
-    return target
-
-
-def _give_up(temporary: Path) -> None:
-    temporary.unlink()
-    with contextlib.suppress(OSError):  # there may be more in it
-        temporary.parent.rmdir()

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 from sync_jax.data.images import SUFFIXES
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.prepare.archives import Listing, Picture, is_picture
-from sync_jax.data.prepare.download import check_folder
 from sync_jax.data.prepare.pictures import PictureDataset
-from sync_jax.data.prepare.staging import Log, expand
+from sync_jax.data.prepare.staging import Log, check_folder, expand
 from sync_jax.data.splits import stratified_split
 from sync_jax.errors import InputError
 
@@ -31,17 +30,12 @@ _TEST_SHARE = 5  # one in so many, where the tree has no split folders
 
 
 class ImageFolder(PictureDataset):
-    """Pictures of a folder per class, prepared in `data_dir/image_folder/<folder>/<version>`.
-
-    Attributes:
-        pictures: the folder.
-    """
+    """Pictures of a folder per class, prepared in `data_dir/image_folder/<folder>/<version>`."""
 
     VERSION = "2.0.0"
     LARGEST_SIDE = 512  # photographs of a telephone's size would take minutes an epoch to decode
 
     def __init__(self, section: ConfigDict):
-        """See `PictureDataset`; raises an InputError where the section names no folder."""
         if not section.folder:
             raise InputError(
                 "config.data.folder is empty; say --config.data.folder=FOLDER, which holds one "
@@ -56,7 +50,6 @@ class ImageFolder(PictureDataset):
 
     @functools.cached_property
     def _tree(self) -> tuple[Listing, int]:
-        """What `scan` finds, once, however often it is asked for."""
         return scan(self.pictures)
 
     @functools.cached_property
@@ -93,12 +86,8 @@ class ImageFolder(PictureDataset):
 def scan(folder: Path) -> tuple[Listing, int]:
     """Finds the pictures of a folder; opens none.
 
-    Returns:
-        The pictures, classes being the folders' names, sorted, and paths in each split too; and the
-        number of files that are no pictures by their names.
-
-    Raises:
-        InputError: it cannot be read, or is not laid out as above; says what was found.
+    Classes are the folders' names, sorted, and pictures are sorted by path. Also returns the number
+    of files that are no pictures by their names.
     """
     where = f"config.data.folder={str(folder)!r}"
     check_folder(folder, where)
@@ -132,13 +121,12 @@ def scan(folder: Path) -> tuple[Listing, int]:
                 f"{' and others' if len(empty) > 5 else ''}; known are {', '.join(SUFFIXES)}"
             )
     label = {name: i for i, name in enumerate(classes)}
-    files = {split: [(p, label[name]) for p, name in sorted(found[split])] for split in found}
-    if "test" not in files:
-        files = _hold_out(files["train"], len(classes), where)
     listed = {
-        split: [Picture(path, number, folder / path) for path, number in entries]
-        for split, entries in files.items()
+        split: [Picture(path, label[name], folder / path) for path, name in sorted(entries)]
+        for split, entries in found.items()
     }
+    if "test" not in listed:
+        listed = _hold_out(listed["train"], where)
     return Listing(tuple(classes), listed), ignored
 
 
@@ -170,16 +158,14 @@ def _files(class_folder: Path) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(files) if name[0] != ".")
 
 
-def _hold_out(
-    files: list[tuple[str, int]], num_classes: int, where: str
-) -> dict[str, list[tuple[str, int]]]:
+def _hold_out(pictures: list[Picture], where: str) -> dict[str, list[Picture]]:
     """A fifth of each class for test: the same one every time."""
-    labels = np.asarray([label for _, label in files])
-    smallest = int(np.bincount(labels, minlength=num_classes).min())
+    labels = np.asarray([picture.label for picture in pictures])
+    smallest = int(np.bincount(labels).min())
     if smallest < _TEST_SHARE:
         raise InputError(
             f"{where}: a class has {smallest} pictures; at least {_TEST_SHARE} of each are needed "
             "to hold some out for test, or give train and test folders of your own"
         )
-    kept, held_out = stratified_split(labels, holdout=len(files) // _TEST_SHARE, seed=0)
-    return {"train": [files[i] for i in kept], "test": [files[i] for i in held_out]}
+    kept, held_out = stratified_split(labels, holdout=len(pictures) // _TEST_SHARE, seed=0)
+    return {"train": [pictures[i] for i in kept], "test": [pictures[i] for i in held_out]}

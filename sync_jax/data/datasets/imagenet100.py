@@ -7,6 +7,7 @@ the 100 classes' pictures are read, a tenth of the archive's bytes.
 import importlib.resources
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from sync_jax.data.prepare.archives import Listing, Picture, is_picture, tar_members
@@ -38,34 +39,33 @@ class Imagenet100(PublishedPictures):
     def find(self, folder: Path, log: Log) -> Listing:
         """See `PublishedPictures.find`."""
         del log
-        return _find(folder, self.NEEDED)
-
-
-def _find(folder: Path, needed: str) -> Listing:
-    names = class_names()
-    label = {wnid: number for number, wnid in enumerate(names)}
-    for root in (folder, folder / "ILSVRC" / "Data" / "CLS-LOC", folder / "Data" / "CLS-LOC"):
-        splits = {}
-        for split, tar, below, read in (
-            ("train", _TRAIN_TAR, "train", _from_train_tar),
-            ("test", _VAL_TAR, "val", _from_val_tar),
-        ):
-            if (root / tar).is_file():
-                splits[split] = read(root / tar, label)
-            elif (root / below).is_dir():
-                splits[split] = _from_folder(root / below, label)
-        if len(splits) == 2:
-            break
-    else:
-        raise InputError(f"{folder} does not hold {needed}")
-    for split, pictures in splits.items():
-        missing = sorted(set(range(len(names))) - {picture.label for picture in pictures})
-        if missing:
-            raise InputError(
-                f"{folder}: {split} has no picture of {len(missing)} of the {len(names)} classes, "
-                f"the first {names[missing[0]]}; it must hold {needed}"
-            )
-    return Listing(names, splits)
+        names = class_names()
+        label = {wnid: number for number, wnid in enumerate(names)}
+        for below in (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
+            splits = {}
+            for split, tar, name, read in (
+                ("train", _TRAIN_TAR, "train", _from_train_tar),
+                ("test", _VAL_TAR, "val", _from_val_tar),
+            ):
+                root = folder / below
+                if (root / tar).is_file():
+                    splits[split] = read(root / tar, label)
+                elif (root / name).is_dir():
+                    splits[split] = _from_folder(root / name, label)
+            if len(splits) == 2:
+                break
+        else:
+            raise InputError(f"{folder} does not hold {self.NEEDED}")
+        for split, pictures in splits.items():
+            # The same order, whatever the pictures are read from.
+            pictures.sort(key=lambda picture: (picture.label, picture.name))
+            missing = sorted(set(range(len(names))) - {picture.label for picture in pictures})
+            if missing:
+                raise InputError(
+                    f"{folder}: {split} has no picture of {len(missing)} of the {len(names)} "
+                    f"classes, the first {names[missing[0]]}; it must hold {self.NEEDED}"
+                )
+        return Listing(names, splits)
 
 
 def _from_train_tar(path: Path, label: dict[str, int]) -> list[Picture]:
@@ -74,52 +74,48 @@ def _from_train_tar(path: Path, label: dict[str, int]) -> list[Picture]:
     for inner in tar_members(path):
         wnid = inner.name.rpartition("/")[2].removesuffix(".tar")
         if wnid in label:
-            for member in tar_members(path, offset=inner.offset, size=inner.size):
-                if is_picture(member.name):
-                    name = f"{wnid}/{member.name.rpartition('/')[2]}"
-                    pictures.append(member._replace(name=name, label=label[wnid]))
-    return _in_order(pictures)
+            members = tar_members(path, offset=inner.offset, size=inner.size)
+            pictures += _of_class(members, wnid, label[wnid])
+    return pictures
 
 
 def _from_val_tar(path: Path, label: dict[str, int]) -> list[Picture]:
-    truth = _validation_labels()
-    pictures = []
-    for member in tar_members(path):
-        name = member.name.rpartition("/")[2]
-        wnid = _validation_class(name, truth)
-        if wnid in label:
-            pictures.append(member._replace(name=f"{wnid}/{name}", label=label[wnid]))
-    return _in_order(pictures)
+    return _by_number(tar_members(path), label)
 
 
 def _from_folder(folder: Path, label: dict[str, int]) -> list[Picture]:
-    pictures = []
+    def files(folder: Path) -> list[Picture]:
+        return [Picture(name, -1, folder / name) for name in os.listdir(folder)]
+
     try:
+        pictures = []
         for wnid in label:
             if (folder / wnid).is_dir():
-                for name in filter(is_picture, os.listdir(folder / wnid)):
-                    pictures.append(Picture(f"{wnid}/{name}", label[wnid], folder / wnid / name))
-        if not pictures:  # all validation pictures in one folder, as the archive unpacks
-            truth = _validation_labels()
-            for name in os.listdir(folder):
-                wnid = _validation_class(name, truth)
-                if wnid in label:
-                    pictures.append(Picture(f"{wnid}/{name}", label[wnid], folder / name))
+                pictures += _of_class(files(folder / wnid), wnid, label[wnid])
+        # All validation pictures may be in one folder, as the archive unpacks.
+        return pictures or _by_number(files(folder), label)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return _in_order(pictures)
 
 
-def _in_order(pictures: list[Picture]) -> list[Picture]:
-    """The same one, whatever the pictures are read from."""
-    return sorted(pictures, key=lambda picture: (picture.label, picture.name))
+def _of_class(files: Iterable[Picture], wnid: str, label: int) -> list[Picture]:
+    return [
+        file._replace(name=f"{wnid}/{file.name.rpartition('/')[2]}", label=label)
+        for file in files
+        if is_picture(file.name)
+    ]
 
 
-def _validation_class(name: str, truth: list[str]) -> str:
-    """The class of a validation picture by its name; "" where it is none."""
-    match = _VAL_NAME.fullmatch(name)
-    number = int(match[1]) if match else 0
-    return truth[number - 1] if 1 <= number <= len(truth) else ""
+def _by_number(files: Iterable[Picture], label: dict[str, int]) -> list[Picture]:
+    """The validation pictures of some classes; a file's name tells its number."""
+    truth, pictures = _validation_labels(), []
+    for file in files:
+        match = _VAL_NAME.fullmatch(file.name.rpartition("/")[2])
+        number = int(match[1]) if match else 0
+        wnid = truth[number - 1] if 1 <= number <= len(truth) else ""
+        if wnid in label:
+            pictures += _of_class([file], wnid, label[wnid])
+    return pictures
 
 
 def _validation_labels() -> list[str]:

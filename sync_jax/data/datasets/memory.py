@@ -38,9 +38,9 @@ class MemoryDataset:
             ValueError: naming the argument that does not fit.
         """
         classes = len(class_names)
-        self._splits = {"train": _checked("images", "labels", images, labels, classes)}
+        self._splits = {"train": _checked("images", images, labels, classes)}
         if test is not None:
-            self._splits["test"] = _checked("test images", "test labels", *test, classes)
+            self._splits["test"] = _checked("test images", *test, classes)
         shape = self._splits["train"][0].shape[1:]
         for kept, _ in self._splits.values():
             if kept.shape[1:] != shape:
@@ -84,15 +84,7 @@ class MemoryDataset:
 
 
 def as_inputs(images: ArrayLike, name: str) -> np.ndarray:
-    """Images `[n, height, width, channels]` uint8, or features `[n, d]` float32.
-
-    Args:
-        images: as in `MemoryDataset`.
-        name: of the argument, for errors.
-
-    Raises:
-        ValueError: it is neither, or is empty or not finite.
-    """
+    """Images `[n, height, width, channels]` uint8 or features `[n, d]` float32, or a ValueError."""
     x = np.asarray(images)
     if x.ndim == 3:
         x = x[..., None]
@@ -111,8 +103,9 @@ def as_inputs(images: ArrayLike, name: str) -> np.ndarray:
     return x
 
 
-def _checked(name: str, labels_name: str, images: object, labels: object, classes: int) -> Examples:
+def _checked(name: str, images: object, labels: object, classes: int) -> Examples:
     x, y = as_inputs(images, name), np.asarray(labels)  # type: ignore[arg-type]
+    labels_name = name.replace("images", "labels")
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise ValueError(
             f"{labels_name} must be {len(x)} integers, one for each of {name}; got {y.dtype} of "

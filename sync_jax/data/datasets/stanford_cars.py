@@ -6,9 +6,7 @@ files can be had.
 
 from pathlib import Path
 
-import scipy.io
-
-from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.archives import Listing, Picture, read_mat
 from sync_jax.data.prepare.pictures import PublishedPictures
 from sync_jax.data.prepare.staging import Log
 from sync_jax.errors import InputError
@@ -33,13 +31,13 @@ class StanfordCars(PublishedPictures):
     def find(self, folder: Path, log: Log) -> Listing:
         """See `PublishedPictures.find`; in the annotations' order."""
         del log
-        names = [str(name) for name in _read(self._file(folder, "cars_meta.mat"), "class_names")]
+        (class_names,) = read_mat(self._place(folder, "cars_meta.mat"), "class_names")
+        names = tuple(map(str, class_names.reshape(-1)))
         splits: dict[str, list[Picture]] = {}
         for split, annotations in _ANNOTATIONS.items():
-            path = self._file(folder, annotations)
-            pictures = self._folder(folder, f"cars_{split}")
+            path, pictures = self._place(folder, annotations), self._place(folder, f"cars_{split}/")
             splits[split] = []
-            for row in _read(path, "annotations"):
+            for row in read_mat(path, "annotations")[0].reshape(-1):
                 try:
                     name, label = str(row["fname"]), int(row["class"]) - 1
                 except (TypeError, ValueError, KeyError, IndexError) as error:
@@ -51,24 +49,11 @@ class StanfordCars(PublishedPictures):
                 splits[split].append(Picture(f"cars_{split}/{name}", label, pictures / name))
             if not splits[split]:
                 raise InputError(f"{path} names no picture")
-        return Listing(tuple(names), splits)
+        return Listing(names, splits)
 
-    def _folder(self, folder: Path, name: str) -> Path:
-        for path in (folder / name / name, folder / name):
-            if path.is_dir():
-                return path
-        raise InputError(f"{folder} has no {name}/; it must hold {self.NEEDED}")
-
-    def _file(self, folder: Path, name: str) -> Path:
-        for below in (".", "devkit", "car_devkit/devkit"):
-            if (path := folder / below / name).is_file():
+    def _place(self, folder: Path, name: str) -> Path:
+        """A file of the devkit, or a folder of pictures."""
+        for below in (name, ".", "devkit", "car_devkit/devkit"):
+            if (path := folder / below / name).exists():
                 return path
         raise InputError(f"{folder} has no {name}; it must hold {self.NEEDED}")
-
-
-def _read(path: Path, field: str) -> list:
-    try:
-        contents = scipy.io.loadmat(path, variable_names=(field,), squeeze_me=True)
-        return list(contents[field].reshape(-1))
-    except Exception as error:  # what a damaged file raises is anybody's guess
-        raise InputError(f"{path} cannot be read as {field} of the devkit: {error}") from error

@@ -7,9 +7,9 @@
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
 from sync_jax.data.info import DatasetInfo
+from sync_jax.data.prepare.archives import read_mat
 from sync_jax.data.prepare.arrays import ArrayDataset, Arrays
 from sync_jax.data.prepare.download import PublishedFile, Upstream
 from sync_jax.errors import InputError
@@ -42,24 +42,14 @@ class Svhn(ArrayDataset):
 
     def read(self, paths: tuple[Path, ...]) -> Arrays:
         """See `ArrayDataset.read`."""
-        train, test = paths
-        return {"train": read_mat(train), "test": read_mat(test)}
+        return {split: _read(path) for split, path in zip(("train", "test"), paths, strict=True)}
 
 
-def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a .mat file.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    try:
-        contents = scipy.io.loadmat(path, variable_names=("X", "y"))
-        images, numbers = contents["X"], contents["y"].reshape(-1)
-    except Exception as error:  # what a damaged file raises is anybody's guess
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    images, numbers = read_mat(path, "X", "y")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != Svhn.INFO.image_shape:
         raise InputError(f"{path} holds X of shape {images.shape}, expected 32 x 32 x 3 x n bytes")
     if numbers.dtype.kind not in "iuf" or not np.all(np.isin(numbers, range(1, 11))):
         raise InputError(f"{path} holds labels other than 1 to 10")
     # The digit 0 is published as 10.
-    return images.transpose(3, 0, 1, 2), numbers.astype(np.int64) % 10
+    return images.transpose(3, 0, 1, 2), numbers.reshape(-1).astype(np.int64) % 10

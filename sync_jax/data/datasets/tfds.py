@@ -1,9 +1,8 @@
 """Any image classification dataset of TensorFlow Datasets (TFDS), without TensorFlow.
 
-TFDS's encoded pictures are read once and kept as our own records, so that squares, decoding and
-placement are those of all pictures. TFDS prepares many datasets with TensorFlow only; those that
-lie in `data_dir` as ArrayRecord files need none. TFDS imports the modules that its folders name:
-trust such a folder as you would a program.
+TFDS's encoded pictures are read once and kept as our own records. TFDS prepares many datasets with
+TensorFlow only; those that lie in `data_dir` as ArrayRecord files need none. TFDS imports the
+modules that its folders name: trust such a folder as you would a program.
 """
 
 import functools
@@ -19,8 +18,9 @@ from sync_jax.data.images import BadImageError
 from sync_jax.data.info import DatasetInfo
 from sync_jax.data.prepare.archives import Listing
 from sync_jax.data.prepare.pictures import PictureDataset
-from sync_jax.data.prepare.staging import Log, one_line, quiet_tfds
+from sync_jax.data.prepare.staging import Log, quiet_tfds
 from sync_jax.errors import InputError, suggestion
+from sync_jax.runtime.console import one_line
 
 PREFIX = "tfds:"
 _SPEC = re.compile(r"(\w+)(/[\w.+-]+)?(:[\w.]+)?")  # NAME/CONFIG:VERSION
@@ -30,7 +30,6 @@ class TfdsDataset(PictureDataset):
     """A dataset of TFDS, kept in `data_dir/tfds/<name>/<version>`; grey pictures become RGB."""
 
     def __init__(self, section: ConfigDict):
-        """See `PictureDataset`; raises an InputError where the name can be none of TFDS's."""
         super().__init__(section)
         self._spec = self.name.removeprefix(PREFIX)
         match = _SPEC.fullmatch(self._spec)
@@ -39,8 +38,8 @@ class TfdsDataset(PictureDataset):
                 f"config.data.name={self.name!r} must be {PREFIX}NAME, NAME/CONFIG or NAME:VERSION"
             )
         self._plain = match[1]
-        self.key = "tfds-" + self._spec.replace("/", "+").replace(":", "@")
-        self.folder = self.root / "tfds" / self.key.removeprefix("tfds-") / self.VERSION
+        key = self._spec.replace("/", "+").replace(":", "@")
+        self.key, self.folder = f"tfds-{key}", self.root / "tfds" / key / self.VERSION
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -56,11 +55,7 @@ class TfdsDataset(PictureDataset):
             raise InputError(f"config.data.name={self.name!r}: {one_line(error)}") from error
 
     def _keys(self) -> tuple[str, str]:
-        """The names of the image and of the label.
-
-        Raises:
-            InputError: it has none.
-        """
+        """The names of the image and of the label."""
         info = self._builder.info
         image, label = (info.supervised_keys or ("image", "label"))[:2]
         features = dict(info.features.items())
@@ -79,11 +74,7 @@ class TfdsDataset(PictureDataset):
         )
 
     def _splits(self) -> dict[str, Any]:
-        """TFDS's splits, as "train" and "test".
-
-        Raises:
-            InputError: one is missing.
-        """
+        """TFDS's splits, as "train" and "test"."""
         splits = self._builder.info.splits
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
@@ -143,26 +134,14 @@ class TfdsDataset(PictureDataset):
         return "--mode=prepare makes it from what TFDS has or can prepare"
 
 
-class TfdsPicture:
-    """A picture of TFDS; its label is known once it has been read.
+class _TfdsPicture:
+    """In place of a `Picture`; its label is known once it has been read."""
 
-    Attributes:
-        name: what a user knows it by.
-        label: of its class.
-        where: what a failing disk is reported of.
-    """
-
-    def __init__(self, source: Any, position: int, keys: tuple[str, str], where: str):
-        """Args: source: TFDS's records; position: in them; keys: of image and label."""
+    def __init__(self, source: Any, position: int, keys: tuple[str, str], path: str):
         self._source, self._position, self._keys = source, position, keys
-        self.name, self.label, self.where = f"{where}[{position}]", -1, where
+        self.name, self.label, self.path = f"{path}[{position}]", -1, path
 
     def read(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            BadImageError: it has no label.
-        """
         record = self._source[self._position]
         image, label = self._keys
         self.label = int(record[label])
@@ -176,27 +155,22 @@ class TfdsListing(Listing):
     """The pictures of TFDS's splits, in its order."""
 
     def __init__(self, builder: Any, splits: dict[str, Any], keys: tuple[str, str]):
-        """Opens TFDS's records.
-
-        Raises:
-            NotImplementedError, ValueError: they are not ArrayRecord files.
-        """
         self._full_name, self._known = builder.info.full_name, splits
         (image, label), pictures = keys, {}
         for split, known in splits.items():
             source = builder.as_data_source(
                 known.name, decoders={image: tfds.decode.SkipDecoding()}
             )
-            where = f"{self._full_name}/{known.name}"
-            pictures[split] = [TfdsPicture(source, i, keys, where) for i in range(len(source))]
+            path = f"{self._full_name}/{known.name}"
+            pictures[split] = [_TfdsPicture(source, i, keys, path) for i in range(len(source))]
         names = tuple(map(str, builder.info.features[label].names))
         super().__init__(names, pictures)
 
     def digest(self) -> str:
-        """Of the version and the sizes of all files."""
+        """Digest of the version and the sizes of all files."""
         lengths = [(x.name, x.num_bytes, *x.shard_lengths) for x in self._known.values()]
         return hashlib.sha256(repr((self._full_name, lengths)).encode()).hexdigest()
 
     def num_bytes(self) -> int:
-        """Of all records."""
+        """Size of all records."""
         return sum(split.num_bytes for split in self._known.values())

@@ -1,4 +1,4 @@
-"""Where the encoded pictures of a dataset lie: files of folders, or stretches of tar archives.
+"""Encoded pictures in folders and in tar archives, and other files that authors publish.
 
 Nothing is unpacked: a tar archive is a row of files one after the other, so each picture in it is
 read from its place, by any thread, and what an archive says of paths, links and permissions is
@@ -13,40 +13,26 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.io
+
 from sync_jax.data.images import SUFFIXES
 from sync_jax.errors import InputError
 
-LARGEST = 200_000_000  # bytes of a file that is read into memory; the largest has 155 million
+_LARGEST = 200_000_000  # bytes of a file that is read into memory; the largest has 155 million
 
 
 class Picture(NamedTuple):
-    """An encoded picture and its place.
+    """An encoded picture: `size` bytes of a file, or all of it (-1); label -1: not known yet."""
 
-    Attributes:
-        name: what a user knows it by.
-        label: of its class; -1: not known yet.
-        path: the file that holds it.
-        offset: where in that file it begins.
-        size: bytes; of a file of its own, -1: all of it.
-    """
-
-    name: str
+    name: str  # what a user knows it by
     label: int
     path: Path
     offset: int = 0
     size: int = -1
 
-    @property
-    def where(self) -> Path:
-        """What a failing disk is reported of."""
-        return self.path
-
     def read(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            OSError: they cannot be read, or the file ends before.
-        """
+        """Its bytes; raises an OSError where the file ends before."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
@@ -57,19 +43,13 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The pictures of a dataset.
-
-    Attributes:
-        class_names: a label is a position here.
-        splits: "train" and "test": `Picture`s, or what has their name, label, where and read(), in
-            the order in which they are to be kept.
-    """
+    """The pictures of the "train" and "test" splits, in the order in which they are to be kept."""
 
     class_names: tuple[str, ...]
     splits: Mapping[str, Sequence[Any]]
 
     def digest(self) -> str:
-        """Of all names, labels, places, sizes and times of change."""
+        """Digest of all names, labels, places, sizes and times of change."""
         digest = hashlib.sha256()
         times: dict[Path, tuple[int, int]] = {}
         for split, pictures in sorted(self.splits.items()):
@@ -82,28 +62,22 @@ class Listing:
         return digest.hexdigest()
 
     def num_bytes(self) -> int:
-        """Of all pictures, encoded."""
+        """Size of all pictures, encoded."""
         pictures = [picture for split in self.splits.values() for picture in split]
         return sum(p.size if p.size >= 0 else os.stat(p.path).st_size for p in pictures)
 
 
 def is_picture(name: str) -> bool:
-    """By its suffix; no hidden file is one."""
+    """True for the suffixes of pictures; no hidden file is one."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
 
 
 def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Picture]:
-    """The files of a tar archive that is not compressed; their contents are not read.
+    """Yields the files of a tar archive that is not compressed, without their contents.
 
-    Args:
-        path: the archive, or the archive in which it is.
-        offset: where in that one it begins.
-        size: bytes, of an archive in an archive.
-
-    Raises:
-        InputError: it is damaged or truncated, or a member is unsafe: a link, a device, or of a
-            name that leads out of the folder it would be unpacked to.
+    An archive in an archive begins at `offset` and has `size` bytes. Raises an InputError where a
+    member is unsafe: a link, a device, or of a name that leads out of its folder.
     """
     end = offset + size if size >= 0 else os.stat(path).st_size
     try:
@@ -129,17 +103,20 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Pict
 
 
 def named_members(archive: tarfile.TarFile, names: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields the contents of plain files by the last part of their names.
-
-    Links, devices and all that an archive says of folders and permissions are passed over.
-
-    Raises:
-        tarfile.TarError: the archive is damaged, or a file is larger than `LARGEST`.
-    """
+    """Yields the contents of plain files by the last part of their names; nothing else is read."""
     for member in archive:
         name = member.name.rpartition("/")[2]
         stream = archive.extractfile(member) if member.isfile() else None
         if stream is not None and name in names:
-            if member.size > LARGEST:
+            if member.size > _LARGEST:
                 raise tarfile.TarError(f"{name} has {member.size:,} bytes, too many")
             yield name, stream.read()
+
+
+def read_mat(path: Path, *names: str) -> list[np.ndarray]:
+    """Reads arrays of a .mat file, without their axes of length 1."""
+    try:
+        contents = scipy.io.loadmat(path, variable_names=names, squeeze_me=True)
+        return [np.asarray(contents[name]) for name in names]
+    except Exception as error:  # what a damaged file raises is anybody's guess
+        raise InputError(f"{path} cannot be read as {' and '.join(names)}: {error}") from error

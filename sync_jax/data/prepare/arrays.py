@@ -1,4 +1,4 @@
-"""Datasets that fit in memory as one array of images."""
+"""Published datasets that fit in memory as one array of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,28 +25,19 @@ from sync_jax.runtime.memory import aligned_empty
 
 _READ_BATCH = 4096  # records read at once
 
+# Images `[n, height, width, channels]` uint8 and labels `[n]`, by split.
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class ArrayDataset(Prepared):
-    """A published dataset of small images.
-
-    Subclasses say what it is, what files it is published as, and how these are read.
-    """
+    """A published dataset of small images; subclasses name its files and read them."""
 
     INFO: ClassVar[DatasetInfo]
     UPSTREAM: ClassVar[Upstream]
     LAST = "dataset_info.json"
 
     def read(self, paths: tuple[Path, ...]) -> Arrays:
-        """Reads verified files, one form of `UPSTREAM`.
-
-        Returns:
-            Images `[n, height, width, channels]` uint8 and labels `[n]`, by split.
-
-        Raises:
-            InputError: they hold something else.
-        """
+        """Reads verified files, one form of `UPSTREAM`."""
         raise NotImplementedError
 
     def info(self) -> DatasetInfo:
@@ -56,10 +47,8 @@ class ArrayDataset(Prepared):
     def load(self, split: str, *, decode: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """See `Dataset.load`."""
         del decode
-        if split not in ("train", "test"):
-            raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
-        self._require()
-        with damage(self.folder, f" with `{self.command}`"):
+        self._require(split)
+        with damage(self.folder):
             return _read_split(ArrayBuilder(self.INFO, data_dir=self.root), split)
 
     def _find(self, log: Log) -> Path | None:
@@ -70,8 +59,9 @@ class ArrayDataset(Prepared):
         try:
             self.UPSTREAM.find(folder)
         except InputError as error:
+            forms = (" and ".join(file.name for file in form) for form in self.UPSTREAM.forms)
             raise InputError(
-                f"data.source={source!r}: {error}; it must hold {self.UPSTREAM.required}; without "
+                f"data.source={source!r}: {error}; it must hold {' or '.join(forms)}; without "
                 "data.source other sources are tried"
             ) from None
         return folder
@@ -90,27 +80,24 @@ class ArrayDataset(Prepared):
                 ) from None
         check_disk(self.root, self.UPSTREAM.prepared_bytes, f"to prepare {self.name}")
         arrays = self.read(self.UPSTREAM.find(source))
-        self.check(arrays, source)
-        self.write(arrays)
-
-    def check(self, arrays: Arrays, source: Path) -> None:
-        """Raises an InputError where labels do not fit the images or the classes."""
         for split, (images, labels) in arrays.items():
-            where = f"{source}: {split} has"
-            if len(labels) != len(images):
-                raise InputError(f"{where} {len(labels)} labels for {len(images)} images")
-            if not len(labels) or labels.min() < 0 or labels.max() >= self.INFO.num_classes:
-                found = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no label"
-                raise InputError(f"{where} {found}, expected 0 to {self.INFO.num_classes - 1}")
+            try:
+                if len(labels) != len(images):
+                    raise ValueError(f"{len(labels)} labels for {len(images)} images")
+                check_labels(labels, self.INFO.num_classes)
+            except ValueError as error:
+                raise InputError(f"{source}: {split} has {error}") from None
+        self.write(arrays)
 
     def write(self, arrays: Arrays) -> None:
         """Writes the prepared folder; the caller holds the lock."""
         build(self, lambda staging: ArrayBuilder(self.INFO, arrays, data_dir=staging))
 
     def _absent(self) -> str:
+        fetched = ", ".join(file.name for file in self.UPSTREAM.forms[0])
         return (
-            f"prepare it with `{self.command}`, which finds or fetches {self.UPSTREAM.fetched}, or "
-            "takes them from a folder of yours with --config.data.source=FOLDER"
+            f"prepare it with `{self.command}`, which finds or fetches {fetched}, or takes them "
+            "from a folder of yours with --config.data.source=FOLDER"
         )
 
 
@@ -119,13 +106,12 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     """Writes arrays of images as ArrayRecord files, in their order; needs no TensorFlow.
 
     Images are stored as raw bytes, for decoding PNGs would take longer than reading the rest, and a
-    training run reads them all at its start.
+    training run reads them all at its start. Without arrays it reads what was written.
     """
 
     VERSION = tfds.core.Version(ArrayDataset.VERSION)
 
     def __init__(self, known: DatasetInfo, arrays: Arrays | None = None, **kwargs: Any):
-        """Args: known: of the dataset; arrays: to be written; None: to read what was."""
         self.name, self._known, self._arrays = known.name, known, arrays or {}
         super().__init__(**kwargs)
 
@@ -147,6 +133,13 @@ class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             yield index, {"image": image.reshape(self._known.image_shape), "label": int(label)}
 
 
+def check_labels(labels: np.ndarray, classes: int) -> None:
+    """Raises a ValueError where labels are not 0 to `classes` - 1, or none."""
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        found = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no label"
+        raise ValueError(f"{found}, expected 0 to {classes - 1}")
+
+
 def _read_split(builder: ArrayBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
     # Records are parsed here: decoding by TFDS gives the same and takes three times as long.
     records = builder.as_data_source(
@@ -161,7 +154,5 @@ def _read_split(builder: ArrayBuilder, split: str) -> tuple[np.ndarray, np.ndarr
             pixels = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8)
             images[index] = pixels.reshape(images.shape[1:])
             labels[index] = feature["label"].int64_list.value[0]
-    classes = builder.info.features["label"].num_classes
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"its labels are not 0 to {classes - 1}")
+    check_labels(labels, builder.info.features["label"].num_classes)
     return images, labels

@@ -4,7 +4,6 @@ Wherever the files of an `Upstream` come from, they count only if they hold exac
 bytes, so the source never changes a result.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import IO
 
 from sync_jax.data.prepare.archives import named_members
-from sync_jax.data.prepare.staging import incomplete_prefix
+from sync_jax.data.prepare.staging import Log, check_folder, incomplete_prefix
 from sync_jax.errors import InputError
 
 _NETWORK_TIMEOUT = 10  # seconds without an answer; nobody without a network should wait longer
-_APT_TIMEOUT = 600  # seconds for one apt-get command, which has network timeouts of its own
 _CHUNK = 1 << 20
 
 # Root's apt-get would hand its downloads to a user who cannot enter the caller's private folders.
@@ -67,29 +65,23 @@ class PublishedFile:
         names = (self.name,) if self.size is None else (self.name, self.name.removesuffix(".gz"))
         return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
-    def verify(self, path: Path) -> None:
-        """Checks that a file is the published one.
-
-        Raises:
-            InputError: it is not, is damaged or cannot be read.
-        """
-        for _ in self._content(path):
-            pass
-
-    def read(self, path: Path) -> bytes:
-        """The content, decompressed and verified; see `verify`."""
-        return b"".join(self._content(path))
-
-    def _content(self, path: Path) -> Iterator[bytes]:
-        """Yields the content, and raises at its end where it is not the published one."""
+    def content(self, path: Path) -> Iterator[bytes]:
+        """Yields the content, and raises an InputError where it is not the published one."""
         kind = "MD5" if self.size is None else "SHA-256"
         digest, size = hashlib.new(kind.replace("-", ""), usedforsecurity=False), 0
-        with _read_errors(path), self._open(path) as stream:
-            # Bounded, whatever a hostile file expands to.
-            while (self.size is None or size <= self.size) and (chunk := stream.read(_CHUNK)):
-                digest.update(chunk)
-                size += len(chunk)
-                yield chunk
+        try:
+            with self._open(path) as stream:
+                # Bounded, whatever a hostile file expands to.
+                while (self.size is None or size <= self.size) and (chunk := stream.read(_CHUNK)):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    yield chunk
+        except EOFError:
+            raise InputError(f"{path} is truncated: its compressed data ends too early") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path} is damaged and cannot be decompressed ({error})") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
         if self.size is not None and size != self.size:
             found = "more" if size > self.size else f"{size}"
             raise InputError(f"{path} has {found} bytes once decompressed, expected {self.size}")
@@ -108,18 +100,6 @@ class PublishedFile:
         return path.open("rb")
 
 
-@contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except EOFError:
-        raise InputError(f"{path} is truncated: its compressed data ends too early") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged and cannot be decompressed ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Upstream:
     """The files of a dataset, and where they may be had.
@@ -136,24 +116,8 @@ class Upstream:
     debian_folder: Path | None = None
     debian_package: str = ""
 
-    @property
-    def required(self) -> str:
-        """What a folder must hold, in words."""
-        forms = (" and ".join(file.name for file in form) for form in self.forms)
-        compressed = any(file.size is not None for form in self.forms for file in form)
-        return " or ".join(forms) + (", decompressed or not" if compressed else "")
-
-    @property
-    def fetched(self) -> str:
-        """What is fetched, in words."""
-        return ", ".join(file.name for file in self.forms[0])
-
     def find(self, folder: Path) -> tuple[Path, ...]:
-        """The files of the first form that a folder holds whole, verified.
-
-        Raises:
-            InputError: it holds none, or a file is not the published one.
-        """
+        """The files of the first form that a folder holds whole, verified."""
         check_folder(folder)
         missing = []
         for form in self.forms:
@@ -161,58 +125,43 @@ class Upstream:
             found = [path for file, path in paths if path is not None]
             if len(found) == len(form):
                 for file, path in zip(form, found, strict=True):
-                    file.verify(path)
+                    for _ in file.content(path):
+                        pass
                 return tuple(found)
             missing.append(" and ".join(file.name for file, path in paths if path is None))
         raise InputError(f"{folder} does not hold {' or '.join(missing)}")
 
-    def obtain(self, *, cache: Path, log: Callable[[str], None]) -> Path:
-        """Finds or fetches the files where the user names no folder.
+    def obtain(self, *, cache: Path, log: Log) -> Path:
+        """Finds or fetches the files where the user names no folder; returns a verified folder.
 
         In order: Debian's folder, what was fetched before, the publisher's address, Debian's
-        package. What is fetched is kept in `cache`.
-
-        Args:
-            cache: a folder for what is fetched; made when needed, with those around it.
-            log: told what is tried and which source is used.
-
-        Returns:
-            A folder whose files have been verified.
-
-        Raises:
-            InputError: nothing worked; names every source and what failed.
-            OSError: the cache cannot be written.
+        package. What is fetched is kept in `cache`. The InputError names every source's failure.
         """
-        failures = ["your own folder: data.source names none"]
-        if self.debian_folder is not None:
-            try:
-                self.find(self.debian_folder)
-            except InputError as error:
-                failures.append(f"the Debian package's folder: {error}")
-            else:
-                log(f"using the Debian package's folder, {self.debian_folder}")
-                return self.debian_folder
-        if cache.exists():
-            try:
-                self.find(cache)
-            except InputError as error:
-                log(f"fetching again, for what was fetched before is unusable: {error}")
-            else:
-                log(f"using what was fetched before, {cache}")
-                return cache
-        fetchers = {"the upstream address": self._download}
+        sources: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("the Debian package's folder", self.debian_folder, None),
+            ("what was fetched before", cache, None),
+            ("the upstream address", cache, self._download),
+        ]
         if self.debian_package:
-            fetchers[f"the Debian package {self.debian_package}"] = self._fetch_package
-        for source, fetch in fetchers.items():
-            log(f"fetching from {source}")
+            name = f"the Debian package {self.debian_package}"
+            sources.append((name, cache, self._fetch_package))
+        failures = ["your own folder: data.source names none"]
+        for name, folder, fetch in sources:
+            if folder is None:
+                continue
             try:
-                self._fetch_into(cache, fetch)
+                if fetch is None:
+                    self.find(folder)
+                else:
+                    log(f"fetching from {name}")
+                    self._fetch_into(cache, fetch)
             except InputError as error:
-                failures.append(f"{source}: {error}")
-                log(f"failed: {error}")
+                failures.append(f"{name}: {error}")
+                if fetch is not None:
+                    log(f"failed: {error}")
             else:
-                log(f"fetched from {source}, kept in {cache}")
-                return cache
+                log(f"using {name}, {folder}")
+                return folder
         raise InputError("; ".join(f"({i}) {failure}" for i, failure in enumerate(failures, 1)))
 
     def _fetch_into(self, cache: Path, fetch: Callable[[Path], None]) -> None:
@@ -236,7 +185,7 @@ class Upstream:
         for file in self.forms[0]:
             with (folder / file.name).open("wb") as out:
                 # Compression does not double anything; a server that sends more has another file.
-                for chunk in read_url(file.url, limit=2 * self.prepared_bytes):
+                for chunk in _read_url(file.url, limit=2 * self.prepared_bytes):
                     out.write(chunk)
 
     def _fetch_package(self, folder: Path) -> None:
@@ -255,15 +204,8 @@ class Upstream:
                 raise InputError(f"{package.name} cannot be unpacked: {error}") from None
 
 
-def check_folder(folder: Path, what: object = None, rest: str = "") -> None:
-    """Raises an InputError where a path is no folder; `what` names it there, before `rest`."""
-    if not os.path.isdir(folder):  # unlike Path's, these never raise
-        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise InputError(f"{what or folder} {problem}{rest}")
-
-
-def read_url(url: str, *, limit: int) -> Iterator[bytes]:
-    """Yields the content of an address up to a limit; failures of the network are InputErrors."""
+def _read_url(url: str, *, limit: int) -> Iterator[bytes]:
+    """Yields the content of an address up to a limit."""
     try:
         with urllib.request.urlopen(url, timeout=_NETWORK_TIMEOUT) as response:
             received = 0
@@ -294,40 +236,30 @@ def _apt_download(package: str, folder: Path) -> Path:
         # The system's lists are empty, as in a container image, or out of date: get our own.
         (folder / "lists" / "partial").mkdir(parents=True)
         apt_get += ["-o", f"Dir::State::lists={folder / 'lists'}"]
+        update_failure = ""
         try:
             _run([*apt_get, "update"], cwd=folder)
         except InputError as error:
             # One unreachable repository among many fails an update that may still do.
             update_failure = f" (after apt-get update failed: {error})"
-        else:
-            update_failure = ""
         try:
             _run([*apt_get, "download", package], cwd=folder)
         except InputError as error:
             raise InputError(f"{error}{update_failure}") from None
-    found = list(folder.glob("*.deb"))
-    if len(found) != 1:
-        raise InputError(f"apt-get download left {len(found)} packages, expected 1")
-    return found[0]
+    return next(folder.glob("*.deb"))
 
 
 def _run(command: list[str], *, cwd: Path) -> bytes:
     """Runs a program and returns its output; InputError with its first error line if it fails."""
     program = command[0]
-    try:
-        result = subprocess.run(
-            command,
-            cwd=cwd,
-            env=os.environ | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_APT_TIMEOUT,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise InputError(f"there is no {program} on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{program} was stopped after {_APT_TIMEOUT} s") from None
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
     if result.returncode:
         lines = result.stderr.decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith(("E: ", "dpkg-deb: error: "))]

@@ -1,69 +1,76 @@
 """Datasets of encoded pictures, kept as records, and as squares for what does not decode.
 
-data_dir/<name>/<version>/                  prepared; there if and only if it is complete
-data_dir/incomplete-*/                      a preparation in progress or stopped
+A prepared folder holds, beside what TFDS puts there and what prepare.records reads:
+
+    sync_jax.json           the facts of `DatasetInfo`, and the digest of what it was made from
+    bad_files.txt           pictures that cannot be decoded, and why; only if there are any
 """
 
 import dataclasses
+import functools
 import json
+import os
 import re
 import shutil
+from collections.abc import Sequence
+from io import BytesIO
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from ml_collections import ConfigDict
+from PIL import Image
+from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 
-from sync_jax.data.images import Layout
+from sync_jax.data.images import BadImageError, Layout, decode, square
 from sync_jax.data.info import DatasetInfo, Pictures
-from sync_jax.data.prepare.archives import Listing
-from sync_jax.data.prepare.download import check_folder
-from sync_jax.data.prepare.records import BAD_FILES, INFO, DecodedPictures, PictureBuilder, Records
-from sync_jax.data.prepare.squares import (
+from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.records import (
+    DecodedPictures,
+    Records,
     Squares,
     make_squares,
     missing_bytes,
     open_squares,
-    squares_path,
 )
 from sync_jax.data.prepare.staging import (
     Log,
     Prepared,
     build,
     check_disk,
+    check_folder,
+    damage,
     disk_errors,
     exclusive,
     expand,
     incomplete_prefix,
+    progress_bar,
     remove_leftovers,
+    tfds_info,
 )
 from sync_jax.errors import InputError
-from sync_jax.runtime.console import say
+from sync_jax.runtime.console import printable, say
+from sync_jax.runtime.files import flush, write_text
 
+INFO, BAD_FILES = "sync_jax.json", "bad_files.txt"
+SHARD = 1024  # pictures in a file: of ImageNet's, 110 MB
 # ImageNet's mean and deviation, which the field's codes use for the published datasets.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SPLITS = ("train", "test")
+_MEASURED = 64  # pixels of the squares that means and deviations are computed of
 _OVERHEAD = 1.05  # records take a little more than what is in them
 _RESERVE = 10_000_000  # bytes
 
 
 class PictureDataset(Prepared):
-    """A dataset of encoded pictures; subclasses list them.
-
-    Attributes:
-        layout: of the squares.
-        scratch: a folder for temporary files while preparing.
-    """
+    """A dataset of encoded pictures; subclasses list them."""
 
     LAST = INFO
-    LARGEST_SIDE: ClassVar[int | None] = None  # see `PictureBuilder`
+    LARGEST_SIDE: ClassVar[int | None] = None  # pixels of a picture's short side; made of longer
 
     def __init__(self, section: ConfigDict):
-        """Reads nothing yet.
-
-        Raises:
-            InputError: the sizes of the pictures decrease, or `data_dir` can be no path.
-        """
         super().__init__(section)
         self.layout = Layout.of(section)
 
@@ -77,17 +84,15 @@ class PictureDataset(Prepared):
         path = self.folder / INFO
         if not path.is_file():
             return self._expected()
-        try:
+        with damage(path):
             known = json.loads(path.read_text())
             info = self._describe(
                 tuple(known["class_names"]),
-                {split: known[f"num_{split}"] for split in SPLITS},
+                {split: known[f"num_{split}"] for split in ("train", "test")},
                 tuple(known["mean"]),
                 tuple(known["std"]),
             )
             digest = known["digest"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is damaged ({error}); delete {self.folder}") from error
         self._check_source(digest)
         return info
 
@@ -113,7 +118,7 @@ class PictureDataset(Prepared):
         )
 
     def _expected(self) -> DatasetInfo | None:
-        """What is known before it is prepared."""
+        """The info before it is prepared."""
         raise NotImplementedError
 
     def _check_source(self, digest: str) -> None:
@@ -121,34 +126,27 @@ class PictureDataset(Prepared):
 
     def load(self, split: str, *, decode: bool = False) -> tuple[Pictures, np.ndarray]:
         """See `Dataset.load`."""
-        if split not in SPLITS:
-            raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
-        self._require()
-        records, labels = self._records(split)
-        rows = np.arange(len(labels))
-        if decode:
-            return DecodedPictures(rows, self.layout.size, records, self.layout), labels
-        if not all(squares_path(self.folder, self.layout, x).exists() for x in SPLITS):
-            for each in SPLITS:
-                self._records(each)[0][0]  # where they cannot be opened nothing is written
-            with exclusive(self.root, self.key, self._say):
-                make_squares(self.folder, self.layout, SPLITS, log=self._say)
-        mapped = open_squares(self.folder, self.layout, split)
-        return Squares(rows, self.layout.size, mapped), labels
-
-    def _say(self, line: str) -> None:
-        say(f"{self.name}: {line}")
-
-    def _records(self, split: str) -> tuple[Records, np.ndarray]:
-        """The records of a split, and their labels."""
-        records = Records(self.folder, split)
-        labels = records.labels()
-        info = self.info()
-        if info is not None and labels.max() >= info.num_classes:
+        self._require(split)
+        info, both = self.info(), {x: Records(self.folder, x) for x in ("train", "test")}
+        assert info is not None
+        labels = both[split].labels()
+        if labels.max() >= info.num_classes:
             raise InputError(
                 f"{self.folder} is damaged: {split} has labels beyond its classes; delete it"
             )
-        return records, labels
+        rows = np.arange(len(labels))
+        if decode:
+            return DecodedPictures(rows, self.layout.size, both[split], self.layout), labels
+        if info.squares_bytes:
+            for records in both.values():
+                records[0]  # where they cannot be opened nothing is written
+            with exclusive(self.root, self.key, self._say):
+                for records in both.values():
+                    make_squares(records, self.layout, log=self._say)
+        return Squares(rows, self.layout.size, open_squares(both[split], self.layout)), labels
+
+    def _say(self, line: str) -> None:
+        say(f"{self.name}: {line}")
 
     def _build(self, source: Listing, log: Log) -> None:
         with disk_errors(self.root):
@@ -162,16 +160,7 @@ class PictureDataset(Prepared):
         needed = int(source.num_bytes() * _OVERHEAD) + _RESERVE - written
         check_disk(self.root, needed, f"to prepare {self.key}")
         builder: PictureBuilder = build(
-            self,
-            lambda staging: PictureBuilder(
-                name=re.sub(r"\W", "_", self.name),  # of its files
-                version=self.VERSION,
-                listing=source,
-                digest=digest,
-                work=work,
-                largest_side=self.LARGEST_SIDE,
-                data_dir=staging,
-            ),
+            self, lambda staging: PictureBuilder(self, source, digest, work, data_dir=staging)
         )
         for leftover in (work, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -192,11 +181,7 @@ class PublishedPictures(PictureDataset):
     HOW: ClassVar[str]  # where that can be had
 
     def find(self, folder: Path, log: Log) -> Listing:
-        """The pictures in a folder that holds `NEEDED`, in the order in which they are kept.
-
-        Raises:
-            InputError: it does not.
-        """
+        """Finds the pictures in a folder that holds `NEEDED`."""
         raise NotImplementedError
 
     def info(self) -> DatasetInfo | None:
@@ -230,3 +215,182 @@ class PublishedPictures(PictureDataset):
             f"put into a folder {self.NEEDED} ({self.HOW}) and prepare it with "
             f"`{self.command} --config.data.source=FOLDER`"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A finished file of records."""
+
+    path: Path
+    labels: list[int]
+    bad: list[str]  # a line for each picture that was left out
+    sums: list[list[float]]  # `[2, 3]`, over its pictures, of a channel's mean and mean square
+    num_bytes: int
+
+
+class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Writes encoded pictures as they are, in the listed order, once each has been decoded.
+
+    Files of `SHARD` pictures are finished one by one in the folder `work`, which outlives the
+    process: a preparation that was stopped goes on after the last finished one. TFDS's own
+    generators begin anew, and keep large splits in temporary files that need TensorFlow.
+    """
+
+    def __init__(
+        self, dataset: PictureDataset, listing: Listing, digest: str, work: Path, *, data_dir: str
+    ):
+        self.name = re.sub(r"\W", "_", dataset.name)  # of its files
+        self.VERSION = tfds.core.Version(dataset.VERSION)
+        self._listing, self._digest, self._work = listing, digest, work
+        self._largest_side = dataset.LARGEST_SIDE
+        self._shards: dict[str, list[Shard]] = {}
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=len(self._listing.class_names)),
+            "file": tfds.features.Text(),
+        }
+        return tfds_info(self, features)
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        del dl_manager, download_config
+        self._work.mkdir(parents=True, exist_ok=True)
+        serializer = example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
+        splits = []
+        # Pillow lets go of Python's lock while it decodes, so threads do.
+        with ThreadPool(os.cpu_count()) as pool, progress_bar() as progress:
+            for split, pictures in self._listing.splits.items():
+                task = progress.add_task(f"{split}: reading", total=len(pictures))
+                self._shards[split] = []
+                for number, start in enumerate(range(0, len(pictures), SHARD)):
+                    part = pictures[start : start + SHARD]
+                    path = self._work / f"{split}-{number:05}"
+                    shard = _finished(path) or self._write(path, part, pool, serializer)
+                    self._shards[split].append(shard)
+                    progress.update(task, advance=len(part))
+                splits.append(self._adopt(split))
+        self.info.set_splits(tfds.core.SplitDict(splits))
+        self._write_info()
+
+    def _write(
+        self, path: Path, pictures: Sequence[Picture], pool: ThreadPool, serializer: Any
+    ) -> Shard:
+        labels, bad, sums, num_bytes = [], [], np.zeros((2, 3)), 0
+        temporary = path.with_suffix(".incomplete")
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        load = functools.partial(load_picture, largest_side=self._largest_side)
+        for picture, loaded in zip(pictures, pool.map(load, pictures, chunksize=8), strict=True):
+            if isinstance(loaded, str):
+                bad.append(f"{picture.name}: {loaded}")
+                continue
+            data, moments = loaded
+            example = {"image": data, "label": picture.label, "file": _text(picture.name)}
+            record = serializer.serialize_example(self.info.features.encode_example(example))
+            writer.write(record)
+            labels.append(picture.label)
+            num_bytes += len(record)
+            sums += moments
+        writer.close()
+        flush(temporary)
+        temporary.replace(path)
+        shard = Shard(path, labels, bad, sums.tolist(), num_bytes)
+        # From now on it is finished.
+        known = dataclasses.asdict(shard) | {"path": str(path)}
+        write_text(path.with_suffix(".json"), json.dumps(known))
+        return shard
+
+    def _adopt(self, split: str) -> tfds.core.SplitInfo:
+        """Takes a split's finished files into TFDS's folder, under its names."""
+        template = naming.ShardedFileTemplate(
+            dataset_name=self.name,
+            data_dir=self.data_path,
+            split=split,
+            filetype_suffix="array_record",
+        )
+        # A file without a record is left out; TFDS knows none such.
+        shards = [shard for shard in self._shards[split] if shard.labels]
+        for number, shard in enumerate(shards):
+            target = template.sharded_filepath(shard_index=number, num_shards=len(shards))
+            os.replace(shard.path, target)
+        labels = [label for shard in shards for label in shard.labels]
+        np.save(Path(self.data_path) / f"labels_{split}.npy", np.asarray(labels, np.int32))
+        lost = sorted(set(range(len(self._listing.class_names))) - set(labels))
+        if lost:
+            shutil.rmtree(self._work)  # files must change, and then nothing here can be used
+            bad = [line for shard in self._shards[split] for line in shard.bad]
+            raise InputError(
+                f"{split} has no readable picture of {self._listing.class_names[lost[0]]!r}"
+                f"{'; ' if bad else ''}{'; '.join(bad[-3:])}"
+            )
+        return tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[len(shard.labels) for shard in shards],
+            num_bytes=sum(shard.num_bytes for shard in shards),
+            filename_template=template,
+        )
+
+    def _write_info(self) -> None:
+        folder, shards = Path(self.data_path), self._shards
+        counts = {split: sum(len(s.labels) for s in shards[split]) for split in shards}
+        mean, squares = np.sum([s.sums for s in shards["train"]], axis=0) / counts["train"]
+        bad = self.bad_files
+        if bad:
+            (folder / BAD_FILES).write_text("".join(f"{printable(line)}\n" for line in bad))
+        known = {
+            "class_names": [_text(name) for name in self._listing.class_names],
+            "mean": mean.tolist(),
+            "std": np.sqrt(np.maximum(squares - mean**2, 1e-6)).tolist(),
+            "num_train": counts["train"],
+            "num_test": counts["test"],
+            "bad_files": len(bad),
+            "digest": self._digest,
+        }
+        (folder / INFO).write_text(json.dumps(known, indent=1) + "\n")
+
+    @property
+    def bad_files(self) -> list[str]:
+        """A line for each picture that was left out."""
+        return [line for shards in self._shards.values() for shard in shards for line in shard.bad]
+
+
+def _text(name: str) -> str:
+    """A file's name, which may hold any bytes, as UTF-8 can write it."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, np.ndarray] | str:
+    """Reads a picture and makes sure that it can be decoded.
+
+    One with a longer short side is resized to `largest_side`, as a JPEG. Returns its bytes, and
+    `[2, 3]` the mean of each channel and of its square; or what is wrong with it.
+    """
+    try:
+        data = picture.read()
+        image = decode(data)
+    except BadImageError as error:
+        return str(error)
+    except PermissionError as error:
+        return error.strerror or str(error)
+    except OSError as error:  # a disk that fails must not pass for thousands of bad pictures
+        raise InputError(f"{picture.path} cannot be read: {error.strerror or error}") from error
+    short = min(image.size)
+    size = min(short, _MEASURED)
+    pixels = square(image, size, size) / 255.0
+    if largest_side and short > largest_side:
+        width, height = (max(round(x * largest_side / short), 1) for x in image.size)
+        out = BytesIO()
+        image.resize((width, height), Image.Resampling.BILINEAR).save(
+            out, "JPEG", quality=95, subsampling=0
+        )
+        data = out.getvalue()
+    return data, np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
+
+
+def _finished(path: Path) -> Shard | None:
+    """A file that an earlier process has finished."""
+    known = path.with_suffix(".json")
+    if not (path.is_file() and known.is_file()):  # killed processes may have moved it on already
+        return None
+    return Shard(**json.loads(known.read_text()) | {"path": path})

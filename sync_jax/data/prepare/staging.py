@@ -15,23 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import rich.console
+import rich.progress
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from sync_jax.errors import InputError
-from sync_jax.runtime.console import say
+from sync_jax.runtime.console import one_line, say
 from sync_jax.runtime.files import flush, locked
 
 Log = Callable[[str], None]
 
 
 class Prepared:
-    """A dataset that is prepared once, in a folder of `data_dir`.
-
-    Subclasses find its source and build the folder.
+    """A dataset that is prepared once; subclasses find its source and build its folder.
 
     Attributes:
-        name: as in `config.data.name`.
         section: the `data` section of a config.
         root: its `data_dir`, absolute.
         key: the name of the lock and of temporary folders.
@@ -39,14 +38,9 @@ class Prepared:
     """
 
     VERSION: ClassVar[str] = "1.0.0"
-    LAST: ClassVar[str]  # the file that a prepared folder has
+    LAST: ClassVar[str]  # a file that every prepared folder has
 
     def __init__(self, section: ConfigDict):
-        """Reads nothing yet.
-
-        Raises:
-            InputError: `data_dir` can be no path.
-        """
         self.section, self.name, self.key = section, str(section.name), str(section.name)
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
@@ -75,11 +69,7 @@ class Prepared:
         tell(f"prepared in {self.folder}")
 
     def _find(self, log: Log) -> Any:
-        """Finds what the user names; nothing is written yet.
-
-        Raises:
-            InputError: it is not what it must be.
-        """
+        """Finds what the user names, and writes nothing."""
         raise NotImplementedError
 
     def _build(self, source: Any, log: Log) -> None:
@@ -90,7 +80,9 @@ class Prepared:
         """Says what to do about a dataset that is not prepared."""
         raise NotImplementedError
 
-    def _require(self) -> None:
+    def _require(self, split: str = "train") -> None:
+        if split not in ("train", "test"):
+            raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
         if not self.is_prepared():
             raise InputError(
                 f"{self.name} is not prepared: there is no {self.folder}; {self._absent()}"
@@ -106,11 +98,7 @@ class Prepared:
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """Absolute, `~` expanded.
-
-    Raises:
-        InputError: it can be no path, or begins with a home folder that is not known.
-    """
+    """Makes a path absolute, `~` expanded."""
     text = os.fspath(path)
     if "\0" in text:
         raise InputError(f"{text!r} cannot be a path: it holds a null character")
@@ -120,15 +108,18 @@ def expand(path: str | os.PathLike) -> Path:
     return Path(os.path.abspath(expanded))
 
 
+def check_folder(folder: Path, what: object = None, rest: str = "") -> None:
+    """Raises an InputError where a path is no folder; `what` names it there, before `rest`."""
+    if not os.path.isdir(folder):  # unlike Path's, these never raise
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise InputError(f"{what or folder} {problem}{rest}")
+
+
 @contextlib.contextmanager
 def exclusive(root: Path, name: str, log: Log) -> Iterator[None]:
     """Holds the lock of a dataset.
 
-    Where what is done meanwhile fails with an InputError, the lock and the folders that were made
-    for it go again, if nothing else is in them.
-
-    Raises:
-        InputError: `root` is not a folder, or cannot be written.
+    Where the work fails, the lock and the folders made for it go again, if nothing is in them.
     """
     path = root / f"{name}.lock"
     with disk_errors(root):
@@ -148,7 +139,7 @@ def exclusive(root: Path, name: str, log: Log) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
-    """Errors of the disk in one line."""
+    """Turns an error of the disk into one line."""
     try:
         yield
     except OSError as error:
@@ -158,35 +149,21 @@ def disk_errors(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def damage(folder: Path, again: str = "") -> Iterator[None]:
-    """Whatever goes wrong while a prepared folder is read, in one line that says what to do.
-
-    Args:
-        folder: the prepared one.
-        again: how it is prepared again, as ' with `command`'.
-    """
+def damage(path: Path) -> Iterator[None]:
+    """Turns any error while a prepared file or folder is read into a line that says what to do."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
         raise InputError(
-            f"{folder} cannot be read ({type(error).__name__}: {one_line(error)}); if it is "
-            f"damaged, delete it and prepare again{again}"
+            f"{path} is damaged or cannot be read ({type(error).__name__}: {one_line(error)}); "
+            "delete it and prepare again"
         ) from error
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, without line breaks."""
-    return " ".join(str(error).split())
-
-
 def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Makes sure that there is room.
-
-    Raises:
-        InputError: there is not; says how much is needed and how much is free.
-    """
+    """Raises an InputError where a disk has not as many bytes free as are needed."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
@@ -196,7 +173,7 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 
 
 def incomplete_prefix(name: str) -> str:
-    """How the names of a dataset's temporary folders begin; a killed process leaves its own."""
+    """The beginning of the names of a dataset's temporary folders."""
     return f"incomplete-{name}-"
 
 
@@ -211,15 +188,7 @@ def remove_leftovers(root: Path, name: str, *, keep: tuple[Path, ...] = ()) -> N
 def build(dataset: Prepared, make_builder: Callable[[str], Any]) -> Any:
     """Builds beside the prepared folder, and moves there in one step what is complete.
 
-    Args:
-        dataset: whose folder it is.
-        make_builder: makes a TFDS builder, given its data_dir.
-
-    Returns:
-        The builder.
-
-    Raises:
-        InputError: the folder cannot be written, or what the builder raises.
+    `make_builder` makes a TFDS builder, which is returned, given its data_dir.
     """
     prefix, target = incomplete_prefix(dataset.key), dataset.folder
     with tempfile.TemporaryDirectory(prefix=prefix, dir=dataset.root) as staging:
@@ -261,4 +230,16 @@ def tfds_info(builder: Any, features: dict[str, Any]) -> tfds.core.DatasetInfo:
         features=tfds.features.FeaturesDict(features),
         supervised_keys=("image", "label"),
         disable_shuffling=True,
+    )
+
+
+def progress_bar() -> rich.progress.Progress:
+    """A progress bar on the terminal, gone when it is done."""
+    console = rich.console.Console(stderr=True)
+    return rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # into a file it would write empty lines
     )
