@@ -26,6 +26,7 @@ from PIL import Image
 from benchmarks.step import describe_machine
 from configs import imagenet100
 from sync_jax.data import host, registry
+from sync_jax.data.recipe import random_crop
 from sync_jax.data.resident import epoch_constants
 from sync_jax.runtime.memory import keep_freed_memory
 
