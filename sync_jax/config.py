@@ -123,11 +123,8 @@ def find_method(name: str) -> Method:
 def validate(config: ConfigDict) -> None:
     """Adds the hyperparameters that an own method declares, and checks every field.
 
-    Fields of `model` that are not in FIELDS are left to `models.complete`, and what depends on the
-    data to `data.loading`.
-
-    Raises:
-        InputError: naming the field, the value and the choices.
+    Options of backbones are left to `models.complete`, and what depends on the data to
+    `data.loading`. InputError names the field, the value and the choices.
     """
     try:
         values = dict(flatten(config.to_dict()))

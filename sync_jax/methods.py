@@ -23,29 +23,20 @@ Loss = tuple[Array, losses.Terms]  # a scalar, and its terms by name
 
 
 class Trained(NamedTuple):
-    """The network in training, for a method that runs it with other parameters too.
+    """The network in training, for a method that runs it with other parameters too."""
 
-    Attributes:
-        params: as they were before the step, as constants.
-        forward: maps parameters to the outputs for the step's batch, with the batch's statistics.
-    """
-
-    params: Any
-    forward: Callable[[Any], dict[str, Array]]
+    params: Any  # before the step, as constants
+    forward: Callable[[Any], dict[str, Array]]  # from parameters to the batch's outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """The state that a method keeps between steps, in the train state and its checkpoints.
 
-    Attributes:
-        create: (parameters, number of training examples, config) to the memory before the first
-            step, a tree of arrays.
-        update: (memory, outputs, batch, config, trained) to the memory after a step and arrays for
-            the objective, which join the outputs. Nothing of either has a gradient.
+    `update` also returns arrays for the objective, which join the outputs; none has a gradient.
     """
 
-    create: Callable[[Any, int, ConfigDict], Any]
+    create: Callable[[Any, int, ConfigDict], Any]  # of parameters, number of examples, config
     update: Callable[[Any, Outputs, Batch, ConfigDict, Trained], tuple[Any, Outputs]]
 
 
@@ -54,15 +45,13 @@ class Method:
     """How one method trains and selects.
 
     Attributes:
-        heads: what the network has beside its class head: 'selection', 'auxiliary', 'abstention',
-            'dropout' (before the class head), 'features' (as an output of training).
+        heads: beside the class head: 'selection', 'auxiliary', 'abstention', 'dropout' (before the
+            class head), 'features' (as an output of training).
         objective: (outputs, labels, mask, config) to (loss, terms), all scalars.
-        score: the name in `scores.SCORES` that the method is meant to be used with, or
-            'package.module:NAME'.
+        score: the method's own, a name in `scores.SCORES` or 'package.module:NAME'.
         hyperparameters: by name; the fields `config.loss.NAME`.
         memory: None for a method that keeps nothing between steps.
-        warmup: share of the run that minimises the plain cross-entropy first, unless
-            config.loss.warmup_epochs says otherwise.
+        warmup: share of the run that minimises the plain cross-entropy first.
         check: (config, number of classes) raises InputError where they do not go together.
     """
 
@@ -122,11 +111,9 @@ def _ce(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Los
 def _mc_dropout(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
     """MC-dropout (Gal & Ghahramani, 2016): cross-entropy with dropout on the class head's features.
 
-    That is where SelectiveNet's authors, who compare with it, have it. Evaluation averages the
-    probabilities of `loss.dropout_samples` samples. Their score is minus the samples' mean
-    variance; ours is the softmax response of the mean, beside its entropy and the mutual
-    information, as the literature since then has it. A sample drops the same features of every
-    example, so that results do not depend on the batch size.
+    SelectiveNet's authors have it there too. Evaluation averages the probabilities of samples that
+    drop the same features of every example, so that results do not depend on the batch size. Their
+    score is minus the samples' mean variance; ours is the softmax response of the mean.
     """
     return _ce(outputs, labels, mask, config)
 
@@ -283,14 +270,7 @@ def _update_queues(
 
 
 def enqueue(queue: Any, keys: Array, classes: Array, chosen: Array) -> Any:
-    """A ring of keys after the chosen ones of a batch have replaced its oldest.
-
-    Args:
-        queue: keys `[size, units]`, classes `[size]`, next `[]`.
-        keys: `[batch, units]`.
-        classes: `[batch]`.
-        chosen: `[batch]` bool; of more than `size`, the last stay.
-    """
+    """A ring after the chosen keys of a batch have replaced its oldest."""
     size = queue["classes"].shape[0]
     rank, count = jnp.cumsum(chosen) - 1, jnp.sum(chosen)
     kept = chosen & (rank >= count - size)

@@ -22,26 +22,17 @@ T = TypeVar("T")
 class Option:
     """A field of a config.
 
-    Attributes:
-        default: its value where nothing else is said. Its type is the field's type; a field of
-            type float also takes integers, and a tuple also lists.
-        bounds: an interval such as "[0, 1)" or "(0, inf)" for numbers, or all choices of a string;
-            "" for any value. Of a tuple, for each of its values.
-        help: one line.
-        each: the plural noun for a tuple's values, such as "percentages".
+    The default's type is the field's; a float also takes integers, and a tuple lists. Bounds are an
+    interval such as "[0, 1)" or "(0, inf)", of a tuple for each value, or all choices of a string.
     """
 
     default: Any
-    bounds: str | tuple[str, ...] = ""
-    help: str = ""
-    each: str = ""
+    bounds: str | tuple[str, ...] = ""  # "": any value
+    help: str = ""  # one line
+    each: str = ""  # the plural noun for a tuple's values, such as "percentages"
 
     def check(self, field: str, value: Any) -> None:
-        """Checks a value.
-
-        Raises:
-            InputError: it has another type, or is out of bounds; names field, value and bounds.
-        """
+        """Raises InputError where a value has another type or is out of bounds."""
         kind = type(self.default)
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
         if type(value) not in accepted:
@@ -112,17 +103,13 @@ def _short(value: int) -> str:
 
 
 def find(name: str, known: Mapping[str, T], kind: type[T], field: str) -> T:
-    """Finds an entry by its name, or imports one from a package outside of this one.
+    """Finds an entry by its name, or imports one of another package, 'package.module:NAME'.
 
-    Args:
-        name: a key of `known`, or 'package.module:NAME'. The module is imported, which executes it:
-            take the name from a user's own command line or config, never from a file of a run.
-        known: the entries that are built in.
-        kind: the type of an entry.
-        field: that holds the name, for errors.
+    Importing executes the module: take the name from a user's own command line or config, never
+    from a file of a run.
 
     Raises:
-        InputError: there is no such entry; says what there is.
+        InputError: there is no such entry of this kind; names the field and what there is.
     """
     if name in known:
         return known[name]

@@ -27,41 +27,25 @@ from sync_jax.trainer import Trainer, resolve
 
 
 class Prediction(NamedTuple):
-    """Answers for n examples.
+    """Answers for n examples."""
 
-    Attributes:
-        label: `[n]`, the most probable class, as it was named when fitting.
-        confidence: `[n]` float64, by the method's own score; higher is more confident.
-        accepted: `[n]` bool, False where the classifier abstains.
-        probabilities: `[n, classes]` float64, in the order of `SelectiveClassifier.classes`.
-    """
-
-    label: np.ndarray
-    confidence: np.ndarray
-    accepted: np.ndarray
-    probabilities: np.ndarray
+    label: np.ndarray  # [n], the most probable class, as it was named when fitting
+    confidence: np.ndarray  # [n] float64, by the method's own score; higher is more confident
+    accepted: np.ndarray  # [n] bool, False where the classifier abstains
+    probabilities: np.ndarray  # [n, classes] float64, in the order of SelectiveClassifier.classes
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveClassifier:
-    """A trained classifier that answers where its confidence reaches a threshold.
-
-    Attributes:
-        trainer: network and jitted functions.
-        state: the trained state.
-        classes: `[classes]`, the sorted labels.
-        calibration: predictions on the examples that were held out.
-        score: the confidence score, with its arguments `parameters`.
-        threshold: the confidence that accepts `target_coverage` of the held-out examples.
-    """
+    """A trained classifier that answers where its confidence reaches a threshold."""
 
     trainer: Trainer
     state: TrainState
-    classes: np.ndarray
-    calibration: Predictions
+    classes: np.ndarray  # [classes], the sorted labels
+    calibration: Predictions  # on the examples that were held out
     score: Score
-    parameters: dict[str, Any]
-    threshold: float
+    parameters: dict[str, Any]  # the score's arguments
+    threshold: float  # accepts `target_coverage` of the held-out examples
 
     def predict(self, images_or_features: ArrayLike) -> Prediction:
         """Answers or abstains, for each of n examples.
@@ -101,9 +85,6 @@ def fit(
 ) -> SelectiveClassifier:
     """Trains a selective classifier on arrays in memory.
 
-    Images are neither cropped nor mirrored, unless `overrides` say so; for those see `FIELDS` of
-    `sync_jax.config`.
-
     Args:
         images_or_features: images `[n, height, width]` or `[n, height, width, channels]` uint8, or
             features `[n, d]`, such as another network's embeddings, of any real dtype.
@@ -113,15 +94,11 @@ def fit(
             features.
         calibration: share of the examples that is held out to choose the threshold, in (0, 1).
         seed: of the initialisation and of the order of the examples.
-        workdir: a folder for checkpoints and metrics, where a training that was stopped goes on;
-            None: nothing is kept.
+        workdir: folder for checkpoints, where a stopped training goes on; None: nothing is kept.
         verbose: True to print the progress.
-        **overrides: fields of the config, by path with __ for the dot
-            (`optimizer__learning_rate=0.05`), or by the last name where no other field has it
-            (`epochs=20`, `learning_rate=0.05`, `target_coverage=0.9`).
-
-    Returns:
-        The classifier. Its threshold accepts `target_coverage` of the held-out examples.
+        **overrides: fields of the config, by path with __ for the dot (`data__flip=True`), or by
+            the last name where no other field has it (`epochs=20`, `target_coverage=0.9`). Images
+            are neither cropped nor mirrored unless these say so.
 
     Raises:
         ValueError: an array is not as described; names the argument.

@@ -125,19 +125,14 @@ def mutual_information(outputs: Outputs) -> Any:
 class Score:
     """A confidence score.
 
-    Attributes:
-        function: maps outputs, and the score's own arguments by keyword, to `[n]`.
-        label: its name in tables and pictures.
-        needs: the outputs that it reads.
-        of_raw_logits: True if it reads the scale or the shift of raw logits. The logarithms of
-            averaged probabilities have neither: their energy is 0 for every example.
-        choices: the arguments to choose from. The one with the least AURC on the calibration split
-            is taken, the first of several.
+    A score `of_raw_logits` reads their scale or shift. The logarithms of averaged probabilities
+    have neither: their energy is 0 for every example. Of the `choices` of arguments the first with
+    the least AURC on the calibration split is taken.
     """
 
-    function: Callable[..., Any]
-    label: str
-    needs: tuple[str, ...] = ("logits",)
+    function: Callable[..., Any]  # maps outputs, and arguments by keyword, to [n]
+    label: str  # in tables and pictures
+    needs: tuple[str, ...] = ("logits",)  # the outputs that it reads
     of_raw_logits: bool = False
     choices: tuple[Mapping[str, Any], ...] = ({},)
 

@@ -25,21 +25,13 @@ Objective = Callable[[dict[str, Array], Batch, Any, Array, Trained], tuple[Array
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a checkpoint must hold.
+    """Everything that a checkpoint must hold."""
 
-    Attributes:
-        step: `[]` int32, steps done.
-        params: the network's parameters.
-        batch_stats: BatchNorm's running statistics.
-        opt_state: the optimiser's.
-        memory: the method's, `methods.Memory`; an empty dict for most.
-    """
-
-    step: Array
+    step: Array  # [] int32, steps done
     params: optax.Params
     batch_stats: optax.Params
     opt_state: optax.OptState
-    memory: Any
+    memory: Any  # the method's, see methods.Memory; {} for most
 
 
 def create_train_state(
@@ -50,15 +42,7 @@ def create_train_state(
     image_shape: tuple[int, ...],
     create_memory: Callable[[optax.Params], Any] | None = None,
 ) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        seed: of the initialisation.
-        network: maps images `[batch, *image_shape]` to a dict of outputs.
-        optimizer: its state is made here.
-        image_shape: (height, width, channels), or (features,).
-        create_memory: makes the method's memory, given the parameters.
-    """
+    """The state before the first step, of a network for inputs `[batch, *image_shape]`."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = network.init(jax.random.key(seed), images, train=False)
     return TrainState(
@@ -202,13 +186,7 @@ class Metrics(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The constants of a compiled step; see `train_step`.
-
-    Attributes:
-        batch_size: over all devices of the mesh together.
-        sharded: True if the resident images are divided between the devices.
-        cropped: True if the host has made the resized crops.
-    """
+    """The constants of a compiled step."""
 
     network: nn.Module
     objective: Objective
@@ -216,10 +194,10 @@ class StepSettings:
     info: DatasetInfo
     augmentation: Augmentation
     mesh: jax.sharding.Mesh
-    batch_size: int
+    batch_size: int  # over all devices of the mesh together
     microbatches: int = 1
-    sharded: bool = False
-    cropped: bool = False
+    sharded: bool = False  # True if the resident images are divided between the devices
+    cropped: bool = False  # True if the host has made the resized crops
 
     @property
     def size(self) -> int | None:
@@ -268,12 +246,7 @@ def run_step(
 ) -> tuple[TrainState, Metrics]:
     """A training step, from the data to the next state.
 
-    Args:
-        state: before the step.
-        data: the resident split, or the host's batch.
-        seed: `[]` of the run.
-        vote: `[devices]`, of several processes: 1 where one was asked to stop.
-        settings: the constants.
+    `vote` `[devices]`, of several processes, is 1 where one was asked to stop.
     """
     state, metrics = train_step(
         state,

@@ -1,6 +1,7 @@
 """Several runs in one command: every combination of some fields' values, one after the other."""
 
 import ast
+import contextlib
 import itertools
 import os
 import time
@@ -24,21 +25,16 @@ from sync_jax.trainer import resolve
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
-    """Trains every combination, skips what is finished, and compares all of it.
+    """Trains every combination, skips what is finished, and compares all of it in `out`/compare.
 
-    Repeating the call goes on where it was stopped. A run that diverges is named at the end.
+    Repeating the call goes on where it was stopped. Nothing is trained if a combination is no valid
+    config. A run that diverges is named at the end, and the result is False then.
 
     Args:
         config: of every run, but for the varied fields.
         vary: such as 'method=ce,sync' or 'seed=0,1,2'; each a field and its values.
-        out: holds a folder per run, and in compare/ their table.
+        out: holds a folder per run.
         name: of the config, with which the folders' names begin.
-
-    Returns:
-        True if every run was trained to its end.
-
-    Raises:
-        InputError: a combination is no valid config; nothing is trained then.
     """
     runs = combinations(config, vary, name=name)
     for folder, run in runs:
@@ -54,8 +50,9 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     for i, (folder, run) in enumerate(runs, start=1):
         if folder in done:
             continue
-        left = "" if not trained else _left(began, trained, len(runs) - len(done) - trained)
-        say(f"=== run {i} of {len(runs)}: {folder}{left}")
+        each = (time.monotonic() - began) / 60 / max(trained, 1)
+        left = f" (about {each * (len(runs) - len(done) - trained):.0f} min left)"
+        say(f"=== run {i} of {len(runs)}: {folder}{left if trained else ''}")
         try:
             train_and_evaluate(run, out / folder)
         except NonFiniteError as error:
@@ -120,18 +117,10 @@ def combinations(
 def _parsed(entry: str, text: str, like: Any) -> Any:
     """A value as the type that the field has."""
     kind = type(like)
-    if kind is str:
-        return text
-    try:
-        value = ast.literal_eval(text)
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is kind and kind in (int, float, bool):
-            return value
-    except (ValueError, SyntaxError):
-        pass
+    value: Any = text
+    if kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
     raise InputError(f"--vary={entry}: {text!r} must be of type {kind.__name__}")
-
-
-def _left(began: float, trained: int, remaining: int) -> str:
-    minutes = (time.monotonic() - began) / trained * remaining / 60
-    return f" (about {minutes:.0f} min left)"

@@ -42,17 +42,13 @@ from sync_jax.trainer import Trainer, check_dataset
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
-    Args:
-        config: of `trainer.resolve`; the same in every process.
-        workdir: made when needed; all processes must see the same folder. It holds config.json,
-            metrics.jsonl, tensorboard/, checkpoints/, predictions_*.npz and, when the run is
-            finished, risk_coverage.png and report.json.
+    The config has gone through `trainer.resolve`. The folder is made when needed; all processes
+    must see the same one. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
+    predictions_*.npz and, when the run is finished, risk_coverage.png and report.json.
 
     Raises:
         InputError: the data cannot be had or do not fit, or `workdir` holds another experiment.
-        FailedError: training diverged, or a process is missing.
-        TerminatedError: the run was stopped by SIGTERM; its state is saved.
-        WriteError: a checkpoint cannot be written.
+        FailedError, TerminatedError, WriteError: see `sync_jax.errors`.
     """
     processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
@@ -161,12 +157,7 @@ def begin(job: Job) -> Start:
 
 
 def fit(job: Job, start: Start) -> Fitted:
-    """The training loop: the steps after `start` to the last.
-
-    Raises:
-        TerminatedError: `stopping` said so, on any process; the state is saved.
-        NonFiniteError: training diverged.
-    """
+    """The training loop: the steps after `start` to the last."""
     trainer, config, processes = job.trainer, job.trainer.config, job.processes
     state, total = start.state, trainer.total_steps
     periods = config.log.calibration_every_epochs, config.checkpoint.every_epochs
@@ -295,13 +286,8 @@ def evaluate_finished(
 ) -> None:
     """Makes the report of a trained run from its saved predictions; the first process does it.
 
-    Args:
-        config: of the run, but for the `evaluation` section.
-        workdir: of a run that was trained to its end.
-        speed: of the training; None: what an earlier report says.
-
-    Raises:
-        InputError: there is no such run, or it is another experiment.
+    The config may differ from the run's in the `evaluation` section. The speed of the training is
+    taken from an earlier report if it is not given.
     """
     if jax.process_index() > 0:
         return

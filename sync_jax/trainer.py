@@ -43,11 +43,7 @@ from sync_jax.steps import (
 def resolve(config: ConfigDict) -> list[str]:
     """Checks a config, and adds the options that its method and its backbone declare.
 
-    Returns:
-        A line for each option of another backbone, which is removed.
-
-    Raises:
-        InputError: naming the field, the value and the choices.
+    Returns a line for each option of another backbone, which is removed.
     """
     validate(config)
     parse_steps(config.profile.steps)
@@ -55,11 +51,7 @@ def resolve(config: ConfigDict) -> list[str]:
 
 
 def check_dataset(config: ConfigDict, info: DatasetInfo | None) -> None:
-    """Checks that method, backbone and dataset, as far as it is known, go together.
-
-    Raises:
-        InputError: they do not; says what would.
-    """
+    """Checks that method, backbone and dataset, as far as it is known, go together."""
     if info is None:
         return
     if find_backbone(config.model.name).images_only and len(info.image_shape) < 3:
@@ -75,12 +67,8 @@ def check_dataset(config: ConfigDict, info: DatasetInfo | None) -> None:
 class Trainer:
     """Network, optimizer and jitted functions of a run.
 
-    Attributes:
-        config, mesh, info, placement, train_size: as given.
-        steps_per_epoch: may be fractional: no example is left out at an epoch's end.
-        total_steps: of the run.
-        settings: the constants of a step.
-        state_like: shapes, dtypes and shardings of the training state.
+    `steps_per_epoch` may be fractional: no example is left out at an epoch's end. `settings` are
+    the constants of a step, `state_like` shapes, dtypes and shardings of the training state.
     """
 
     def __init__(
@@ -95,13 +83,7 @@ class Trainer:
     ):
         """Builds them; nothing is compiled yet.
 
-        Args:
-            config: of `resolve`.
-            mesh: the devices over which a batch is split.
-            info: of the dataset.
-            train_size: number of training examples.
-            placement: of the training images.
-            alive: called whenever something that may take long is done.
+        `alive` is called whenever something that may take long is done.
         """
         self.config, self.mesh, self.info = config, mesh, info
         self.placement = placement = placement or Placement()
@@ -187,11 +169,7 @@ class Trainer:
         return result
 
     def predict(self, state: TrainState, part: Part) -> Predictions:
-        """The network's outputs for every example of a part; each process reads its share.
-
-        Raises:
-            NonFiniteError: an output is not finite.
-        """
+        """The network's outputs for every example of a part; each process reads its share."""
 
         def outputs_of(images: np.ndarray) -> dict[str, jax.Array]:
             outputs = self._outputs(state, sharding.from_shares(images, self.mesh))
@@ -220,11 +198,7 @@ class Trainer:
         return max(round(epochs * self.steps_per_epoch), 1)
 
     def check(self) -> None:
-        """Checks the free memory, the weights' file and the steps to be traced.
-
-        Raises:
-            InputError: one of them will not do.
-        """
+        """Checks the free memory, the weights' file and the steps to be traced."""
         traced = parse_steps(self.config.profile.steps)
         if traced and traced[-1] > self.total_steps:
             raise InputError(
