@@ -1,9 +1,12 @@
 """Thresholds that come with a proof: selective risk bounded from a calibration split.
 
-Each method looks at `confidence` [n] (higher = more confident; infinities allowed) and `correct`
-[n] (0/1) of a calibration split that nothing else has seen, and returns a `Certificate`: accept
-confidence >= threshold, and the promise that goes with it. Where no threshold meets the target the
-certificate says `feasible=False` and why; it never carries a threshold whose bound exceeds it.
+Each method takes `confidence` [n] (higher = more confident; infinities allowed) and `correct`
+[n] (1 where the prediction is right, 0 where it is wrong) of a calibration split that nothing
+else has seen, and a risk to stay below; `target_risk`, `alpha` and `delta`, the chance that the
+promise fails, are in (0, 1). It returns a `Certificate`: accept confidence >= threshold, and the
+promise that goes with it. Where no threshold meets the target the certificate says `feasible=False`
+and why; it never carries a threshold whose bound exceeds it. Invalid arguments raise ValueError,
+which names them.
 
 | method                            | promise                        | assumes   |
 |-----------------------------------|--------------------------------|-----------|
@@ -20,23 +23,11 @@ the new example too. Neither JAX nor the rest of sync_jax is needed:
 `from sync_jax.guarantees import sgr`.
 """
 
-from sync_jax.guarantees.binomial import clopper_pearson_upper
-from sync_jax.guarantees.certificate import Certificate
-from sync_jax.guarantees.methods import (
-    conformal_risk_control,
-    group_certificates,
-    learn_then_test,
-    sgr,
-)
-from sync_jax.guarantees.planner import CalibrationPlan, calibration_size
-
-__all__ = [
-    "CalibrationPlan",
-    "Certificate",
-    "calibration_size",
-    "clopper_pearson_upper",
-    "conformal_risk_control",
-    "group_certificates",
-    "learn_then_test",
-    "sgr",
-]
+from sync_jax.guarantees.binomial import clopper_pearson_upper as clopper_pearson_upper
+from sync_jax.guarantees.certificate import Certificate as Certificate
+from sync_jax.guarantees.methods import conformal_risk_control as conformal_risk_control
+from sync_jax.guarantees.methods import group_certificates as group_certificates
+from sync_jax.guarantees.methods import learn_then_test as learn_then_test
+from sync_jax.guarantees.methods import sgr as sgr
+from sync_jax.guarantees.planner import CalibrationPlan as CalibrationPlan
+from sync_jax.guarantees.planner import calibration_size as calibration_size

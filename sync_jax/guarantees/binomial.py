@@ -13,19 +13,9 @@ def clopper_pearson_upper(errors: ArrayLike, n: ArrayLike, delta: ArrayLike) -> 
     """Upper confidence bound for an error rate (Clopper & Pearson 1934).
 
     The largest rate r with P(Binomial(n, r) <= errors) >= delta, so that a rate estimated from n
-    independent examples exceeds it with probability at most delta; 1 where all n are errors.
-
-    Args:
-        errors: integers in [0, n].
-        n: non-negative integers.
-        delta: in (0, 1). The three broadcast.
-
-    Returns:
-        A float, or an array of the broadcast shape.
-
-    Raises:
-        ValueError: counts not integers (a rate times n may truncate) or out of range; delta outside
-            (0, 1).
+    independent examples exceeds it with probability at most delta; 1 where all n are errors. The
+    arguments broadcast, to a float or an array; `errors` and `n` must be integers, as a rate times
+    n may truncate.
     """
     k, m, d = np.broadcast_arrays(errors, n, np.asarray(delta, dtype=np.float64))
     for counts, name in ((k, "errors"), (m, "n")):
@@ -63,10 +53,7 @@ def first_integer(holds: Callable[[int], Any], low: int, high: int) -> int:
 def fewest_accepted(target_risk: float, delta: float, errors: int = 0) -> int:
     """The smallest n with P(Binomial(n, target_risk) <= errors) <= delta: errors it can afford.
 
-    Without an error that is (1 - target_risk)^n <= delta.
-
-    Raises:
-        ValueError: there is none up to 10^300.
+    Without an error that is (1 - target_risk)^n <= delta. ValueError if there is none up to 10^300.
     """
 
     def enough(n: int) -> Any:

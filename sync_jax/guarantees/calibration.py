@@ -34,7 +34,7 @@ class CalibrationSplit:
         return self.confidence.size
 
     def accepted(self, threshold: ArrayLike) -> IntArray:
-        """How many have confidence >= threshold; they are the first ones."""
+        """Number of examples with confidence >= threshold; they are the first ones."""
         return np.searchsorted(-self.confidence, -np.asarray(threshold), side="right")
 
     def strictly_above(self, rank: IntArray) -> tuple[FloatArray, IntArray]:

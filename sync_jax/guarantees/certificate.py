@@ -1,4 +1,4 @@
-"""What every method returns: a threshold with its promise, or the reason why there is none."""
+"""The result of every method."""
 
 import dataclasses
 import math
@@ -7,40 +7,23 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """A threshold with its promise, or the reason why there is none.
+    """A threshold with its promise, or the reason why there is none."""
 
-    Attributes:
-        method: "sgr", "learn_then_test/bonferroni", "learn_then_test/fixed_sequence" or
-            "conformal_risk_control".
-        feasible: whether a threshold meets the target.
-        threshold: accept confidence >= threshold, compared in the dtype of the confidences given;
-            None where infeasible: abstain always.
-        coverage: n_accepted / n_calibration.
-        target_risk: the risk asked for (alpha in conformal risk control).
-        delta: chance that the promise fails, for this certificate (a group's share of it in
-            `group_certificates`); None where the promise is an expectation.
-        bound: what is promised of the risk, at most target_risk; None where infeasible. Conformal
-            risk control promises target_risk; its bound is what it compares with that,
-            (n_errors + 1) / (n_calibration + 1).
-        n_calibration: calibration examples.
-        n_accepted: those with confidence >= threshold.
-        n_errors: those of them that are wrong.
-        promise: what holds, and over what randomness, in one sentence.
-        reason: why there is no threshold; "" where there is one.
-    """
-
-    method: str
-    feasible: bool
-    threshold: float | None
-    coverage: float
-    target_risk: float
-    delta: float | None
+    method: str  # "sgr", "learn_then_test/PROCEDURE" or "conformal_risk_control"
+    feasible: bool  # a threshold meets the target
+    threshold: float | None  # compared in the dtype of the confidences given; None: abstain always
+    coverage: float  # n_accepted / n_calibration
+    target_risk: float  # the risk asked for (alpha in conformal risk control)
+    delta: float | None  # chance that the promise fails; None where it is an average
+    # The risk that is promised, at most target_risk; None where infeasible. Conformal risk control
+    # promises target_risk; its bound is what it compares with that, (n_errors + 1) /
+    # (n_calibration + 1).
     bound: float | None
     n_calibration: int
-    n_accepted: int
-    n_errors: int
-    promise: str
-    reason: str
+    n_accepted: int  # calibration examples with confidence >= threshold
+    n_errors: int  # accepted and wrong
+    promise: str  # what holds, and over what randomness, in one sentence
+    reason: str  # why there is no threshold; "" where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for strict JSON: an infinite threshold becomes "Infinity" or "-Infinity"."""

@@ -27,16 +27,6 @@ def sgr(
     The paper's proof is a union bound over the K thresholds visited as though they were fixed in
     advance, while they are calibration confidences on a path that the errors steer. The simulations
     in the tests find no violation; where that isn't enough, `learn_then_test` needs no such step.
-
-    Args:
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-        target_risk: selective risk to stay below, in (0, 1).
-        delta: chance of failing to, in (0, 1).
-
-    Raises:
-        ValueError: input empty, NaN or of different shapes; correct not 0/1; target_risk or delta
-            outside (0, 1). The methods below raise the same.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     data = calibration_split(confidence, correct)
@@ -89,10 +79,10 @@ def learn_then_test(
     candidates before looking at the calibration split, or split delta between what you try.
 
     Args:
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-        target_risk: selective risk to stay below, in (0, 1).
-        delta: chance of failing to, in (0, 1).
+        confidence: [n].
+        correct: [n].
+        target_risk: selective risk to stay below.
+        delta: chance of failing to.
         procedure: "bonferroni" splits delta evenly between the candidates and assumes nothing.
             "fixed_sequence" tests each at delta, from the most confident down, and stops at the
             first that fails: mostly the larger coverage, but valid only where the chance of an
@@ -104,9 +94,6 @@ def learn_then_test(
         slack: a fixed sequence starts where enough examples are accepted to pass with this many
             errors, or fewer if that takes more than half of the examples. At 0 it may start
             soonest, and a single error among the most confident ends it.
-
-    Raises:
-        ValueError: also for an unknown procedure, candidates < 1, slack < 0, bad thresholds.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     if procedure not in ("bonferroni", "fixed_sequence"):
@@ -164,17 +151,12 @@ def learn_then_test(
 def conformal_risk_control(
     confidence: ArrayLike, correct: ArrayLike, *, alpha: float
 ) -> Certificate:
-    """Bounds the expected joint risk, P(accepted and wrong) (Angelopoulos et al. 2022).
+    """Bounds the expected joint risk, P(accepted and wrong), by alpha (Angelopoulos et al. 2022).
 
     The smallest calibration confidence with (n R + 1) / (n + 1) <= alpha, R the share of the
     calibration examples that it accepts and that are wrong. Selective risk isn't monotone in the
     threshold, which this method requires; the joint risk is. Selective risk is the joint risk over
     the coverage, and larger.
-
-    Args:
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-        alpha: joint risk to stay below on average, in (0, 1).
     """
     alpha = probability(alpha, "alpha")
     data = calibration_split(confidence, correct)
@@ -216,22 +198,10 @@ def group_certificates(
     Each of G groups gets delta / G (Bonferroni). A group is whatever is known when the threshold is
     applied: the predicted class, a camera, a region; not the true class.
 
-    Args:
-        method: `sgr` or `learn_then_test`.
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-        groups: [n], the group of each example, integers or strings.
-        target_risk: selective risk of every group to stay below, in (0, 1).
-        delta: chance that any of the promises fails, in (0, 1).
-        names: all groups that may occur, fixed without this data; those without an example get an
-            infeasible certificate. None takes the groups that occur here.
-        **options: the method's other arguments, such as procedure="fixed_sequence".
-
-    Returns:
-        A certificate by group, in the order of names, or sorted.
-
-    Raises:
-        ValueError: as the method, and where groups has another shape, NaN, or values not in names.
+    `method` is `sgr` or `learn_then_test`, `options` are its other arguments. `groups` [n] are
+    integers or strings. `names` are all groups that may occur, fixed without this data, and those
+    without an example get an infeasible certificate; None takes the groups that occur here. The
+    result has the order of names, or is sorted.
     """
     if method is conformal_risk_control:
         raise ValueError("conformal_risk_control promises an average: it has no delta to divide")

@@ -1,4 +1,4 @@
-"""How large a calibration split must be."""
+"""The size that a calibration split must have."""
 
 import dataclasses
 import math
@@ -14,20 +14,12 @@ LOOK_BACK = 16  # sizes below one with the power that are tried again
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationPlan:
-    """How many calibration examples a certificate is likely to need.
+    """The number of calibration examples that a certificate is likely to need."""
 
-    Attributes:
-        n_calibration: examples to hold out.
-        n_accepted: how many of them are accepted, on average, rounded down.
-        max_errors: with how many errors among so many the certificate is still given.
-        power: chance of the certificate, over how many are accepted and how many of them are wrong;
-            at least the one asked for.
-    """
-
-    n_calibration: int
-    n_accepted: int
-    max_errors: int
-    power: float
+    n_calibration: int  # to hold out
+    n_accepted: int  # of them accepted on average, rounded down
+    max_errors: int  # with so many errors among these the certificate is still given
+    power: float  # chance of the certificate; at least the one asked for
 
 
 def calibration_size(
@@ -39,7 +31,7 @@ def calibration_size(
     power: float = 0.8,
     tests: int = 1,
 ) -> CalibrationPlan:
-    """How many calibration examples to hold out for a target risk.
+    """The number of calibration examples to hold out for a target risk.
 
     The Clopper-Pearson bound meets the target with the chance `power`, if examples are accepted
     with probability `coverage`, independently, and the accepted wrong with expected_risk. At full
@@ -47,8 +39,8 @@ def calibration_size(
     too: the chance falls a little while the number grows, until one more error is allowed.
 
     Args:
-        target_risk: selective risk to certify, in (0, 1).
-        delta: chance that the certificate is wrong, in (0, 1).
+        target_risk: selective risk to certify.
+        delta: chance that the certificate is wrong.
         expected_risk: the selective risk that you expect there, in [0, target_risk).
         coverage: the coverage at which you expect it, in (0, 1].
         power: chance of getting the certificate, in (0, 1).
@@ -57,8 +49,7 @@ def calibration_size(
             groups.
 
     Raises:
-        ValueError: an argument out of range, or no number up to 10^12 accepted with 10^7 errors is
-            enough. At expected_risk = target_risk none is.
+        ValueError: also if no number up to 10^12 accepted with 10^7 errors is enough.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     power = probability(power, "power")

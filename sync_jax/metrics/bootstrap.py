@@ -16,23 +16,14 @@ _BLOCK = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A percentile bootstrap interval.
+    """A percentile bootstrap interval."""
 
-    Attributes:
-        estimate: the value on the data themselves.
-        lower: lower end; NaN where every resample is undefined.
-        upper: upper end.
-        level: nominal coverage of the interval.
-        resamples: how many resamples were drawn.
-        undefined: how many of them had no value (NaN) and were left out.
-    """
-
-    estimate: float
-    lower: float
+    estimate: float  # the value on the data themselves
+    lower: float  # the ends; NaN where every resample is undefined
     upper: float
-    level: float
+    level: float  # nominal coverage
     resamples: int
-    undefined: int
+    undefined: int  # resamples without a value (NaN), which are left out
 
 
 # The metrics that take many resamples at once, as a `Sample` with counts.
@@ -58,18 +49,14 @@ def bootstrap_interval(
     It answers for the draw of these n examples, not for that of the training run.
 
     Args:
-        metric: a metric of this package on (confidence, loss) or (confidence, correct) that returns
-            a float, which is evaluated on many resamples at once; or any other
-            `metric(confidence, loss, **options)` that does, called once per resample.
-        confidence: [n], higher = more confident.
+        metric: a metric of this package that returns a float, which is evaluated on many resamples
+            at once; or any other `metric(confidence, loss, **options)`, called once per resample.
+        confidence: [n].
         loss: [n], or `correct` for a metric that takes it.
         level: nominal coverage in (0, 1).
-        resamples: number of resamples of n examples.
+        resamples: number of resamples of n examples, at least 1.
         seed: of the resampling; same seed, same interval.
         **options: keyword arguments of the metric, such as coverage=0.9. One number, not an array.
-
-    Raises:
-        ValueError: what the metric raises; level outside (0, 1); resamples below 1.
     """
     estimate = float(metric(confidence, loss, **options))
     confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
@@ -97,9 +84,6 @@ def paired_bootstrap_interval(
     Both see the same resamples, so what makes an example hard for both cancels: an interval without
     0 says that the methods differ. Arguments as in `bootstrap_interval`, index by index the same
     examples in a and b.
-
-    Raises:
-        ValueError: as `bootstrap_interval`, and where a has more or fewer examples than b.
     """
     estimate = float(metric(confidence_a, loss_a, **options)) - float(
         metric(confidence_b, loss_b, **options)
@@ -129,7 +113,7 @@ def bootstrap_values(
     """The metric on each of the resamples that `seed` gives for n examples: [resamples].
 
     For more than two data sets on the same n examples, in the same order: the differences of their
-    values are paired, and `percentile_interval` makes intervals of them. Arguments and errors as in
+    values are paired, and `percentile_interval` makes intervals of them. Arguments as in
     `bootstrap_interval`; unlike its result, this one depends on the order of the examples.
     """
     metric(confidence, loss, **options)  # checks the arguments
@@ -138,18 +122,17 @@ def bootstrap_values(
     confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
     n, rng = confidence.size, np.random.default_rng(seed)
     block = max(1, _BLOCK // n)
-    many: Callable[..., Any] = metric  # of a Sample, an array
-    values: list[float] = []
+    values: list[Any] = []
     for done in range(0, resamples, block):
         rows = min(block, resamples - done)
         index = rng.integers(n, size=(rows, n))
         if metric in _VECTORISED:
             cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
             counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
-            values.extend(many(Sample(confidence, loss, counts), loss, **options))
+            values.append(metric(Sample(confidence, loss, counts), loss, **options))
         else:
-            values.extend(float(metric(confidence[i], loss[i], **options)) for i in index)
-    return np.array(values)
+            values.append([float(metric(confidence[i], loss[i], **options)) for i in index])
+    return np.concatenate(values)
 
 
 def percentile_interval(estimate: float, values: ArrayLike, *, level: float = 0.95) -> Interval:

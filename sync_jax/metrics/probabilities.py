@@ -31,16 +31,7 @@ def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, I
 
 
 def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Share of the examples whose most probable class (the first, in a tie) is the label.
-
-    Args:
-        probabilities: [n, classes], rows summing to 1.
-        labels: [n], integers in [0, classes).
-
-    Raises:
-        ValueError: shapes differ; probabilities empty, NaN, outside [0, 1] or with a row whose sum
-            is off by more than 1e-3; labels not integers or out of range. So do those below.
-    """
+    """Share of the examples whose most probable class (the first, in a tie) is the label."""
     p, y = _checked(probabilities, labels)
     return float((p.argmax(axis=1) == y).mean())
 
@@ -50,11 +41,8 @@ def negative_log_likelihood(
 ) -> float:
     """Mean of -ln(probability of the label), in nats.
 
-    Args:
-        probabilities: [n, classes]. Take the softmax in float64: in float32 a confident mistake has
-            probability 0.
-        labels: [n], integers in [0, classes).
-        floor: in [0, 1]; smaller probabilities count as this one. At 0 they may give infinity.
+    Probabilities smaller than `floor`, in [0, 1], count as it; at 0 the mean may be infinite. Take
+    the softmax in float64: in float32 a confident mistake has probability 0.
     """
     p, y = _checked(probabilities, labels)
     if not 0 <= floor <= 1:
@@ -65,33 +53,21 @@ def negative_log_likelihood(
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Mean squared distance to the one-hot label, summed over classes: in [0, 2] (Brier 1950).
-
-    Arguments as in `accuracy`.
-    """
+    """Mean squared distance to the one-hot label, summed over classes: in [0, 2] (Brier 1950)."""
     p, y = _checked(probabilities, labels)
     return float(((p**2).sum(axis=1) - 2 * p[np.arange(y.size), y] + 1).mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationError:
-    """Expected calibration error with the convention that it was computed in.
-
-    Attributes:
-        value: mean over examples of |accuracy - confidence| of their bin.
-        binning: "width" or "mass".
-        bins: how many bins were asked for.
-        confidence: mean confidence of each bin that is not empty, ascending.
-        accuracy: accuracy of each of these bins.
-        count: examples in each of these bins.
-    """
+    """Expected calibration error; arrays [bins that are not empty], ascending in confidence."""
 
     value: float
-    binning: str
-    bins: int
-    confidence: FloatArray
+    binning: str  # "width" or "mass"
+    bins: int  # as asked for
+    confidence: FloatArray  # mean confidence of each bin
     accuracy: FloatArray
-    count: IntArray
+    count: IntArray  # examples in each bin
 
 
 def expected_calibration_error(
@@ -101,15 +77,11 @@ def expected_calibration_error(
     binning: Literal["width", "mass"] = "width",
     bins: int = 15,
 ) -> CalibrationError:
-    """Top-label expected calibration error.
+    """Top-label expected calibration error: mean |accuracy - confidence| of each example's bin.
 
-    Args:
-        probabilities: [n, classes], rows summing to 1.
-        labels: [n], integers in [0, classes).
-        binning: "width": bins of equal width on (0, 1], closed on the right (Guo et al. 2017).
-            "mass": bins of equal size, up to one example (Nixon et al. 2019); a tie cut by a bin's
-            edge counts with its mean accuracy on both sides.
-        bins: number of bins, at least 1.
+    Bins by "width" are equally wide on (0, 1] and closed on the right (Guo et al. 2017). Bins by
+    "mass" are equally large, up to one example (Nixon et al. 2019); a tie cut by a bin's edge
+    counts with its mean accuracy on both sides.
     """
     p, y = _checked(probabilities, labels)
     if bins < 1:

@@ -1,4 +1,4 @@
-"""What the metrics compute on: checked arrays, and examples grouped by equal confidence.
+"""Checked arrays, and examples grouped by equal confidence, for the metrics to compute on.
 
 A metric of confidence turns its arguments into a `Sample`, which stands for as many data sets as
 its counts have rows. The bootstrap passes such a `Sample` in the place of `confidence`.
@@ -45,7 +45,7 @@ def number(value: Any) -> Any:
 
 
 def is_binary(array: FloatArray) -> bool:
-    """Whether it holds only 0 and 1."""
+    """True if it holds only 0 and 1."""
     return bool(((array == 0) | (array == 1)).all())
 
 
@@ -63,7 +63,7 @@ def ceiling(value: FloatArray) -> IntArray:
 
 
 def rank_of_coverage(coverage: ArrayLike, n: int) -> IntArray:
-    """How many of n examples a coverage in (0, 1] accepts: the smallest k with k/n >= coverage."""
+    """Number of examples that a coverage in (0, 1] accepts: the smallest k with k/n >= coverage."""
     values = real(coverage, "coverage")
     if not ((values > 0) & (values <= 1)).all():  # NaN fails both comparisons
         raise ValueError(f"coverage must lie in (0, 1], got {values}")
@@ -130,14 +130,9 @@ def group_ties(sample: Sample) -> Groups:
     order = np.lexsort((sample.value, -sample.confidence))
     confidence, value = sample.confidence[order], sample.value[order]
     start = np.flatnonzero(np.concatenate(([True], confidence[1:] != confidence[:-1])))
-    if sample.counts is None:
-        count = np.diff(start, append=confidence.size)
-        total = np.add.reduceat(value, start)
-    else:
-        counts = sample.counts[..., order]
-        count = np.add.reduceat(counts, start, axis=-1)
-        total = np.add.reduceat(counts * value, start, axis=-1)
-    return Groups(confidence[start], count, total)
+    counts = np.ones_like(order) if sample.counts is None else sample.counts[..., order]
+    sums = (np.add.reduceat(each, start, axis=-1) for each in (counts, counts * value))
+    return Groups(confidence[start], *sums)
 
 
 def before(cumulative: Any) -> Any:

@@ -29,34 +29,17 @@ Convention = Literal["mean", "fd_shifts", "torch_uncertainty"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RiskCoverageCurve:
-    """One point per distinct confidence, from the most to the least confident; arrays [points].
+    """One point per distinct confidence, from the most to the least confident; arrays [points]."""
 
-    Attributes:
-        coverage: share of the examples with confidence >= threshold; the last one is 1.
-        risk: their mean loss (selective risk).
-        threshold: the distinct confidences, descending.
-        n_accepted: number of the examples with confidence >= threshold.
-        loss_sum: their total loss; the number of errors where the loss is 0/1.
-    """
-
-    coverage: FloatArray
-    risk: FloatArray
-    threshold: FloatArray
+    coverage: FloatArray  # share of the examples with confidence >= threshold; the last one is 1
+    risk: FloatArray  # their mean loss
+    threshold: FloatArray  # the distinct confidences, descending
     n_accepted: IntArray
-    loss_sum: FloatArray
+    loss_sum: FloatArray  # total loss of the accepted: the number of errors, where it is 0/1
 
 
 def risk_coverage_curve(confidence: ArrayLike, loss: ArrayLike) -> RiskCoverageCurve:
-    """Risk-coverage curve at every distinct confidence (El-Yaniv & Wiener 2010).
-
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], finite and non-negative.
-
-    Raises:
-        ValueError: input empty, NaN or of different shapes; loss negative or infinite. All
-            metrics of these two arguments raise the same.
-    """
+    """Risk-coverage curve at every distinct confidence (El-Yaniv & Wiener 2010)."""
     groups = group_ties(loss_sample(confidence, loss))
     n_accepted, loss_sum = np.cumsum(groups.count), np.cumsum(groups.total)
     return RiskCoverageCurve(
@@ -75,13 +58,8 @@ def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLik
 def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLike) -> Any:
     """Mean loss e_k of the k = ceil(n * coverage) most confident examples.
 
-    This imposes the coverage on the ranking at hand, as published tables do. `deployed` gives what
-    a threshold chosen elsewhere really does.
-
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], finite and non-negative.
-        coverage: one coverage in (0, 1], or an array of them, whose shape the result has.
+    This imposes the coverage, one or an array of them, on the ranking at hand, as published tables
+    do. `deployed` gives what a threshold chosen elsewhere really does.
     """
     sample = loss_sample(confidence, loss)
     rank = rank_of_coverage(coverage, sample.value.size)
@@ -106,16 +84,13 @@ def coverage_at_risk(confidence: ArrayLike, loss: ArrayLike, *, risk: float) -> 
 def aurc(confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve; lower is better.
 
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], finite and non-negative.
-        convention: peers differ, so name it beside the number.
-            "mean": mean of e_k over k = 1..n (Geifman, Uziel & El-Yaniv 2019).
-            "fd_shifts": trapezoid through the points at distinct confidences, extended flat to
-                coverage 0, as IML-DKFZ/fd-shifts computes it (which displays it times 1000).
-            "torch_uncertainty": trapezoid of e_k over [1/n, 1], divided by 1 - 1/n, as
-                torch-uncertainty computes it. Its value depends on the order of ties; here it is
-                the expected one. Needs n >= 2.
+    Peers differ in the convention, so name it beside the number:
+
+    - "mean": mean of e_k over k = 1..n (Geifman, Uziel & El-Yaniv 2019).
+    - "fd_shifts": trapezoid through the points at distinct confidences, extended flat to coverage
+      0, as IML-DKFZ/fd-shifts computes it (which displays it times 1000).
+    - "torch_uncertainty": trapezoid of e_k over [1/n, 1], divided by 1 - 1/n, as torch-uncertainty
+      computes it, but its expected value over the order of ties. Needs n >= 2.
     """
     groups = group_ties(loss_sample(confidence, loss))
     if convention == "fd_shifts":
@@ -141,14 +116,11 @@ def excess_aurc(
 ) -> float:
     """AURC minus that of the best ranking of the same losses: E-AURC (Geifman et al. 2019).
 
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], finite and non-negative.
-        convention: "mean": the best ranking is that of these n examples, so the result is 0 for a
-            perfect ranking and, but for rounding, never below it. "fd_shifts": as that package does
-            it, the limit for large n, r + (1 - r) ln(1 - r) with r the mean loss, where the loss is
-            0/1, and the sorted losses otherwise; it can be negative. torch-uncertainty defines
-            none.
+    In the convention "mean" the best ranking is that of these n examples, so the result is 0 for a
+    perfect ranking and, but for rounding, never below it. In "fd_shifts", as in that package, the
+    best is the limit for large n, r + (1 - r) ln(1 - r) with r the mean loss, where the loss is
+    0/1, and the sorted losses otherwise; the result can be negative. torch-uncertainty defines
+    none.
     """
     sample = loss_sample(confidence, loss)
     if convention not in ("mean", "fd_shifts"):
@@ -199,14 +171,8 @@ def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Chance that a correct example is more confident than a wrong one, ties counting half.
 
     The positive class is "correct", as confidence ranks it higher. Papers whose positives are the
-    errors mean the same AUROC (with the confidence negated), but another FPR at TPR.
-
-    Args:
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-
-    Returns:
-        The AUROC; NaN unless both classes occur.
+    errors mean the same AUROC (with the confidence negated), but another FPR at TPR. NaN unless
+    both classes occur.
     """
     groups = group_ties(correct_sample(confidence, correct))
     right, wrong = groups.total, groups.count - groups.total
@@ -218,17 +184,9 @@ def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
 def fpr_at_tpr(confidence: ArrayLike, correct: ArrayLike, *, tpr: float = 0.95) -> float:
     """Share of the wrong examples accepted where at least `tpr` of the correct ones are.
 
-    The positive class is "correct": a false positive is a wrong example that is accepted. The
-    threshold is the largest confidence that accepts the share `tpr` of the positives, ties accepted
-    together; no interpolation. (fd-shifts has the same positives, but takes 0.9495 for 0.95.)
-
-    Args:
-        confidence: [n], higher = more confident.
-        correct: [n], 1 where the prediction is right, 0 where it is wrong.
-        tpr: share of the correct examples to accept, in (0, 1].
-
-    Returns:
-        The rate in [0, 1]; NaN unless both classes occur.
+    The threshold is the largest confidence that accepts this share, in (0, 1], of the correct; no
+    interpolation. (fd-shifts has the same positives, but takes 0.9495 for 0.95.) NaN unless both
+    classes occur.
     """
     groups = group_ties(correct_sample(confidence, correct))
     if not 0 < tpr <= 1:
@@ -242,34 +200,21 @@ def fpr_at_tpr(confidence: ArrayLike, correct: ArrayLike, *, tpr: float = 0.95) 
 
 @dataclasses.dataclass(frozen=True)
 class Deployed:
-    """What a fixed threshold gives on a split.
+    """The result of a fixed threshold on a split."""
 
-    Attributes:
-        threshold: confidence >= threshold is accepted; None accepts nothing.
-        coverage: share accepted.
-        risk: mean loss of the accepted; NaN where nothing is accepted.
-        n: number of examples.
-        n_accepted: number accepted.
-        n_errors: number accepted with a loss above 0: the errors, where the loss is 0/1.
-        loss_sum: total loss of the accepted.
-    """
-
-    threshold: float | None
+    threshold: float | None  # confidence >= threshold is accepted; None accepts nothing
     coverage: float
-    risk: float
-    n: int
+    risk: float  # mean loss of the accepted; NaN of none
+    n: int  # examples in all
     n_accepted: int
-    n_errors: int
-    loss_sum: float
+    n_errors: int  # accepted with a loss above 0: the errors, where the loss is 0/1
+    loss_sum: float  # total loss of the accepted
 
 
 def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None) -> Deployed:
     """Coverage and risk of accepting confidence >= threshold, chosen on other data.
 
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], finite and non-negative.
-        threshold: may be infinite; None (an infeasible certificate's) accepts nothing.
+    The threshold may be infinite; None (an infeasible certificate's) accepts nothing.
     """
     sample = loss_sample(confidence, loss)
     if threshold is not None and np.isnan(threshold):
@@ -301,36 +246,23 @@ def threshold_for_coverage(confidence: ArrayLike, *, coverage: float) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ThresholdTable:
-    """Counts per threshold, arrays [thresholds]; accepted means confidence >= threshold.
+    """Counts per threshold, arrays [thresholds]; accepted means confidence >= threshold."""
 
-    Attributes:
-        threshold: the thresholds, as given, or every distinct confidence, descending.
-        n_accepted: accepted examples.
-        n_errors: accepted and wrong (missed by the selection).
-        n_rejected: rejected examples.
-        n_rejected_errors: rejected and wrong (caught by the selection).
-        coverage: n_accepted / n.
-        risk: n_errors / n_accepted; NaN where nothing is accepted.
-    """
-
-    threshold: FloatArray
+    threshold: FloatArray  # as given, or every distinct confidence, descending
     n_accepted: IntArray
-    n_errors: IntArray
+    n_errors: IntArray  # accepted and wrong: missed by the selection
     n_rejected: IntArray
-    n_rejected_errors: IntArray
-    coverage: FloatArray
-    risk: FloatArray
+    n_rejected_errors: IntArray  # rejected and wrong: caught by the selection
+    coverage: FloatArray  # n_accepted / n
+    risk: FloatArray  # n_errors / n_accepted; NaN where nothing is accepted
 
 
 def threshold_table(
     confidence: ArrayLike, loss: ArrayLike, *, thresholds: ArrayLike | None = None
 ) -> ThresholdTable:
-    """Integer counts for each threshold.
+    """Counts for each of the thresholds, in any order; None takes every distinct confidence.
 
-    Args:
-        confidence: [n], higher = more confident.
-        loss: [n], 0/1.
-        thresholds: [thresholds] in any order; None takes every distinct confidence.
+    The loss must be 0/1.
     """
     sample = loss_sample(confidence, loss)
     if not is_binary(sample.value):
