@@ -141,17 +141,13 @@ def test_a_python_2_pickle_is_read(tmp_path):
     np.testing.assert_array_equal(labels, [42])
 
 
-def test_truncated_and_repacked_archives(tmp_path):
+def test_a_truncated_archive(tmp_path):
+    """Of the digest that it should have: tests/bad_input has one of another."""
     name = "cifar-100-binary.tar.gz"
     write_tar(tmp_path / name, binary_members(100, cifar_contents(100, SIZES[100])))
-    good = published(tmp_path, (name,))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
-    made = dataset("cifar100", tmp_path, (name,))
     with pytest.raises(InputError, match="cannot be read"):
-        made.prepare(str)
-    made.UPSTREAM = good
-    with pytest.raises(InputError, match="not the published file, or is damaged: its MD5 sum is"):
-        made.prepare(str)
+        dataset("cifar100", tmp_path, (name,)).prepare(str)
 
 
 def test_without_files_the_message_says_what_is_needed(tmp_path):

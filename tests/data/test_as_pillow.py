@@ -132,7 +132,7 @@ def test_crops_agree():
 
 def test_rates_are_those_asked_for():
     """Of each operation alone: how often an image changes."""
-    images = np.repeat(IMAGES[:1], 600, axis=0)
+    images = np.repeat(IMAGES[:1, :16, :16], 600, axis=0)
     for field, probability in (
         ("flip", 0.5),
         ("sharpen", 0.3),
@@ -142,8 +142,7 @@ def test_rates_are_those_asked_for():
     ):
         changes = {field: True if field == "flip" else probability}
         recipe = Augmentation(0, False)._replace(**changes)
-        results = np.asarray(augmentation.augment(jax.random.key(1), jnp.asarray(images), recipe))
+        augment = jax.jit(augmentation.augment, static_argnums=2)
+        results = np.asarray(augment(jax.random.key(1), images, recipe))
         changed = np.mean(np.any(results != images, axis=(1, 2, 3)))
-        if field == "perspective":  # corners may be moved by nothing, one time in 28,561
-            assert changed <= probability + 0.07
         assert abs(changed - probability) < 0.07, field
