@@ -26,17 +26,9 @@ def augment(
     columns, rather than gathers, which are slow on TPUs. Integers up to 255 are exact even in
     bfloat16, so without resizing the result is exact at every matmul precision.
 
-    Args:
-        key: PRNG key of the batch.
-        images: `[batch, height, width, channels]` uint8; or features `[batch, d]`, which are left
-            as they are.
-        augmentation: see there.
-        size: pixels of a side of the result, where the images are larger squares; without resized
-            crops the middle is taken. None, or the images' height: their own size.
-        cropped: the resized crops have been made already, by the host pipeline.
-
-    Returns:
-        `[batch, size, size, channels]` float32, values in [0, 255].
+    Images are `[batch, height, width, channels]` uint8; features `[batch, d]` are left as they are.
+    The result is float32 in [0, 255], with sides of `size` pixels, if given, of larger squares.
+    `cropped`: the resized crops have been made already, by the host pipeline.
     """
     if images.ndim == 2:
         return images.astype(jnp.float32)

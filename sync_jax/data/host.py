@@ -27,21 +27,13 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Training examples by position.
-
-    Attributes:
-        images: `[n, ...]`.
-        labels: `[n]` int32.
-        constants: see `resident.epoch_constants`.
-        seed: of the crops.
-        min_crop_area: of resized crops to the shape of the images; 1 for none.
-    """
+    """Training examples: images `[n, ...]`, labels `[n]` int32, and how they are drawn."""
 
     images: Images
     labels: np.ndarray
-    constants: np.ndarray
-    seed: int
-    min_crop_area: float
+    constants: np.ndarray  # see `resident.epoch_constants`
+    seed: int  # of the crops
+    min_crop_area: float  # of resized crops to the shape of the images; 1 for none
 
     def batch(self, positions: np.ndarray) -> Batch:
         """Gives images `[batch, height, width, channels]` uint8, labels and indices as int32."""

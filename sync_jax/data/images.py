@@ -18,17 +18,11 @@ _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of pictures.
+    """The sizes of pictures, in pixels."""
 
-    Attributes:
-        short_side: pixels that it is resized to.
-        stored: pixels of a side of the square cut from the middle of that, and kept.
-        size: pixels of the network's input, the middle of the square.
-    """
-
-    short_side: int
-    stored: int
-    size: int
+    short_side: int  # that pictures are resized to
+    stored: int  # side of the square cut from the middle of that, and kept
+    size: int  # side of the network's input, the middle of the square
 
     @classmethod
     def of(cls, section: ConfigDict) -> "Layout":

@@ -18,18 +18,11 @@ _COPY_SHARE = 0.05  # of it that each device may spend on a copy of its own, whi
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The place of the training images.
+    """The place of the training images."""
 
-    Attributes:
-        where: "device"; "disk": squares, read for each batch; "host": decoded for each batch, or
-            taken from arrays in memory.
-        sharded: each device holds a part of them rather than all.
-        reason: the choice and its reason, in a line.
-    """
-
-    where: str = "device"
-    sharded: bool = False
-    reason: str = ""
+    where: str = "device"  # or "disk": squares, or "host": decoded there, or arrays in memory
+    sharded: bool = False  # each device holds a part of them rather than all
+    reason: str = ""  # the choice and its reason, in a line
 
     @property
     def on_device(self) -> bool:

@@ -15,22 +15,10 @@ RATIO, TRIES = 4 / 3, 10
 
 
 class Augmentation(NamedTuple):
-    """The augmentation of a training image, in this order.
+    """The augmentation of a training image, in the order of its fields; see the options of `data`.
 
-    `augmentation.augment` does it on the device. The host pipeline makes the resized crops itself.
-
-    Attributes:
-        crop_padding: zero pixels on every side before a random crop of the original size.
-        flip: mirror left to right with probability 1/2.
-        rotation: maximal angle in degrees, by the nearest pixel; before all else without resized
-            crops (the field's way on SVHN), else after the flip (Stanford Cars).
-        min_crop_area: a random crop of a share of the area from this to 1, resized to the whole,
-            before crop_padding; 1 for none.
-        jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter.
-        sharpen: probability of doubling the sharpness.
-        grey: probability of losing the colours.
-        perspective: probability of moving the corners inwards by up to a quarter of a side.
-        posterise: probability of keeping two bits of each value.
+    The device does it by `augmentation.augment`; the host pipeline makes the resized crops itself.
+    Rotation comes first where nothing is resized (the field's way on SVHN), else after the flip.
     """
 
     crop_padding: int
@@ -56,11 +44,8 @@ def shuffled(place: Any, constants: Any, size: int) -> Any:
     The swap-or-not shuffle (Hoang, Morris & Rogaway, CRYPTO 2012): exactly a permutation for every
     size, and computed for each element alone, so a step costs O(batch) and stores no permutation.
 
-    Args:
-        place: any shape, uint32, values in `[0, size)`; of NumPy or JAX, which give the same.
-        constants: `[..., rounds, 2]`, the permutation of each element; the dimensions in front are
-            those of `place`, or fewer.
-        size: number of elements permuted.
+    Values are uint32 in `[0, size)`, of NumPy or JAX, which give the same. `constants` are
+    `[..., rounds, 2]`, the permutation of each element.
     """
     xp = place.__array_namespace__()
     modulus = xp.asarray(size, dtype=xp.uint32)

@@ -43,18 +43,9 @@ def training_batch(
     Examples come without replacement: positions `step * batch_size ...` of an endless row of
     shuffled epochs, so a batch may hold the end of one epoch and the beginning of the next.
 
-    Args:
-        split: the training examples.
-        seed: `[]` integer; shuffles and augments.
-        step: `[]` integer, counted from 0. `step * batch_size` must stay below 2^32.
-        batch_size: at most the number of examples.
-        augmentation: applied to every image.
-        size: of the result, see `augment`.
-        mesh: over which the images are sharded; None: every device has all of them.
-
-    Returns:
-        image `[batch, ...]` float32 in [0, 255], label `[batch]` int32, index `[batch]` int32, the
-        example's position in the split, and mask `[batch]` float32, all ones.
+    The seed shuffles and augments; steps count from 0, and `step * batch_size` must stay below
+    2^32. `mesh` is that over which the images are sharded. Of the result, image is float32 in
+    [0, 255], index the examples' positions in the split, and mask all ones.
     """
     shuffle_key, _ = jax.random.split(jax.random.key(seed))
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])

@@ -1,5 +1,7 @@
 """A small folder of pictures per class, and datasets of encoded pictures."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,13 @@ def prepared(data: ConfigDict) -> tuple[Dataset, list[str]]:
     made = registry.dataset(data)
     made.prepare(lines.append)
     return made, lines
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()

@@ -1,9 +1,8 @@
 """CIFAR and SVHN from their archives, on small files in exactly the published formats."""
 
+import gzip
 import hashlib
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import pytest
 import scipy.io
 
 from sync_jax.data import registry
-from sync_jax.data.datasets.cifar import CIFAR100_CLASS_NAMES, Cifar100, _parse_python
-from sync_jax.data.prepare.arrays import ArrayDataset
+from sync_jax.data.datasets.cifar import Cifar100, _parse_python
 from sync_jax.data.prepare.download import PublishedFile, Upstream
 from sync_jax.errors import InputError
-from tests.data.pictures import section
+from tests.data.pictures import section, tar
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
@@ -40,15 +38,9 @@ def dataset(name, folder, *forms, source=True):
 
 
 def write_tar(path, members):
-    """As the authors' archives: a folder, then its files."""
-    with tarfile.open(path, "w:gz") as archive:
-        folder = tarfile.TarInfo(path.name.split(".")[0])
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, data in members.items():
-            member = tarfile.TarInfo(f"{folder.name}/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    folder = path.name.split(".")[0]
+    named = {f"{folder}/{name}": data for name, data in members.items()}
+    path.write_bytes(gzip.compress(tar(named)))
 
 
 def cifar_contents(classes, sizes, seed=0):
@@ -141,17 +133,13 @@ def test_a_python_2_pickle_is_read(tmp_path):
     np.testing.assert_array_equal(labels, [42])
 
 
-def test_truncated_and_repacked_archives(tmp_path):
+def test_a_truncated_archive(tmp_path):
+    """Of the digest that it should have: tests/bad_input has one of another."""
     name = "cifar-100-binary.tar.gz"
     write_tar(tmp_path / name, binary_members(100, cifar_contents(100, SIZES[100])))
-    good = published(tmp_path, (name,))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
-    made = dataset("cifar100", tmp_path, (name,))
     with pytest.raises(InputError, match="cannot be read"):
-        made.prepare(str)
-    made.UPSTREAM = good
-    with pytest.raises(InputError, match="not the published file, or is damaged: its MD5 sum is"):
-        made.prepare(str)
+        dataset("cifar100", tmp_path, (name,)).prepare(str)
 
 
 def test_without_files_the_message_says_what_is_needed(tmp_path):
@@ -194,12 +182,9 @@ def test_every_pixel_and_label_of_svhn_comes_back(tmp_path):
 
 def test_what_is_said_of_datasets_fits_together():
     for name in ("fashion_mnist", "cifar10", "cifar100", "svhn"):
-        made = registry.dataset(section(name, Path("nowhere")))
-        assert isinstance(made, ArrayDataset)
-        info = made.info()
+        info = registry.dataset(section(name, Path("nowhere"))).info()
         assert info.name == name
         assert len(set(info.class_names)) == info.num_classes
         assert len(info.mean) == len(info.std) == info.image_shape[2]
-    assert list(CIFAR100_CLASS_NAMES) == sorted(CIFAR100_CLASS_NAMES)
     (file,) = Cifar100.UPSTREAM.forms[0]
     assert file.url == "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"

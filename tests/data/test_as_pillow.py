@@ -38,18 +38,10 @@ def by_pillow(function, *arguments):
     ]
 
 
-def pillow_rotate(image, degrees):
-    return image.rotate(degrees, Image.Resampling.NEAREST)
-
-
 def pillow_adjust(image, brightness, contrast, saturation):
     image = ImageEnhance.Brightness(image).enhance(brightness)
     image = ImageEnhance.Contrast(image).enhance(contrast)
     return ImageEnhance.Color(image).enhance(saturation)
-
-
-def pillow_sharpen(image):
-    return ImageEnhance.Sharpness(image).enhance(2.0)
 
 
 def pillow_perspective(image, corners):
@@ -74,13 +66,14 @@ def test_colours_agree():
     images = jnp.asarray(IMAGES, jnp.float32)
     factors = np.random.default_rng(0).uniform(0.6, 1.4, (3, 4)).astype(np.float32)
     adjusted = augmentation.adjust(images, jnp.asarray(factors).reshape(3, 4, 1, 1, 1))
-    found = [
-        pillow_adjust(Image.fromarray(x), *f)
-        for x, f in zip(IMAGES, factors.T.tolist(), strict=True)
-    ]
+    found = by_pillow(pillow_adjust, *factors.tolist())
     # Pillow rounds thrice, and its mean too: ((1 x 1.4 + 1 + 0.2) x 1.4 + 1) levels at most.
     compare(adjusted, found, levels=4.64)
-    compare(augmentation.sharpen(images), by_pillow(pillow_sharpen), levels=1.01)
+    compare(
+        augmentation.sharpen(images),
+        by_pillow(lambda image: ImageEnhance.Sharpness(image).enhance(2.0)),
+        levels=1.01,
+    )
     grey = [Image.fromarray(x).convert("L").convert("RGB") for x in IMAGES]
     compare(augmentation.to_grey(images), grey, levels=1.01)
     posterised = [np.asarray(x) & np.uint8(0xC0) for x in IMAGES]
@@ -92,8 +85,8 @@ def test_rotations_agree():
     angles = np.asarray([-33.0, -10.0, 12.5, 35.0])
     turned = augmentation.rotate(jnp.asarray(IMAGES), jnp.deg2rad(jnp.asarray(angles, jnp.float32)))
     # A pixel whose source lies between two may be either's; at the border that is black or not.
-    compare(turned, by_pillow(pillow_rotate, angles.tolist()), levels=12, share=0.97)
-    wrong = by_pillow(pillow_rotate, (-angles).tolist())
+    compare(turned, by_pillow(Image.Image.rotate, angles.tolist()), levels=12, share=0.97)
+    wrong = by_pillow(Image.Image.rotate, (-angles).tolist())
     with pytest.raises(AssertionError):
         compare(turned, wrong, levels=12, share=0.97)
 
@@ -132,7 +125,7 @@ def test_crops_agree():
 
 def test_rates_are_those_asked_for():
     """Of each operation alone: how often an image changes."""
-    images = np.repeat(IMAGES[:1], 600, axis=0)
+    images = np.repeat(IMAGES[:1, :16, :16], 600, axis=0)
     for field, probability in (
         ("flip", 0.5),
         ("sharpen", 0.3),
@@ -142,8 +135,7 @@ def test_rates_are_those_asked_for():
     ):
         changes = {field: True if field == "flip" else probability}
         recipe = Augmentation(0, False)._replace(**changes)
-        results = np.asarray(augmentation.augment(jax.random.key(1), jnp.asarray(images), recipe))
+        augment = jax.jit(augmentation.augment, static_argnums=2)
+        results = np.asarray(augment(jax.random.key(1), images, recipe))
         changed = np.mean(np.any(results != images, axis=(1, 2, 3)))
-        if field == "perspective":  # corners may be moved by nothing, one time in 28,561
-            assert changed <= probability + 0.07
         assert abs(changed - probability) < 0.07, field

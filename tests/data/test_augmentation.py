@@ -54,7 +54,7 @@ def identify(images, results, padding, flip):
 
 
 @pytest.mark.parametrize(("padding", "flip", "shape"), [
-    (0, True, (5, 6, 2)), (1, False, (6, 5, 1)), (1, True, (4, 4, 3)), (2, True, (5, 6, 1)),
+    (0, True, (5, 6, 2)), (1, False, (6, 5, 1)), (2, True, (5, 6, 2)),
 ])  # fmt: skip
 def test_every_result_is_a_crop_of_its_own_image(padding, flip, shape):
     images = make_images(64, *shape)
@@ -72,9 +72,9 @@ def test_a_reference_that_is_off_by_a_pixel_would_be_noticed():
         identify(images, results, 2, True)
 
 
-@pytest.mark.parametrize(("padding", "flip"), [(0, True), (1, False), (2, True)])
-def test_all_outcomes_are_equally_frequent(padding, flip):
+def test_all_outcomes_are_equally_frequent():
     """Offsets and flips are uniform, and independent of each other."""
+    padding, flip = 2, True
     batch = 5000
     image = make_images(1)
     results = compiled(
@@ -98,7 +98,7 @@ def test_neighbours_are_independent():
         assert scipy.stats.chi2_contingency(table).pvalue > 0.01
 
 
-@pytest.mark.parametrize("precision", ["default", "highest", "BF16_BF16_F32"])
+@pytest.mark.parametrize("precision", ["default", "BF16_BF16_F32"])
 def test_exact_at_every_matmul_precision(precision):
     """All 256 values pass unharmed through products of bfloat16."""
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
@@ -109,52 +109,35 @@ def test_exact_at_every_matmul_precision(precision):
     identify(images, results, 1, True)
 
 
-# --- Normalisation --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.int32])
-def test_normalise_by_hand(dtype):
-    images = jnp.array([0, 255, 51, 102], dtype).reshape(2, 1, 1, 2)
+def test_normalise_by_hand():
+    images = jnp.array([0, 255, 51, 102], jnp.uint8).reshape(2, 1, 1, 2)
     result = normalise(images, mean=(0.2, 0.5), std=(0.1, 0.25), scale=255.0)
     chex.assert_type(result, jnp.float32)
     # (0 - .2) / .1, (1 - .5) / .25, (.2 - .2) / .1, (.4 - .5) / .25
     np.testing.assert_allclose(result.reshape(-1), [-2.0, 2.0, 0.0, -0.4], rtol=1e-6, atol=1e-6)
 
 
-# --- Rotation -------------------------------------------------------------------------------------
-
-
 def test_quarter_turns_are_exact():
-    images = jax.random.randint(jax.random.key(0), (4, 7, 7, 2), 0, 256).astype(jnp.uint8)
-    turned = rotate(images, jnp.pi / 2 * jnp.arange(4.0))
+    images = make_images(4, 7, 7)
+    turned = jax.jit(rotate)(images, jnp.pi / 2 * jnp.arange(4.0))
     for turns in range(4):
         np.testing.assert_array_equal(turned[turns], np.rot90(images[turns], turns))
 
 
-def test_angles_are_uniform_and_a_zero_limit_changes_nothing():
-    """A dot right of the centre: its height tells the angle."""
+def test_angles_are_uniform():
+    """A line from the centre to the right: its end tells the angle."""
     size, count = 65, 2000
-    images = jnp.zeros((count, size, size, 1), jnp.uint8).at[:, 32, 60:, :].set(255)
-    key = jax.random.key(3)
-    turned = np.asarray(augment(key, images, Augmentation(0, False, 20.0)))[..., 0]
-    rows = np.arange(size)[:, None] - 32.0
-    columns = np.arange(size)[None, :] - 32.0
-    weight = turned.sum(axis=(1, 2))
-    angles = np.degrees(
-        np.arctan2(-(turned * rows).sum(axis=(1, 2)), (turned * columns).sum(axis=(1, 2)))
-    )
-    assert np.all(weight > 0)
+    images = np.zeros((count, size, size, 1), np.uint8)
+    images[:, 32, 33:] = 255
+    turned = np.asarray(compiled(jax.random.key(3), images, Augmentation(0, False, 20.0)))[..., 0]
+    offsets = np.arange(size) - 32.0
+    angles = np.degrees(np.arctan2(-turned.sum(axis=2) @ offsets, turned.sum(axis=1) @ offsets))
     assert scipy.stats.kstest(angles, "uniform", args=(-20, 40)).pvalue > 0.01
-    same = augment(key, images[:3], Augmentation(2, True, 0.0))
-    np.testing.assert_array_equal(same, augment(key, images[:3], Augmentation(2, True)))
-
-
-# --- Resized crops --------------------------------------------------------------------------------
 
 
 def test_boxes_fit_and_are_distributed_as_said():
-    images = jnp.zeros((20_000, 40, 40, 1), jnp.uint8)
-    boxes = np.asarray(random_boxes(jax.random.key(0), images, 0.25))
+    images = jax.ShapeDtypeStruct((20_000, 40, 40, 1), jnp.uint8)
+    boxes = np.asarray(jax.jit(lambda key: random_boxes(key, images, 0.25))(jax.random.key(0)))
     top, left, height, width = boxes.T
     np.testing.assert_array_equal(boxes, np.round(boxes))
     assert np.all((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1))
@@ -180,47 +163,34 @@ def test_boxes_fit_and_are_distributed_as_said():
 
 
 def test_what_was_cropped_is_not_cropped_again():
-    """The rest is done as it would have been: here, to a crop that is the whole, nothing else."""
+    """The rest is done as it would have been: shifts and flips, then rotation, then jitter."""
     images = make_images(6, 16, 16, 3)
     key, recipe = jax.random.key(0), Augmentation(2, True, 10.0, 0.3, 0.4)
-    np.testing.assert_array_equal(
-        augment(key, images, Augmentation(0, False, 0.0, 0.3), cropped=True), images
-    )
-    done = augment(key, images, recipe, cropped=True)
-    steps = augment(key, images, recipe._replace(rotation=0.0, jitter=0.0), cropped=True)
-    angles = jax.random.uniform(
-        jax.random.fold_in(key, 1), (6,), minval=-jnp.deg2rad(10.0), maxval=jnp.deg2rad(10.0)
-    )
-    expected = colour_jitter(jax.random.fold_in(key, 3), rotate(steps, angles), 0.4)
+
+    @jax.jit
+    def done_and_expected(key):
+        done = augment(key, images, recipe, cropped=True)
+        steps = augment(key, images, recipe._replace(rotation=0.0, jitter=0.0), cropped=True)
+        limit = jnp.deg2rad(10.0)
+        angles = jax.random.uniform(jax.random.fold_in(key, 1), (6,), minval=-limit, maxval=limit)
+        turned = rotate(steps, angles)
+        return done, colour_jitter(jax.random.fold_in(key, 3), turned, 0.4), steps
+
+    done, expected, steps = done_and_expected(key)
     np.testing.assert_array_equal(done, expected)
     identify(images, steps, 2, True)
 
 
 def test_jitter_multiplies_and_blends():
     images = jnp.full((500, 2, 2, 3), 100.0)
-    results = np.asarray(colour_jitter(jax.random.key(0), images, 0.4))
+    jitter = jax.jit(colour_jitter)
+    results = np.asarray(jitter(jax.random.key(0), images, 0.4))
     # Of an even grey, contrast and saturation change nothing: brightness alone.
     np.testing.assert_allclose(results, results[:, :1, :1, :1] * np.ones((1, 2, 2, 3)), rtol=1e-5)
     factors = results[:, 0, 0, 0] / 100
     assert scipy.stats.kstest(factors, "uniform", args=(0.6, 0.8)).pvalue > 0.01
     noise = jax.random.uniform(jax.random.key(1), (50, 4, 4, 3), maxval=255.0)
-    np.testing.assert_allclose(colour_jitter(jax.random.key(0), noise, 0.0), noise, atol=1e-4)
-    strong = np.asarray(colour_jitter(jax.random.key(0), noise, 1.0))
+    np.testing.assert_allclose(jitter(jax.random.key(0), noise, 0.0), noise, atol=1e-4)
+    strong = np.asarray(jitter(jax.random.key(0), noise, 1.0))
     assert strong.min() >= 0
     assert strong.max() <= 255
-    single = colour_jitter(jax.random.key(0), noise[..., :1], 0.5)
-    assert single.shape == (50, 4, 4, 1)
-
-
-def test_the_whole_chain_keeps_shape_and_range_and_depends_on_the_key():
-    images = make_images(6, 16, 16, 3)
-    augmentation = Augmentation(2, True, 10.0, 0.3, 0.4)
-    first, again, other = (
-        np.asarray(augment(jax.random.key(seed), images, augmentation)) for seed in (0, 0, 1)
-    )
-    assert first.shape == images.shape
-    assert first.dtype == np.float32
-    assert first.min() >= 0
-    assert first.max() <= 255
-    np.testing.assert_array_equal(first, again)
-    assert np.mean(first == other) < 0.5

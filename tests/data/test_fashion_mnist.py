@@ -7,13 +7,12 @@ import gzip
 import http.server
 import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import types
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +87,9 @@ def test_every_pixel_and_label_comes_back(tmp_path, compressed, capfd, monkeypat
     ]
     assert sorted(os.listdir(tmp_path / "data")) == [NAME, f"{NAME}.lock"]
     assert capfd.readouterr() == ("", ""), "TFDS's progress bars and prints belong to nobody"
-    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
     assert prepare(tmp_path / "data", upstream, folder)[1] == [
         f"fashion_mnist: already prepared in {target}"
     ]
-    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 
 def test_reads_what_tfds_decodes(published, tmp_path):
@@ -141,17 +138,6 @@ def test_unprepared_data_says_what_to_do(tmp_path):
         made.load("validation")
 
 
-def test_labels_that_do_not_fit(tmp_path):
-    for name, change, expected in (
-        ("range", lambda labels: labels + 1, "train has labels 1 to 10, expected 0 to 9"),
-        ("number", lambda labels: labels[:-1], "train has 39 labels for 40 images"),
-    ):
-        contents = idx_files.arrays()
-        contents[TRAIN_LABELS] = change(contents[TRAIN_LABELS])
-        upstream = idx_files.publish(tmp_path / name, contents)
-        assert expected in failure(tmp_path / "data", upstream, tmp_path / name)
-
-
 # A named folder whose files are not the published ones
 
 
@@ -181,12 +167,8 @@ def swap_splits(folder):
     (folder / f"{TEST_IMAGES}.gz").rename(folder / f"{TRAIN_IMAGES}.gz")
 
 
-def web_page(folder):
-    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(b"<html>please log in</html>")
-
-
-def remove(folder):
-    (folder / f"{TRAIN_IMAGES}.gz").unlink()
+def bomb(folder):
+    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress(bytes(50_000_000)))
 
 
 SIZE = 16 + 40 * 28 * 28
@@ -197,12 +179,10 @@ def test_names_the_unusable_file(tmp_path):
         (
             (rewrite(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "is not the published file"),
             (rewrite(lambda data: data[:-5]), f"has {SIZE - 5} bytes once decompressed, expected"),
-            (rewrite(lambda data: data + b"\0"), "has more bytes once decompressed, expected"),
+            (bomb, "has more bytes once decompressed, expected"),
             (cut_compressed, "is truncated"),
             (flip_compressed, "is damaged"),
-            (swap_splits, f"does not hold {TEST_IMAGES}.gz"),
-            (web_page, "has 26 bytes once decompressed"),
-            (remove, f"does not hold {TRAIN_IMAGES}.gz; it must hold {TRAIN_IMAGES}.gz and"),
+            (swap_splits, f"does not hold {TEST_IMAGES}.gz; it must hold {TRAIN_IMAGES}.gz and"),
         )
     ):
         folder = tmp_path / str(number)
@@ -215,20 +195,12 @@ def test_names_the_unusable_file(tmp_path):
         assert not (tmp_path / "data").exists(), "bad input leaves nothing behind"
 
 
-def test_does_not_expand_a_bomb(published, tmp_path):
-    folder, upstream = published
-    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress(bytes(50_000_000)))
-    assert "has more bytes" in failure(tmp_path / "data", upstream, folder)
-
-
 def test_a_named_folder_is_not_replaced_by_another_source(published, tmp_path):
     folder, upstream = published
     upstream = dataclasses.replace(upstream, debian_folder=folder)
     message = failure(tmp_path / "data", upstream, tmp_path / "typo")
     assert f"data.source='{tmp_path}/typo': {tmp_path}/typo does not exist" in message
     assert "without data.source other sources are tried" in message
-    message = failure(tmp_path / "data", upstream, folder / f"{TRAIN_IMAGES}.gz")
-    assert f"{TRAIN_IMAGES}.gz is not a folder" in message
 
 
 # The other sources, in order
@@ -390,16 +362,11 @@ def test_bad_downloads_are_refused(published, apt, tmp_path):
     (tmp_path / "package.tar").write_bytes(b"not a tar")
     with serve(folder) as url:
         message = failure(tmp_path / "data", at(upstream, url))
-    assert f"(4) the upstream address: {TEST_IMAGES}.gz is not the published file" in message
-    assert "dataset-fashion-mnist_1_all.deb cannot be unpacked" in message
-    assert not (tmp_path / "data").exists(), "bad downloads leave nothing behind"
-
-
-def test_missing_download_and_broken_apt(published, apt, tmp_path):
-    folder, upstream = published
-    install(tmp_path / "bin", "apt-get", 'echo "E: Unable to locate package $*" >&2; exit 100')
-    (folder / f"{TEST_IMAGES}.gz").unlink()
-    with serve(folder) as url:
+        assert f"(4) the upstream address: {TEST_IMAGES}.gz is not the published file" in message
+        assert "dataset-fashion-mnist_1_all.deb cannot be unpacked" in message
+        assert not (tmp_path / "data").exists(), "bad downloads leave nothing behind"
+        install(tmp_path / "bin", "apt-get", 'echo "E: Unable to locate package $*" >&2; exit 100')
+        (folder / f"{TEST_IMAGES}.gz").unlink()
         message = failure(tmp_path / "data", at(upstream, url))
     assert f"{TEST_IMAGES}.gz answers 404 File not found" in message
     assert "(5) the Debian package dataset-fashion-mnist: apt-get: Unable to locate" in message
@@ -441,100 +408,67 @@ import sys, time
 from pathlib import Path
 from tests.data import idx_files
 from sync_jax.data.prepare import staging
-from sync_jax.data.prepare.arrays import ArrayBuilder
 
 def stop(*args):
-    print("stopped", file=sys.__stdout__, flush=True)  # TFDS's own prints are being swallowed
+    print("stopped", flush=True)
     time.sleep(60)
 
-generate = ArrayBuilder._generate_examples
-def halfway(self, images, labels):
-    for count, example in enumerate(generate(self, images, labels)):
-        if count == 5:
-            stop()
-        yield example
-
-stage, folder, data_dir = sys.argv[1:]
+folder, data_dir = sys.argv[1:]
 upstream = idx_files.publish(Path(folder))
-if stage == "writing":
-    ArrayBuilder._generate_examples = halfway
-elif stage == "written":
-    staging.flush = stop
-else:
-    print("ready", flush=True)
-    sys.stdin.readline()
+staging.flush = stop
 idx_files.dataset(data_dir, upstream, folder).prepare()
 """
 
 
-def start_child(stage, folder, data_dir):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, stage, str(folder), str(data_dir)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["writing", "written"])
-def test_a_killed_preparation_is_not_taken_for_a_finished_one(published, tmp_path, stage):
+def test_a_killed_preparation_is_not_taken_for_a_finished_one(published, tmp_path):
+    """All is written, but not yet moved to its place."""
     folder, upstream = published
     data_dir = tmp_path / "data"
-    with start_child(stage, folder, data_dir) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(data_dir)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
         assert "using" in child.stdout.readline()
         assert child.stdout.readline() == "stopped\n"
         os.kill(child.pid, signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
     assert list(data_dir.glob("incomplete-*")), "it was killed in the middle"
-    assert not dataset(data_dir).is_prepared()
     with pytest.raises(InputError, match="is not prepared"):
         dataset(data_dir).load("train")
-
     prepare(data_dir, upstream, folder)
     assert_holds(data_dir, idx_files.arrays())
     assert not list(data_dir.glob("incomplete-*"))
 
 
-@pytest.mark.slow
-def test_two_processes_at_once(published, tmp_path):
-    folder, _ = published
-    children = [start_child("both", folder, tmp_path / "data") for _ in range(2)]
-    with children[0], children[1]:
-        for child in children:
-            assert child.stdout.readline() == "ready\n"
-        for child in children:
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        outputs = [child.communicate(timeout=300)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sum("using the files in" in output for output in outputs) == 1
+def test_of_two_at_once_the_second_waits(published, tmp_path, monkeypatch):
+    """Threads, whose locks exclude each other as those of processes do."""
+    folder, upstream = published
+    lines = []
+    second = threading.Thread(
+        target=dataset(tmp_path / "data", upstream, folder).prepare, args=(lines.append,)
+    )
+    write = FashionMnist.write
+
+    def write_late(self, arrays):
+        second.start()
+        deadline = time.monotonic() + 30
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+        write(self, arrays)
+
+    monkeypatch.setattr(FashionMnist, "write", write_late)
+    target, _ = prepare(tmp_path / "data", upstream, folder)
+    second.join()
+    assert lines == [
+        "fashion_mnist: waiting for another process that prepares it",
+        f"fashion_mnist: prepared in {target} by another process",
+    ]
     assert_holds(tmp_path / "data", idx_files.arrays())
 
 
 # The disk
-
-
-def test_data_dir_is_a_file_or_below_one(published, tmp_path):
-    folder, upstream = published
-    (tmp_path / "file").write_text("")
-    message = failure(tmp_path / "file", upstream, folder)
-    assert message == f"data.data_dir='{tmp_path}/file' is not a folder"
-    message = failure(tmp_path / "file" / "data", upstream, folder)
-    assert f"data.data_dir='{tmp_path}/file/data' cannot be used: Not a directory" in message
-
-
-def test_too_little_space_is_noticed_first(published, tmp_path, monkeypatch):
-    folder, upstream = published
-    usage = types.SimpleNamespace(free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    message = failure(tmp_path / "data", upstream, folder)
-    assert message == (
-        f"data.data_dir='{tmp_path}/data' needs 0.1 MB to prepare fashion_mnist, 0.0 MB are free"
-    )
 
 
 def test_a_disk_that_fills_up(published, tmp_path, monkeypatch):

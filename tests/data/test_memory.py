@@ -75,7 +75,7 @@ def test_loads_copies_and_says_when_there_is_no_test_split():
     np.testing.assert_array_equal(part.images, x[:4])
 
 
-@pytest.mark.parametrize(("dtype", "devices"), [(np.float64, 8), (np.float16, 1), (np.bool_, 1)])
+@pytest.mark.parametrize(("dtype", "devices"), [(np.float64, 8), (np.bool_, 1)])
 def test_features_by_both_pipelines(dtype, devices):
     """Whatever the augmentation says: features have no pixels."""
     x = features(dtype)
@@ -106,7 +106,8 @@ def test_images_that_are_no_squares():
     assert batch["image"].shape == (16, 8, 5, 1)
     whole = Augmentation(0, False, 0.0, 0.999)  # a box of nearly all is nearly the image
     key = augmentation_key(jnp.uint32(3), jnp.int32(1))
-    near = augment(key, jnp.asarray(np.tile(np.arange(8)[:, None, None], (1, 1, 5, 1))), whole)
+    rows = jnp.asarray(np.tile(np.arange(8)[:, None, None], (1, 1, 5, 1)))
+    near = jax.jit(augment, static_argnums=2)(key, rows, whole)
     assert np.abs(np.asarray(near)[0, :, :, 0] - np.arange(8)[:, None]).max() < 1.0
     source = host.Examples(x, labels, epoch_constants(3, 9), 3, 0.3)
     (example,) = host.batches(source, start=1, stop=2, batch_size=16)

@@ -1,6 +1,7 @@
 """What is chosen, what is said of it, and that sharded images give the same batches."""
 
 import dataclasses
+import functools
 import types
 
 import chex
@@ -18,8 +19,6 @@ from sync_jax.runtime import sharding
 from sync_jax.runtime.memory import aligned_empty
 from tests import tiny
 from tests.data.pictures import pixels
-
-ALL = Augmentation(2, True, 20.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.5)
 
 
 def choose(monkeypatch, free, *, devices=1, disk=0, there=False, **changes):
@@ -128,9 +127,8 @@ def test_a_cpu_computes_with_the_images_where_they_are():
     np.testing.assert_array_equal(other.images, images[1:])
 
 
-@pytest.mark.parametrize("moved", [1, 7, 4096])
 def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
-    tmp_path, monkeypatch, moved
+    tmp_path, monkeypatch
 ):
     section = default_config().data
     section.data_dir, section.calibration_size = str(tiny.prepare(tmp_path)), 40
@@ -138,7 +136,7 @@ def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
     images, labels = dataset.load("train")
     whole = images.copy()
     monkeypatch.setattr(dataset, "load", lambda *_, **__: (images, labels))
-    monkeypatch.setattr(splits, "_ROWS", moved)
+    monkeypatch.setattr(splits, "_ROWS", 7)
     train, calibration = splits.load_train_and_calibration(dataset, section)
     for part in (train, calibration):
         np.testing.assert_array_equal(part.images, whole[part.index])
@@ -148,48 +146,42 @@ def test_the_images_of_both_parts_are_their_own_and_what_is_kept_stays_in_place(
     assert images.ctypes.data % 64 == 0  # as a CPU's device wants it
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_sharded_rows_are_taken_exactly(devices):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+def test_sharded_rows_are_taken_exactly(monkeypatch):
+    monkeypatch.setattr("sync_jax.data.resident._CHUNK", 200)  # two images
     images = np.stack([pixels(i, 5, 5) for i in range(19)])
     labels = np.arange(19, dtype=np.int32)
-    split = put_on_devices(images, labels, mesh, sharded=True)
-    assert split.images.shape[0] == -(-19 // devices) * devices
-    assert {x.data.shape[0] for x in split.images.addressable_shards} == {-(-19 // devices)}
     index = np.asarray([18, 0, 3, 3, 7, 18, 11, 2])
-    taken = jax.jit(lambda images, index: take(images, index, mesh))(split.images, index)
-    np.testing.assert_array_equal(taken, images[index])
-    assert taken.dtype == np.uint8
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        split = put_on_devices(images, labels, mesh, sharded=True)
+        np.testing.assert_array_equal(split.images[:19], images)
+        assert not np.any(split.images[19:])
+        assert {x.data.shape[0] for x in split.images.addressable_shards} == {-(-19 // devices)}
+        taken = jax.jit(lambda images, index, mesh=mesh: take(images, index, mesh))(
+            split.images, index
+        )
+        np.testing.assert_array_equal(taken, images[index])
+        assert taken.dtype == np.uint8
 
 
-def test_uploading_in_pieces_changes_nothing(monkeypatch):
-    mesh = sharding.make_mesh(jax.devices()[:2])
-    images = np.stack([pixels(i, 4, 4) for i in range(11)])
-    labels = np.arange(11, dtype=np.int32)
-    monkeypatch.setattr("sync_jax.data.resident._CHUNK", 100)  # two images
-    for sharded in (False, True):
-        split = put_on_devices(images, labels, mesh, sharded=sharded)
-        np.testing.assert_array_equal(split.images[:11], images)
-        assert not np.any(split.images[11:])
-
-
-def test_a_sharded_split_gives_the_same_batches():
-    mesh = sharding.make_mesh()
-    images = np.stack([pixels(i, 16, 16) for i in range(45)])
+def test_devices_change_no_batch(monkeypatch):
+    """Copied to all, and sharded: the same as on one."""
+    images = np.stack([pixels(i, 8, 8) for i in range(45)])
     labels = np.arange(45, dtype=np.int32) % 7
-
-    def batch_of(split, mesh):
-        @jax.jit
-        def make(split, step):
-            return training_batch(
-                split, jnp.uint32(5), step, batch_size=16, augmentation=ALL, size=12, mesh=mesh
-            )
-
-        return [make(split, jnp.int32(step)) for step in (0, 2, 7)]
-
-    plain = batch_of(put_on_devices(images, labels, mesh, sharded=False), None)
-    sharded = batch_of(put_on_devices(images, labels, mesh, sharded=True), mesh)
-    for one, other in zip(plain, sharded, strict=True):
-        assert one["image"].shape == (16, 12, 12, 3)
-        chex.assert_trees_all_equal({**one, "image": 0}, {**other, "image": 0})
-        np.testing.assert_allclose(one["image"], other["image"], atol=0.01)
+    monkeypatch.setattr("sync_jax.data.resident._CHUNK", 1000)  # five images
+    made = []
+    for devices, sharded in ((1, False), (8, False), (8, True)):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        make = functools.partial(
+            training_batch,
+            batch_size=16,
+            augmentation=Augmentation(2, True),
+            size=6,
+            mesh=mesh if sharded else None,
+        )
+        make = jax.jit(lambda *x, make=make, mesh=mesh: sharding.shard_batch(make(*x), mesh))
+        split = put_on_devices(images, labels, mesh, sharded=sharded)
+        made.append([jax.device_get(make(split, jnp.uint32(5), jnp.int32(i))) for i in (0, 2, 7)])
+    assert made[0][0]["image"].shape == (16, 6, 6, 3)
+    for other in made[1:]:
+        chex.assert_trees_all_equal(other, made[0])

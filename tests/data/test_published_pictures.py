@@ -1,8 +1,8 @@
 """ImageNet-100, Stanford Cars and Food-101 from small files in exactly the published layouts."""
 
+import gzip
 import io
 import shutil
-import tarfile
 import threading
 
 import numpy as np
@@ -18,7 +18,7 @@ from sync_jax.data.prepare import pictures, records
 from sync_jax.data.prepare.archives import Picture, tar_members
 from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
-from tests.data.pictures import pixels, prepared, section
+from tests.data.pictures import pixels, prepared, section, tar
 
 WNIDS = imagenet100.class_names()
 
@@ -36,16 +36,6 @@ def jpeg(seed, width=16, height=12, mode="RGB"):
 def decoded(data, size=12):
     with Image.open(io.BytesIO(data)) as image:
         return square(image.convert("RGB"), size, size)
-
-
-def tar(members, **options):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", **options) as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
 
 
 def assert_holds(data, split, expected):
@@ -220,7 +210,6 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
     ("spoil", "message"),
     [
         (lambda f: shutil.rmtree(f / "cars_test"), "has no cars_test/; it must hold cars_train/"),
-        (lambda f: (f / "devkit/cars_meta.mat").unlink(), "has no cars_meta.mat; it must hold"),
         (
             lambda f: (f / "cars_train/cars_train/00003.jpg").unlink(),
             "names '00003.jpg', which is n",
@@ -237,10 +226,6 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
                 {"annotations": annotations(["../../etc/passwd"], [1])},
             ),
             "names '../../etc/passwd', which is not in",
-        ),
-        (  # the test annotations without labels, which people take by mistake
-            lambda f: (f / "cars_test_annos_withlabels.mat").rename(f / "cars_test_annos.mat"),
-            "has no cars_test_annos_withlabels.mat",
         ),
     ],
 )
@@ -282,11 +267,9 @@ def write_food(folder, members, form):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
     else:
-        with tarfile.open(folder / f"food-101.{form}", "w:gz" if "gz" in form else "w") as archive:
-            for name, data in members.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+        content = tar(members)
+        path = folder / f"food-101.{form}"
+        path.write_bytes(gzip.compress(content) if form == "tar.gz" else content)
 
 
 @pytest.mark.parametrize("form", ["tar.gz", "tar", "folder"])
@@ -299,16 +282,6 @@ def test_food_comes_back_from_every_form(tmp_path, form):
     assert_holds(data, "test", expected["test"])
     assert registry.dataset(data).info().class_names == DISHES
     assert not list((tmp_path / "data").glob("incomplete*"))  # the decompressed archive too
-
-
-def test_food_that_is_damaged_is_refused(tmp_path):
-    """Also by tests/bad_input."""
-    members, _ = food_members()
-    write_food(tmp_path / "source", members, "tar")
-    path = tmp_path / "source" / "food-101.tar"
-    path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(InputError, match=r"truncated|cannot be read"):
-        prepared(section("food101", tmp_path))
 
 
 # --- Archives -------------------------------------------------------------------------------------

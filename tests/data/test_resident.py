@@ -19,7 +19,6 @@ from sync_jax.data.resident import (
     shuffled,
     training_batch,
 )
-from sync_jax.runtime import sharding
 
 PLAIN = Augmentation(crop_padding=0, flip=False)
 FULL = Augmentation(crop_padding=1, flip=True)
@@ -49,7 +48,7 @@ def make_split(size=40):
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [
-    (1, 1), (2, 1), (19, 1), (10, 10), (11, 10), (97, 10), (32, 32), (33, 32), (128, 32),
+    (1, 1), (10, 10), (97, 10),
 ])  # fmt: skip
 def test_each_epoch_is_a_permutation(size, batch_size):
     """Also where batches straddle epochs: no example is left out at an epoch's end."""
@@ -81,22 +80,11 @@ def test_shuffled_is_a_permutation_of_every_size():
         np.testing.assert_array_equal(np.sort(result), np.arange(size))
 
 
-@pytest.fixture(scope="module")
-def first_epochs():
-    """Six epochs of 50 under each of four seeds."""
-    batches = [indices(seed, 0, 30, batch_size=10, size=50) for seed in range(4)]
-    return np.stack(batches).reshape(4, 6, 50)
-
-
-def test_epochs_and_seeds_differ(first_epochs):
-    orders = {tuple(epoch) for of_seed in first_epochs for epoch in of_seed}
-    assert len(orders) == 24
-    assert tuple(range(50)) not in orders
-
-
-def test_epochs_are_unrelated(first_epochs):
+def test_epochs_and_seeds_are_unrelated():
     """Two random permutations of 50 agree in one place on average; these 276 pairs in about 276."""
-    orders = first_epochs.reshape(24, 50)
+    batches = [indices(seed, 0, 30, batch_size=10, size=50) for seed in range(4)]
+    orders = np.stack(batches).reshape(24, 50)
+    assert len({tuple(order) for order in orders} | {tuple(range(50))}) == 25
     agreements = [np.sum(orders[i] == orders[j]) for i in range(24) for j in range(i)]
     assert abs(np.sum(agreements) - 276) < 4 * np.sqrt(276)
 
@@ -144,21 +132,17 @@ def uniformity_of_orders(size):
     return scipy.stats.chi2.sf(statistic, scipy.special.factorial(size) - 1)
 
 
-@pytest.mark.parametrize("size", [2, 7, 16, 31])
-def test_positions_are_uniform(size):
-    assert uniformity_of_positions(size) > 0.01
-
-
-@pytest.mark.parametrize("size", [3, 4, 5])
-def test_orders_are_uniform(size):
-    assert uniformity_of_orders(size) > 0.01
+def test_positions_and_orders_are_uniform():
+    for size in (2, 7, 16, 31):
+        assert uniformity_of_positions(size) > 0.01, size
+    for size in (3, 4, 5):
+        assert uniformity_of_orders(size) > 0.01, size
 
 
 def test_too_few_rounds_would_be_noticed(monkeypatch):
-    """Negative control of the two tests above."""
+    """Negative control of the test above."""
     monkeypatch.setattr(resident, "ROUNDS", 4)
     assert uniformity_of_positions(16) < 1e-6
-    assert uniformity_of_orders(5) < 1e-6
 
 
 # --- The batch ------------------------------------------------------------------------------------
@@ -167,11 +151,7 @@ def test_too_few_rounds_would_be_noticed(monkeypatch):
 def test_shapes_dtypes_and_the_images_of_the_index():
     split = make_split()
     for step in (0, 1, 2):  # step 2 straddles two epochs
-        eager = training_batch(
-            split, jnp.uint32(0), jnp.int32(step), batch_size=16, augmentation=PLAIN
-        )
         batch = compiled_batch(PLAIN)(split, jnp.uint32(0), jnp.int32(step))
-        chex.assert_trees_all_equal(batch, eager)
         assert batch.keys() == {"image", "label", "index", "mask"}
         chex.assert_shape(batch["image"], (16, 4, 5, 1))
         chex.assert_shape([batch["label"], batch["index"], batch["mask"]], (16,))
@@ -180,6 +160,9 @@ def test_shapes_dtypes_and_the_images_of_the_index():
         np.testing.assert_array_equal(batch["mask"], 1.0)
         np.testing.assert_array_equal(batch["image"], split.images[batch["index"]])
         np.testing.assert_array_equal(batch["label"], split.labels[batch["index"]])
+        full = compiled_batch(FULL)(split, jnp.uint32(0), jnp.int32(step))
+        np.testing.assert_array_equal(full["index"], batch["index"])
+        assert not np.array_equal(full["image"], batch["image"])
 
 
 @functools.cache
@@ -200,23 +183,6 @@ def test_batch_is_a_function_of_seed_and_step(seed, step):
         assert not np.array_equal(different["index"], batch["index"])
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_devices_change_nothing(devices):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    split = jax.device_put(make_split(), sharding.replicated(mesh))
-
-    @jax.jit
-    def sharded(split, seed, step):
-        batch = training_batch(split, seed, step, batch_size=16, augmentation=FULL)
-        return sharding.shard_batch(batch, mesh)
-
-    for step in (0, 1, 2):
-        batch = sharded(split, jnp.uint32(5), jnp.int32(step))
-        assert len(batch["image"].sharding.device_set) == devices
-        expected = compiled_batch(FULL)(make_split(), jnp.uint32(5), jnp.int32(step))
-        chex.assert_trees_all_equal(jax.device_get(batch), jax.device_get(expected))
-
-
 def test_augmentation_differs_between_steps_and_seeds():
     """One example, so that only the augmentation can make a difference: 16 steps, 18 outcomes."""
     split = ResidentSplit(make_split().images[:1], jnp.zeros(1, jnp.int32))
@@ -230,11 +196,3 @@ def test_augmentation_differs_between_steps_and_seeds():
     first, second = images(jnp.uint32(0), steps), images(jnp.uint32(1), steps)
     assert len({image.tobytes() for image in np.asarray(first)}) > 5
     assert not np.array_equal(first, second)
-
-
-def test_augmentation_leaves_the_order_alone():
-    for step in (0, 1, 2):
-        plain = compiled_batch(PLAIN)(make_split(), jnp.uint32(0), jnp.int32(step))
-        full = compiled_batch(FULL)(make_split(), jnp.uint32(0), jnp.int32(step))
-        np.testing.assert_array_equal(plain["index"], full["index"])
-        assert not np.array_equal(plain["image"], full["image"])

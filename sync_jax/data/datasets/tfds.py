@@ -102,10 +102,10 @@ class TfdsDataset(PictureDataset):
                 "delete that to prepare it again, or name another --config.data.data_dir"
             )
 
-    def _listing(self) -> "TfdsListing":
+    def _listing(self) -> "_Listing":
         splits, keys = self._splits(), self._keys()
         try:
-            return TfdsListing(self._builder, splits, keys)
+            return _Listing(self._builder, splits, keys)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
                 f"{self._builder.data_dir} is not there as ArrayRecord files ({one_line(error)}); "
@@ -134,8 +134,8 @@ class TfdsDataset(PictureDataset):
         return "--mode=prepare makes it from what TFDS has or can prepare"
 
 
-class _TfdsPicture:
-    """In place of a `Picture`; its label is known once it has been read."""
+class _Picture:
+    """In place of a `Picture` of a file; its label is known once it has been read."""
 
     def __init__(self, source: Any, position: int, keys: tuple[str, str], path: str):
         self._source, self._position, self._keys = source, position, keys
@@ -143,34 +143,29 @@ class _TfdsPicture:
 
     def read(self) -> bytes:
         record = self._source[self._position]
-        image, label = self._keys
-        self.label = int(record[label])
+        image, label = (record[key] for key in self._keys)
+        self.label = int(label)
         if self.label < 0:
             raise BadImageError("it has no label")
-        data: bytes = record[image]
+        data: bytes = image
         return data
 
 
-class TfdsListing(Listing):
+class _Listing(Listing):
     """The pictures of TFDS's splits, in its order."""
 
     def __init__(self, builder: Any, splits: dict[str, Any], keys: tuple[str, str]):
-        self._full_name, self._known = builder.info.full_name, splits
-        (image, label), pictures = keys, {}
+        self._full_name, self._known = builder.info.full_name, splits.values()
+        pictures, decoders = {}, {keys[0]: tfds.decode.SkipDecoding()}
         for split, known in splits.items():
-            source = builder.as_data_source(
-                known.name, decoders={image: tfds.decode.SkipDecoding()}
-            )
+            source = builder.as_data_source(known.name, decoders=decoders)
             path = f"{self._full_name}/{known.name}"
-            pictures[split] = [_TfdsPicture(source, i, keys, path) for i in range(len(source))]
-        names = tuple(map(str, builder.info.features[label].names))
-        super().__init__(names, pictures)
+            pictures[split] = [_Picture(source, i, keys, path) for i in range(len(source))]
+        super().__init__(tuple(map(str, builder.info.features[keys[1]].names)), pictures)
 
-    def digest(self) -> str:
-        """Digest of the version and the sizes of all files."""
-        lengths = [(x.name, x.num_bytes, *x.shard_lengths) for x in self._known.values()]
+    def digest(self) -> str:  # of the version and the sizes of all files
+        lengths = [(x.name, x.num_bytes, *x.shard_lengths) for x in self._known]
         return hashlib.sha256(repr((self._full_name, lengths)).encode()).hexdigest()
 
     def num_bytes(self) -> int:
-        """Size of all records."""
-        return sum(split.num_bytes for split in self._known.values())
+        return sum(split.num_bytes for split in self._known)

@@ -47,18 +47,13 @@ Acquire::https::Timeout "15";
 class PublishedFile:
     """A file as its authors publish it.
 
-    Attributes:
-        name: on disk.
-        digest: in hexadecimal; MD5 of the file, or SHA-256 of its decompressed content.
-        url: its address.
-        size: bytes of the decompressed content, for a file named .gz that may also lie there
-            decompressed, under either name; None: the file is taken as it is.
+    One with a size is named .gz, and may also lie there decompressed, under either name.
     """
 
     name: str
-    digest: str
+    digest: str  # in hexadecimal; MD5 of the file, or SHA-256 of its decompressed content
     url: str
-    size: int | None = None
+    size: int | None = None  # bytes of the decompressed content; None: it is taken as it is
 
     def find(self, folder: Path) -> Path | None:
         """Its path in a folder; None where it is not there."""
@@ -102,18 +97,11 @@ class PublishedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Upstream:
-    """The files of a dataset, and where they may be had.
+    """The files of a dataset, and where they may be had."""
 
-    Attributes:
-        forms: each a set of files that holds the whole dataset; the first is what is fetched.
-        prepared_bytes: disk that the prepared dataset takes, generously.
-        debian_folder: in which a Debian package puts the first form; None: there is no package.
-        debian_package: its name.
-    """
-
-    forms: tuple[tuple[PublishedFile, ...], ...]
-    prepared_bytes: int
-    debian_folder: Path | None = None
+    forms: tuple[tuple[PublishedFile, ...], ...]  # each holds all; the first is what is fetched
+    prepared_bytes: int  # disk that the prepared dataset takes, generously
+    debian_folder: Path | None = None  # in which a Debian package puts the first form
     debian_package: str = ""
 
     def find(self, folder: Path) -> tuple[Path, ...]:

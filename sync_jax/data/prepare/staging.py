@@ -28,20 +28,14 @@ Log = Callable[[str], None]
 
 
 class Prepared:
-    """A dataset that is prepared once; subclasses find its source and build its folder.
-
-    Attributes:
-        section: the `data` section of a config.
-        root: its `data_dir`, absolute.
-        key: the name of the lock and of temporary folders.
-        folder: the prepared one.
-    """
+    """A dataset that is prepared once; subclasses find its source and build its folder."""
 
     VERSION: ClassVar[str] = "1.0.0"
     LAST: ClassVar[str]  # a file that every prepared folder has
 
     def __init__(self, section: ConfigDict):
-        self.section, self.name, self.key = section, str(section.name), str(section.name)
+        self.section, self.name = section, str(section.name)
+        self.key = self.name  # of the lock and of temporary folders
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
 
@@ -97,14 +91,11 @@ class Prepared:
         )
 
 
-def expand(path: str | os.PathLike) -> Path:
+def expand(path: str) -> Path:
     """Makes a path absolute, `~` expanded."""
-    text = os.fspath(path)
-    if "\0" in text:
-        raise InputError(f"{text!r} cannot be a path: it holds a null character")
-    expanded = os.path.expanduser(text)
+    expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise InputError(f"{text!r} names a home folder that is not known; write it out")
+        raise InputError(f"{path!r} names a home folder that is not known; write it out")
     return Path(os.path.abspath(expanded))
 
 
