@@ -4,8 +4,8 @@ In all of them `logits` and `auxiliary_logits` are unnormalised log-probabilitie
 `[batch, classes]`, `selection_logits` and `abstention_logits` are `[batch]`, `labels` are class
 indices `[batch]`, and `mask` `[batch]` is 1 for real examples and 0 for padding (None: all are
 real). All arithmetic is in float32. Means run over the real examples of the whole array: under
-`jax.jit` with a sharded batch that is the global batch. A loss is `[batch]`, or, where it weighs
-the batch as a whole, a scalar with its terms by name.
+`jax.jit` with a sharded batch that is the global batch. A loss is `[batch]` in nats, or, where it
+weighs the batch as a whole, a scalar with its terms by name.
 """
 
 import math
@@ -32,10 +32,7 @@ def softmax_response_prior(logits: Array, *, power: float) -> Array:
 
     The softmax response (Geifman & El-Yaniv, 2017) under `stop_gradient`: the selection head learns
     from the classifier's confidence, and the classifier never learns to please the prior. A power
-    above 1 stretches the confident end, where most examples crowd.
-
-    Returns:
-        `[batch]` float32 in `(0, 1]`.
+    above 1 stretches the confident end, where most examples crowd. `[batch]` in `(0, 1]`.
     """
     log_response = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
     return jax.lax.stop_gradient(jnp.exp(power * log_response))
@@ -75,9 +72,8 @@ def selectivenet_loss(
         + (1 - alpha) * mean(h)
 
     The authors' code divides the risk by the batch size instead of by the coverage; this is the
-    paper's form.
-
-    The penalty sets in below `target_coverage`, in `(0, 1]`; `coverage_weight` is lambda there.
+    paper's form. The penalty sets in below `target_coverage`, in `(0, 1]`; `coverage_weight` is its
+    lambda.
     """
     weights = jax.nn.sigmoid(selection_logits.astype(jnp.float32))
     return _selective_objective(
@@ -158,9 +154,6 @@ def deep_gamblers_loss(
     in log space, where nothing underflows. The authors' code takes the logarithm of the sum of the
     probabilities. The payoff lies above 1, where abstaining is free, and is at most the number of
     classes, where guessing blindly pays as much.
-
-    Returns:
-        `[batch]` float32, in nats.
     """
     log_right, log_abstain = _log_right_and_abstain(logits, abstention_logits, labels)
     return -jnp.logaddexp(log_right, log_abstain - math.log(payoff))
@@ -176,9 +169,6 @@ def self_adaptive_loss(
         -t log p_y - (1 - t) log p_abstain
 
     `targets` `[batch]` in `[0, 1]` say how far each example's label is believed.
-
-    Returns:
-        `[batch]` float32, in nats.
     """
     log_right, log_abstain = _log_right_and_abstain(logits, abstention_logits, labels)
     return -targets * log_right - (1.0 - targets) * log_abstain
@@ -189,9 +179,6 @@ def update_targets(targets: Array, logits: Array, labels: Array, *, momentum: fl
 
     p is the softmax over the classes alone. The authors keep a target per class; the loss reads the
     label's only, and so do we. `targets` `[batch]` are 1 before the first visit.
-
-    Returns:
-        `[batch]` float32.
     """
     right = jnp.exp(-cross_entropy(jax.lax.stop_gradient(logits), labels))
     return momentum * targets + (1.0 - momentum) * right
@@ -223,9 +210,6 @@ def contrastive_loss(
     `features` are `[batch, units]`, of any length. `correct_keys` `[correct, units]` and
     `error_keys` `[errors, units]` have unit length; their classes, `[correct]` and `[errors]`, are
     those predicted, and -1 for a place that holds no key.
-
-    Returns:
-        `[batch]` float32.
     """
     confidence = softmax_response_prior(logits, power=1.0)
     queries = unit_length(features) / temperature
@@ -250,10 +234,7 @@ def entropy(logits: Array) -> Array:
     """Entropy of the class probabilities, -sum(p log p): its minimisation is "+EM".
 
     Feng et al. (2023) describe it so; their code sums p times the raw logits, which depends on a
-    shift of them and has no lower bound.
-
-    Returns:
-        `[batch]` float32, in nats, in `[0, log(classes)]` but for rounding.
+    shift of them and has no lower bound. In `[0, log(classes)]`, but for rounding.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
