@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sync_jax.data.recipe import RATIO, TRIES, Augmentation
+from sync_jax.data.recipe import TRIES, Augmentation, random_boxes
 
 _SHARPNESS = 2.0  # factor
 _DISTORTION = 0.5  # of perspective: corners move by up to half of this times a side
@@ -64,7 +64,10 @@ def _crop_and_flip(
         columns = jnp.where(flip, width - 1 - jnp.arange(width), jnp.arange(width)) + right
         columns = jax.nn.one_hot(columns, width)
     if resizes:
-        boxes = random_boxes(jax.random.fold_in(key, 2), images, a.min_crop_area)
+        keys, shape = jax.random.split(jax.random.fold_in(key, 2), 4), (batch, TRIES)
+        shapes = shape, shape, (batch,), (batch,)
+        draws = list(map(jax.random.uniform, keys, shapes))
+        boxes = random_boxes(draws, images.shape[1], images.shape[2], a.min_crop_area)
         resize_rows, resize_columns = box_weights(images, boxes, height, width)
         if pad:
             exact = jax.lax.Precision.HIGHEST
@@ -107,28 +110,6 @@ def apply_weights(images: Array, rows: Array, columns: Array, *, exact: bool) ->
     precision = jax.lax.Precision.HIGHEST if exact else None
     images = images.astype(jnp.float32)
     return jnp.einsum("bij,bjkc,blk->bilc", rows, images, columns, precision=precision)
-
-
-def random_boxes(key: Array, images: Array, min_area: float) -> Array:
-    """Draws boxes as torchvision's RandomResizedCrop, but the whole image where no try fits.
-
-    Returns:
-        `[batch, 4]` float32 of whole numbers: top, left, height, width.
-    """
-    batch, height, width, _ = images.shape
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    shape, limit = (batch, TRIES), jnp.log(RATIO)
-    area = height * width * jax.random.uniform(area_key, shape, minval=min_area, maxval=1.0)
-    ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=-limit, maxval=limit))
-    high, wide = jnp.round(jnp.sqrt(area / ratio)), jnp.round(jnp.sqrt(area * ratio))
-    fits = (high >= 1) & (high <= height) & (wide >= 1) & (wide <= width)
-    first = jnp.argmax(fits, axis=1)[:, None]
-    some = jnp.any(fits, axis=1)
-    h = jnp.where(some, jnp.take_along_axis(high, first, axis=1)[:, 0], height)
-    w = jnp.where(some, jnp.take_along_axis(wide, first, axis=1)[:, 0], width)
-    top = jnp.floor(jax.random.uniform(top_key, (batch,)) * (height - h + 1))
-    left = jnp.floor(jax.random.uniform(left_key, (batch,)) * (width - w + 1))
-    return jnp.stack([top, left, h, w], axis=1)
 
 
 def box_weights(images: Array, boxes: Array, rows: int, columns: int) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """The order of the examples and their augmentation, as both pipelines need it; imports no JAX."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,26 +63,32 @@ def random_crop(
     rng: np.random.Generator, image: Image.Image, min_area: float, height: int, width: int
 ) -> np.ndarray:
     """Crops a random box, resized bilinear and antialiased: `[height, width, channels]` uint8."""
-    left, top, wide, high = random_box(rng, *image.size, min_area)
+    draws = [rng.random(shape) for shape in ((1, TRIES), (1, TRIES), 1, 1)]
+    boxes = random_boxes(draws, image.height, image.width, min_area)
+    top, left, high, wide = boxes[0].astype(int).tolist()
     image = image.crop((left, top, left + wide, top + high))
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     return pixels.reshape(height, width, -1)
 
 
-def random_box(
-    rng: np.random.Generator, width: int, height: int, min_area: float
-) -> tuple[int, int, int, int]:
-    """Draws (left, top, width, height) as torchvision's RandomResizedCrop.
+def random_boxes(draws: Sequence[Any], height: int, width: int, min_area: float) -> Any:
+    """Draws boxes as torchvision's RandomResizedCrop: `[batch, 4]`, top, left, height and width.
 
     Where no try fits, the largest middle part of an allowed aspect ratio.
+
+    `draws` are uniform in `[0, 1)`, of NumPy or JAX: areas and ratios `[batch, TRIES]`, tops and
+    lefts `[batch]`. The boxes are whole numbers in the draws' dtype.
     """
-    limit = math.log(RATIO)
-    for _ in range(TRIES):
-        area = width * height * rng.uniform(min_area, 1.0)
-        ratio = math.exp(rng.uniform(-limit, limit))
-        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 1 <= wide <= width and 1 <= high <= height:
-            left, top = rng.integers(0, (width - wide + 1, height - high + 1)).tolist()
-            return left, top, wide, high
-    wide, high = min(width, round(height * RATIO)), min(height, round(width * RATIO))
-    return (width - wide) // 2, (height - high) // 2, wide, high
+    areas, ratios, tops, lefts = draws
+    xp, limit = areas.__array_namespace__(), math.log(RATIO)
+    area = height * width * (min_area + (1.0 - min_area) * areas)
+    ratio = xp.exp(2.0 * limit * ratios - limit)
+    high, wide = xp.round(xp.sqrt(area / ratio)), xp.round(xp.sqrt(area * ratio))
+    fits = (high >= 1) & (high <= height) & (wide >= 1) & (wide <= width)
+    first, some = xp.argmax(fits, axis=1)[:, None], xp.any(fits, axis=1)
+    most = min(height, round(width * RATIO)), min(width, round(height * RATIO))
+    h = xp.where(some, xp.take_along_axis(high, first, axis=1)[:, 0], most[0])
+    w = xp.where(some, xp.take_along_axis(wide, first, axis=1)[:, 0], most[1])
+    top = xp.floor(xp.where(some, tops * (height - h + 1), (height - h) / 2))
+    left = xp.floor(xp.where(some, lefts * (width - w + 1), (width - w) / 2))
+    return xp.stack([top, left, h, w], axis=1)

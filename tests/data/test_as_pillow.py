@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from sync_jax.data import augmentation
-from sync_jax.data.recipe import Augmentation, random_box
+from sync_jax.data.recipe import TRIES, Augmentation, random_boxes
 
 
 def smooth(seed, size=48):
@@ -110,15 +110,14 @@ def test_perspectives_agree():
 
 def test_crops_agree():
     rng = np.random.default_rng(2)
-    drawn = np.asarray([random_box(rng, 48, 48, 0.2) for _ in IMAGES])
-    left, top, width, height = drawn.T
+    draws = [rng.random((len(IMAGES), *more)) for more in ((TRIES,), (TRIES,), (), ())]
+    boxes = random_boxes(draws, 48, 48, 0.2)
     images = jnp.asarray(IMAGES)
-    boxes = jnp.asarray(np.stack([top, left, height, width], 1), jnp.float32)
-    weights = augmentation.box_weights(images, boxes, 32, 32)
+    weights = augmentation.box_weights(images, jnp.asarray(boxes, jnp.float32), 32, 32)
     resized = augmentation.apply_weights(images, *weights, exact=True)
     found = [
         Image.fromarray(x).crop((a, b, a + w, b + h)).resize((32, 32), Image.Resampling.BILINEAR)
-        for x, (a, b, w, h) in zip(IMAGES, drawn.tolist(), strict=True)
+        for x, (b, a, h, w) in zip(IMAGES, boxes.tolist(), strict=True)
     ]
     compare(resized, found, levels=1.01)
 

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from PIL import Image
 
 from sync_jax.data import augmentation, host, registry
-from sync_jax.data.recipe import Augmentation, random_box, random_crop
+from sync_jax.data.recipe import TRIES, Augmentation, random_boxes, random_crop
 from sync_jax.data.resident import (
     ResidentSplit,
     augmentation_key,
@@ -100,7 +99,8 @@ def test_the_same_example_is_cropped_anew_in_each_epoch(arrays):
     index = np.concatenate([batch["index"] for batch in batches])
     seen = [images[index == i] for i in range(22)]
     assert all(len(versions) == 3 for versions in seen)
-    assert all(not np.array_equal(versions[0], versions[1]) for versions in seen)
+    # Two boxes of so small a picture can be the same by chance; three are not.
+    assert all(len(np.unique(versions, axis=0)) > 1 for versions in seen)
 
 
 def test_processes_share_a_batch(arrays):
@@ -213,28 +213,23 @@ def test_pictures_are_decoded_as_they_are_for_evaluation(decoded):
 # --- Random resized crops -------------------------------------------------------------------------
 
 
-def test_boxes_are_distributed_as_on_the_device():
-    size = 60, 30
+def test_boxes_are_the_devices():
+    """The same draws give the same boxes; of a picture that no try fits, the middle."""
     rng = np.random.default_rng(3)
-    boxes = np.asarray([random_box(rng, *size, 0.08) for _ in range(4000)])
-    images = jax.ShapeDtypeStruct((4000, size[1], size[0], 1), jnp.uint8)
-    draw = jax.jit(lambda key: augmentation.random_boxes(key, images, 0.08))
-    others = np.asarray(draw(jax.random.key(0)))
-    left, top, width, height = boxes.T
-    assert np.all((left >= 0) & (top >= 0) & (left + width <= size[0]) & (top + height <= size[1]))
-    for ours, theirs in (
-        (width * height, others[:, 2] * others[:, 3]),
-        (width / height, others[:, 3] / others[:, 2]),
-        (left, others[:, 1]),
-        (top, others[:, 0]),
-    ):
-        assert scipy.stats.ks_2samp(ours, theirs).statistic < 0.05
+    shapes = (500, TRIES), (500, TRIES), (500,), (500,)
+    draws = [rng.random(shape, np.float32) for shape in shapes]
+    found = jax.jit(lambda draws: random_boxes(draws, 30, 60, 0.08))(draws)
+    np.testing.assert_array_equal(random_boxes(draws, 30, 60, 0.08), found)
+    assert np.ptp(found, axis=0).min() > 10
+    np.testing.assert_array_equal(random_boxes(draws, 10, 100, 1.0), [[0, 43, 10, 13]] * 500)
 
 
 def test_a_crop_is_pillows():
     """A box of the picture, resized; by hand, and of a grey one."""
     image = Image.fromarray(np.stack([pixels(i) for i in range(3)], axis=1).reshape(-1, 36, 3))
-    left, top, width, height = random_box(np.random.default_rng(5), *image.size, 0.3)
+    rng = np.random.default_rng(5)
+    draws = [rng.random(shape) for shape in ((1, TRIES), (1, TRIES), 1, 1)]
+    top, left, height, width = random_boxes(draws, *image.size[::-1], 0.3)[0]
     box = image.crop((left, top, left + width, top + height))
     found = random_crop(np.random.default_rng(5), image, 0.3, 7, 9)
     np.testing.assert_array_equal(found, box.resize((9, 7), Image.Resampling.BILINEAR))
