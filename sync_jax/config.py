@@ -186,7 +186,6 @@ def read_config(saved: Path) -> dict[str, Any]:
 
 
 # Fields of version 0.1, and 0 as a size there, in terms of today's.
-_REMOVED = ("train.steps_per_dispatch",)
 _RENAMED = {f"model.{x}": f"loss.{x}" for x in ("dropout", "dropout_samples")}
 _SIZES: dict[str, dict[str, Any]] = {
     "cnn": {"width": 32, "features": 256},
@@ -198,14 +197,12 @@ _SIZES: dict[str, dict[str, Any]] = {
 def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
     """Fields by path of a saved config, of this version or 0.1, in today's terms."""
     fields = dict(flatten(saved))
-    if "train.steps_per_dispatch" not in fields:
+    if fields.pop("train.steps_per_dispatch", None) is None:
         return fields
     sizes = _SIZES.get(str(fields.get("model.name")), {})
     result = {}
     for field, value in fields.items():
         section, _, name = field.partition(".")
-        if field in _REMOVED:
-            continue
         if section == "model" and f"model.{name}" not in {*FIELDS, *_RENAMED}:
             if name not in sizes:
                 continue  # another backbone's

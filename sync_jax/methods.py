@@ -44,23 +44,20 @@ class Memory:
 class Method:
     """How one method trains and selects.
 
-    Attributes:
-        heads: beside the class head: 'selection', 'auxiliary', 'abstention', 'dropout' (before the
-            class head), 'features' (as an output of training).
-        objective: (outputs, labels, mask, config) to (loss, terms), all scalars.
-        score: the method's own, a name in `scores.SCORES` or 'package.module:NAME'.
-        hyperparameters: by name; the fields `config.loss.NAME`.
-        memory: None for a method that keeps nothing between steps.
-        warmup: share of the run that minimises the plain cross-entropy first.
-        check: (config, number of classes) raises InputError where they do not go together.
+    `heads` come beside the class head: 'selection', 'auxiliary', 'abstention', 'dropout' (before
+    the class head), 'features' (as an output of training). The objective maps (outputs, labels,
+    mask, config) to (loss, terms), all scalars.
     """
 
     heads: tuple[str, ...]
     objective: Callable[[Outputs, Array, Array, ConfigDict], Loss]
-    score: str
-    hyperparameters: Mapping[str, Option] = dataclasses.field(default_factory=dict)
-    memory: Memory | None = None
-    warmup: float = 0.0
+    score: str  # the method's own, a name in `scores.SCORES` or 'package.module:NAME'
+    hyperparameters: Mapping[str, Option] = dataclasses.field(
+        default_factory=dict
+    )  # of config.loss
+    memory: Memory | None = None  # None: nothing is kept between steps
+    warmup: float = 0.0  # share of the run that minimises the plain cross-entropy first
+    # Of config and number of classes; raises InputError where they do not go together.
     check: Callable[[ConfigDict, int], None] | None = None
 
 

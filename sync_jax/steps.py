@@ -66,16 +66,10 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """One step of gradient descent; one that is not finite changes nothing but the step count.
 
-    Args:
-        state: before the step.
-        batch: image `[batch, ...]`, normalised; label, mask and index `[batch]`.
-        network: see `create_train_state`.
-        objective: the function that is minimised.
-        optimizer: as given to `create_train_state`.
-        dropout_key: of this step; for a network with dropout.
-        microbatches: gradient accumulation: the network sees so many parts of the batch one after
-            the other and keeps the activations of one, for a second forward pass. The objective is
-            the whole batch's; BatchNorm's statistics are a part's. Must divide the batch.
+    `batch` has image `[batch, ...]`, normalised, and label, mask and index `[batch]`. With several
+    `microbatches`, which must divide the batch, the network sees one part of it after the other and
+    keeps the activations of one, for a second forward pass (gradient accumulation): the objective
+    is the whole batch's, and BatchNorm's statistics are a part's.
 
     Returns:
         The state after the step, and scalars: loss, its terms, gradient_norm, accuracy and, with a
@@ -113,17 +107,13 @@ def train_step(
         metrics["coverage"] = masked_mean(accepted, batch["mask"])
     params = optax.apply_updates(state.params, updates)
     metrics["parameter_norm"] = optax.tree.norm(params)
-    metrics["state_norm"] = _norm((batch_stats, opt_state, memory))
+    rest = jax.tree.leaves((batch_stats, opt_state, memory))
+    floating = [x for x in rest if jnp.issubdtype(x.dtype, jnp.floating)]
+    metrics["state_norm"] = optax.tree.norm(floating)
     good = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     after = TrainState(state.step, params, batch_stats, opt_state, memory)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
     return kept.replace(step=state.step + 1), metrics
-
-
-def _norm(tree: Any) -> Array:
-    """Of the floating-point numbers in a tree; 0 without any."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros(())))
 
 
 def _forward(
