@@ -97,6 +97,7 @@ def test_perspectives_agree():
     moved = augmentation.perspective(jnp.asarray(IMAGES), drawn)
     compare(moved, by_pillow(pillow_perspective, corners), levels=3, share=0.97)
     still = [(0, 0), (47, 0), (47, 47), (0, 47)]
+    assert 6 < np.abs(np.asarray(drawn) - still).max() <= 12  # a quarter of a side
     np.testing.assert_allclose(
         augmentation.perspective(jnp.asarray(IMAGES), jnp.asarray([still] * 4, jnp.float32)),
         IMAGES,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sync_jax.config import default_config
-from sync_jax.data import host, loading
+from sync_jax.data import host
 from sync_jax.data.augmentation import augment, normalise
 from sync_jax.data.datasets.memory import MemoryDataset
 from sync_jax.data.recipe import Augmentation
@@ -21,7 +21,6 @@ from sync_jax.data.resident import (
 from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
-from sync_jax.runtime.processes import Processes
 
 NAMES = ("a", "b", "c")
 LABELS = np.arange(40) % 3
@@ -112,22 +111,6 @@ def test_images_that_are_no_squares():
     source = host.Examples(x, labels, epoch_constants(3, 9), 3, 0.3)
     (example,) = host.batches(source, start=1, stop=2, batch_size=16)
     assert example["image"].shape == (16, 8, 5, 1)
-
-
-def test_a_run_places_and_divides_them(monkeypatch):
-    config = default_config()
-    config.data.calibration_size, config.train.batch_size = 9, 8
-    dataset = MemoryDataset(features(), LABELS, NAMES)
-    for free, where in ((1e12, "device"), (1000, "host")):
-        monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh, free=free: free)
-        placed, train, calibration = loading.load_data(
-            config, dataset, sharding.make_mesh(), None, Processes()
-        )
-        assert placed.where == where
-        assert (train.images.shape, calibration.images.shape) == ((31, 7), (9, 7))
-    config.train.batch_size = 32
-    with pytest.raises(InputError, match="batch_size=32 is more than the 31 training examples"):
-        loading.load_data(config, dataset, sharding.make_mesh(), None, Processes())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sync_jax.data import registry
 from sync_jax.data.datasets import imagenet100
 from sync_jax.data.images import square
 from sync_jax.data.prepare import pictures, records
-from sync_jax.data.prepare.archives import Picture, tar_members
+from sync_jax.data.prepare.archives import Picture
 from sync_jax.data.splits import load_test, load_train_and_calibration
 from sync_jax.errors import InputError
 from tests.data.pictures import pixels, prepared, section, tar
@@ -223,9 +223,9 @@ def test_cars_come_back_in_the_annotations_order(tmp_path, nested, devkit):
         (
             lambda f: scipy.io.savemat(
                 f / "devkit/cars_train_annos.mat",
-                {"annotations": annotations(["../../etc/passwd"], [1])},
+                {"annotations": annotations(["/etc/passwd"], [1])},
             ),
-            "names '../../etc/passwd', which is not in",
+            "names '/etc/passwd', which is not in",
         ),
     ],
 )
@@ -282,20 +282,6 @@ def test_food_comes_back_from_every_form(tmp_path, form):
     assert_holds(data, "test", expected["test"])
     assert registry.dataset(data).info().class_names == DISHES
     assert not list((tmp_path / "data").glob("incomplete*"))  # the decompressed archive too
-
-
-# --- Archives -------------------------------------------------------------------------------------
-
-
-def test_members_of_an_archive_in_an_archive(tmp_path):
-    inner = tar({"a": b"AAAA", "b": b"B" * 700})
-    path = tmp_path / "outer.tar"
-    path.write_bytes(tar({"first.tar": inner, "second.tar": tar({"c": b"CC"})}))
-    found = {}
-    for member in tar_members(path):
-        for inside in tar_members(path, offset=member.offset, size=member.size):
-            found[inside.name] = inside.read()
-    assert found == {"a": b"AAAA", "b": b"B" * 700, "c": b"CC"}
 
 
 # --- Preparing ------------------------------------------------------------------------------------

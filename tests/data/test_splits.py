@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,9 +55,3 @@ def test_every_example_is_as_likely_to_be_held_out():
     # Each count is binomial(400, 0.3): mean 120, standard deviation 9.2.
     assert counts.sum() == 400 * 12
     assert np.abs(counts - 120).max() < 4 * 9.2
-
-
-@pytest.mark.parametrize("holdout", [0, 4])
-def test_everything_or_nothing(holdout):
-    kept, held_out = stratified_split(np.array([1, 1, 0, 3]), holdout=holdout, seed=0)
-    assert (len(kept), len(held_out)) == (4 - holdout, holdout)
