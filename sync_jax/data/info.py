@@ -12,28 +12,19 @@ from sync_jax.runtime.console import say
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """The facts about a dataset that models and pipelines need.
-
-    Attributes:
-        image_shape: of the network's input: (height, width, channels), or (features,).
-        mean: per channel or feature, of the training values divided by `scale`; std likewise.
-        num_test: 0: there is no test split.
-        stored_shape: of an image in device memory; (): `image_shape`.
-        squares_bytes: bytes that the squares of encoded pictures have yet to take on the disk;
-            None: images are arrays in memory.
-    """
+    """The facts about a dataset that models and pipelines need."""
 
     name: str
     num_classes: int
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]  # of the network's input: (height, width, channels) or (features,)
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel or feature, of training values over `scale`; std likewise
     std: tuple[float, ...]
     num_train: int
-    num_test: int
+    num_test: int  # 0: there is no test split
     scale: float = 255.0
-    stored_shape: tuple[int, ...] = ()
-    squares_bytes: int | None = None
+    stored_shape: tuple[int, ...] = ()  # of an image in device memory; (): `image_shape`
+    squares_bytes: int | None = None  # yet to be written for encoded pictures; None: arrays
 
     def __post_init__(self) -> None:
         """Fills in `stored_shape`."""
@@ -48,15 +39,10 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Pictures on the disk, read or decoded when they are sliced; used like an array.
+    """Pictures on the disk, read or decoded when they are sliced; used like an array."""
 
-    Attributes:
-        rows: `[n]`, positions in the split.
-        size: pixels of a side.
-    """
-
-    rows: np.ndarray
-    size: int
+    rows: np.ndarray  # [n], positions in the split
+    size: int  # pixels of a side
     dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
 
     @property
