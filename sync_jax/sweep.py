@@ -28,13 +28,8 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     """Trains every combination, skips what is finished, and compares all of it in `out`/compare.
 
     Repeating the call goes on where it was stopped. Nothing is trained if a combination is no valid
-    config. A run that diverges is named at the end, and the result is False then.
-
-    Args:
-        config: of every run, but for the varied fields.
-        vary: such as 'method=ce,sync' or 'seed=0,1,2'; each a field and its values.
-        out: holds a folder per run.
-        name: of the config, with which the folders' names begin.
+    config. A run that diverges is named at the end, and the result is False then. `vary` has fields
+    with their values, such as 'seed=0,1,2'; the folders in `out` begin with `name`, the config's.
     """
     runs = combinations(config, vary, name=name)
     for folder, run in runs:
