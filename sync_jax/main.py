@@ -114,11 +114,11 @@ def _do() -> None:
     for name, path in [("--workdir", _WORKDIR.value), *(("--runs", x) for x in _RUNS.value)]:
         check_path(name, path or "")
     if mode in ("compare", "ensemble"):
-        from sync_jax.evaluation import comparison, ensemble
+        from sync_jax.evaluation.comparison import compare, ensemble
         from sync_jax.runtime.sharding import check_devices
 
         check_devices()  # a report names them
-        do = comparison.compare if mode == "compare" else ensemble.ensemble
+        do = compare if mode == "compare" else ensemble
         out = Path(_WORKDIR.value or f"runs/{mode}")
         do(_RUNS.value, out, mixed=_MIXED.value, scores=_SCORES.value)
         return

@@ -21,8 +21,7 @@ from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import ResidentSplit
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError, NonFiniteError
-from sync_jax.evaluation.inference import predict
-from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.predictions import Predictions, predict
 from sync_jax.methods import training_objective
 from sync_jax.models import complete, find_backbone, make_network
 from sync_jax.models.pretrained import load_pretrained

@@ -1,25 +1,29 @@
-"""One table of finished runs, by coverage, over seeds, on the same examples; see docs/report.md."""
+"""Finished runs together: a table over seeds (docs/report.md), and their deep ensemble."""
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import glob
 import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich.text
+from ml_collections import ConfigDict
 
 from sync_jax import metrics
 from sync_jax.config import default_config, upgraded
 from sync_jax.errors import InputError
 from sync_jax.evaluation import report as reports
 from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable
@@ -34,11 +38,11 @@ GRID = np.linspace(0.01, 1, 100)  # coverages of the plot
 
 
 class Column(NamedTuple):
-    """How a number is shown in the tables."""
+    """A column of the tables: its numbers are shown times the factor, in the format."""
 
     heading: str
     factor: float = 100
-    digits: int = 2
+    format: str = ".2f"
     best: Any = None  # min or max
 
 
@@ -50,7 +54,7 @@ COLUMNS = {
     "excess_aurc": Column("E-AURC x1000", 1000, best=min),
     "augrc": Column("AUGRC x1000", 1000, best=min),
     "accuracy": Column("accuracy %", best=max),
-    "seconds": Column("seconds", 1, 0, best=min),
+    "seconds": Column("seconds", 1, ".0f", best=min),
 }
 # Those of the console; all are in compare.md.
 CONSOLE_COLUMNS = (
@@ -77,7 +81,12 @@ class FinishedRun:
                 f"{self.workdir} uses the score {score}, which is not built in; name it in --scores"
             )
         parameters = self.report["scores"][score]["parameters"]
-        return self.test.confidence(known[score], **parameters), self.test.wrong
+        return self.test.ranked(known[score], **parameters)[:2]
+
+    @property
+    def scores(self) -> list[str]:
+        """The softmax response and the method's own score, which may be the same."""
+        return list(reports.main_scores(self.report))
 
     @property
     def coverages(self) -> list[float]:
@@ -87,12 +96,10 @@ class FinishedRun:
     def numbers(self, score: str, coverages: list[float]) -> dict[str, np.ndarray]:
         """selective_risk at the coverages, and `COLUMNS`; NaN where they are undefined."""
         record, (confidence, wrong) = self.report["scores"][score], self.of(score)
-        point = record["operating_point"]
+        point, target = record["operating_point"], record["operating_point"]["target_coverage"]
         found = {
             "selective_risk": metrics.selective_risk(confidence, wrong, coverage=coverages),
-            "own_risk": metrics.selective_risk(
-                confidence, wrong, coverage=point["target_coverage"]
-            ),
+            "own_risk": metrics.selective_risk(confidence, wrong, coverage=target),
             "deployed_risk": point["selective_risk"],
             "deployed_coverage": point["coverage"],
             "aurc": record["aurc"]["mean"],
@@ -115,13 +122,6 @@ def compare(
         mixed: compare although data, backbone, schedule or the like differ.
         scores: of other packages, as package.module:NAME. What a report names is not imported
             otherwise: a run's folder is data, and no code.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: a pattern matches no finished run; the runs cannot be compared; `out` cannot be
-            written.
     """
     runs = load_runs(patterns, scores)
     ignored = differing_fields(runs)
@@ -130,32 +130,34 @@ def compare(
             f"these runs differ in more than method and seed: {'; '.join(ignored)}; compare "
             "others, or add --mixed to compare them all the same"
         )
-    groups = grouped(runs)
-    record = strict(comparison(groups) | {"ignored": ignored})
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(csv_rows(record))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    rows = grouped(runs)
+    record = strict(comparison(rows) | {"ignored": ignored})
+    with writing(out):
         write_text(out / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         write_text(out / "compare.md", markdown(record))
-        write_text(out / "compare.csv", text.getvalue())
-        plot(groups, record, out / "compare.png")
-    except OSError as error:
-        raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
+        write_text(out / "compare.csv", csv_text(record))
+        plot(rows, record, out / "compare.png")
     show(record, out)
     return record
 
 
-def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[FinishedRun]:
-    """The finished runs that the patterns name, each once, in the order of their names.
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes a folder, and names it in an InputError where something in it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
 
-    Arguments and errors as of `compare`.
-    """
+
+def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[FinishedRun]:
+    """The finished runs that the patterns name, each once; arguments as of `compare`."""
     own = {name: find(name, SCORES, Score, "--scores") for name in scores}
     folders: dict[Path, None] = {}
     for pattern in patterns:
-        matches = map(Path, sorted(glob.glob(os.path.expanduser(pattern))))
-        found = dict.fromkeys(match for match in matches if match.is_dir())
+        matches = sorted(glob.glob(os.path.expanduser(pattern)))
+        found = {Path(match): None for match in matches if os.path.isdir(match)}
         if not found:
             raise InputError(f"--runs={pattern} matches no folder")
         folders |= found
@@ -164,23 +166,15 @@ def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[Finis
     runs = []
     defaults = dict(flatten(default_config().to_dict()))
     for folder in folders:
-        report = read_report(folder)
-        if report is None:
+        if (report := read_report(folder)) is None:
             raise InputError(f"{folder} holds no finished run: it has no report.json")
         test = Predictions.load(folder / "predictions_test.npz")
         # A field younger than the run counts with its default.
         config = defaults | upgraded(report["config"])
         run = FinishedRun(folder, config, report, test, own)
-        try:
-            for score in ("softmax_response", report["method_score"]):
+        with reports.undamaged(folder / "report.json", ", or not of the predictions beside it"):
+            for score in run.scores:
                 run.numbers(score, run.coverages)
-        except InputError:
-            raise
-        except Exception as error:  # whatever the report lacks, or has of another type
-            raise InputError(
-                f"{folder / 'report.json'} is damaged, or not of the predictions beside it "
-                f"({type(error).__name__}: {error}); --mode=evaluate makes it anew"
-            ) from error
         runs.append(run)
         if not run.test.same_examples(runs[0].test):
             raise InputError(f"{run.workdir} has other test examples than {runs[0].workdir}")
@@ -202,17 +196,13 @@ def differing_fields(runs: Sequence[FinishedRun]) -> list[str]:
     return phrases
 
 
-def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
-    """Runs that differ in their seed only, by a label: the method, and what sets it apart.
-
-    Raises:
-        InputError: two of them have the same seed.
-    """
+def grouped(runs: Sequence[FinishedRun]) -> dict[str, tuple[list[FinishedRun], str]]:
+    """The rows: runs that differ in their seed only, and a score of theirs, by a label."""
     groups: dict[tuple, list[FinishedRun]] = {}
     for run in runs:
         key = tuple((k, repr(v)) for k, v in sorted(run.config.items()) if not k.startswith(FREE))
         groups.setdefault(key, []).append(run)
-    labelled: dict[str, list[FinishedRun]] = {}
+    rows: dict[str, tuple[list[FinishedRun], str]] = {}
     for key, members in groups.items():
         method = members[0].config["method"]
         rivals = [dict(other) for other in groups if ("method", repr(method)) in other]
@@ -221,30 +211,30 @@ def grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
             for field, value in key
             if any(rival.get(field) != value for rival in rivals)
         ]
-        labelled[printable(f"{method} ({', '.join(apart)})" if apart else method)] = members
+        label = printable(f"{method} ({', '.join(apart)})" if apart else method)
+        for score in members[0].scores:
+            rows[f"{label}, {label_of(members[0].report, score)}"] = members, score
         seen: dict[Any, Path] = {}
         for run in members:
             first = seen.setdefault(seed := run.config["seed"], run.workdir)
             if first != run.workdir:
                 raise InputError(f"{run.workdir} and {first} are the same run: seed {seed}")
-    return labelled
+    return rows
 
 
-def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
-    """The record, apart from `ignored`; see the top of this file."""
-    runs = [run for members in groups.values() for run in members]
-    coverages = runs[0].coverages
-    rows, resampled = [], {}
-    for label, members in groups.items():
-        for score in dict.fromkeys(("softmax_response", members[0].report["method_score"])):
-            row = _row(label, score, members, coverages)
-            rows.append(row)
-            # The same seed: the same resamples of the test examples for every run.
-            values = [metrics.bootstrap_values(metrics.aurc, *run.of(score)) for run in members]
-            resampled[row["label"]] = np.mean(values, axis=0)
-    rows.sort(key=lambda row: row["mean"]["aurc"])
+def comparison(rows: dict[str, tuple[list[FinishedRun], str]]) -> dict[str, Any]:
+    """The record, apart from `ignored`."""
+    runs = {run.workdir: run for members, _ in rows.values() for run in members}
+    coverages = next(iter(runs.values())).coverages
+    entries = [_row(label, score, runs, coverages) for label, (runs, score) in rows.items()]
+    entries.sort(key=lambda row: row["mean"]["aurc"])
+    # The same seed: the same resamples of the test examples for every run.
+    resampled = {
+        label: np.mean([metrics.bootstrap_values(metrics.aurc, *x.of(score)) for x in runs], axis=0)
+        for label, (runs, score) in rows.items()
+    }
     differences = []
-    for a, b in itertools.combinations(rows, 2):
+    for a, b in itertools.combinations(entries, 2):
         interval = metrics.percentile_interval(
             a["mean"]["aurc"] - b["mean"]["aurc"], resampled[a["label"]] - resampled[b["label"]]
         )
@@ -252,33 +242,31 @@ def comparison(groups: dict[str, list[FinishedRun]]) -> dict[str, Any]:
     return {
         "runs": [
             {"workdir": str(x.workdir), "method": x.config["method"], "seed": x.config["seed"]}
-            for x in runs
+            for x in runs.values()
         ],
         "coverages": coverages,
-        "rows": rows,
+        "rows": entries,
         "differences": differences,
     }
 
 
-def _row(
-    label: str, score: str, members: list[FinishedRun], coverages: list[float]
-) -> dict[str, Any]:
-    numbers = [run.numbers(score, coverages) for run in members]
+def _row(label: str, score: str, runs: list[FinishedRun], coverages: list[float]) -> dict[str, Any]:
+    numbers = [run.numbers(score, coverages) for run in runs]
     values = {name: np.array([each[name] for each in numbers]) for name in numbers[0]}
-
-    def std(x: np.ndarray) -> np.ndarray:
-        """The sample standard deviation; of a single run none."""
-        return np.std(x, axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
-
     return {
-        "label": f"{label}, {label_of(members[0].report, score)}",
-        "method": members[0].config["method"],
+        "label": label,
+        "method": runs[0].config["method"],
         "score": score,
-        "seeds": [run.config["seed"] for run in members],
-        "target_coverage": members[0].config["target_coverage"],
+        "seeds": [run.config["seed"] for run in runs],
+        "target_coverage": runs[0].config["target_coverage"],
         "mean": {name: np.mean(x, axis=0).tolist() for name, x in values.items()},
-        "std": {name: std(x).tolist() for name, x in values.items()},
+        "std": {name: _std(x).tolist() for name, x in values.items()},
     }
+
+
+def _std(x: np.ndarray) -> np.ndarray:
+    """The sample standard deviation over runs; of a single run none."""
+    return np.std(x, axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
 
 
 def _numbers(row: dict[str, Any]) -> list[tuple[float | None, float | None]]:
@@ -296,28 +284,22 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]
     if len({row["target_coverage"] for row in rows}) > 1:  # they do not compete at their targets
         last = COLUMNS | {n: COLUMNS[n]._replace(best=None) for n in ("own_risk", "deployed_risk")}
     at = [Column(f"{100 * coverage:g} %", best=min) for coverage in record["coverages"]]
-    columns, split = [*at, *last.values()], len(at) + 2
-    numbers = zip(*map(_numbers, rows), strict=True)
-    cells = [_cells(pairs, column) for column, pairs in zip(columns, numbers, strict=True)]
-    headings = ["method, score", "runs", *(column.heading for column in columns)]
-    lines = [
-        [(row["label"], False), (str(len(row["seeds"])), False), *of_row]
-        for row, *of_row in zip(rows, *cells, strict=True)
-    ]
-    headings.insert(split, "target %")
-    for row, line in zip(rows, lines, strict=True):
-        line.insert(split, (f"{100 * row['target_coverage']:g}", False))
-    return headings, lines
+    columns = [Column("runs", 1, "d"), *at, Column("target %", format="g"), *last.values()]
+    values = []
+    for row in rows:
+        numbers, split = _numbers(row), len(at)
+        target = row["target_coverage"], None
+        values.append([(len(row["seeds"]), None), *numbers[:split], target, *numbers[split:]])
+    cells = [_cells(pairs, c) for c, pairs in zip(columns, zip(*values, strict=True), strict=True)]
+    headings = ["method, score", *(column.heading for column in columns)]
+    return headings, [[(r["label"], False), *x] for r, *x in zip(rows, *cells, strict=True)]
 
 
 def _cells(
     pairs: Iterable[tuple[float | None, float | None]], column: Column
 ) -> list[tuple[str, bool]]:
     """'mean ± std' of each row; the best are those that read no worse than the best, if any is."""
-
-    def text(value: float | None) -> str:
-        return "-" if value is None else f"{column.factor * value:.{column.digits}f}"
-
+    text = functools.partial(reports.number, factor=column.factor, spec=column.format)
     cells = [(text(mean), "" if std is None else f" ± {text(std)}") for mean, std in pairs]
     means = [float(mean) for mean, _ in cells if mean != "-"]
     best = column.best(means) if column.best and means else None
@@ -361,16 +343,18 @@ def _literal(text: str) -> str:
     return re.sub(r"[\\`*<>|&\[\]]", r"\\\g<0>", text)
 
 
-def csv_rows(record: dict[str, Any]) -> list[list[Any]]:
-    """A row per method and score, numbers as fractions."""
+def csv_text(record: dict[str, Any]) -> str:
+    """A line per method and score, numbers as fractions."""
     names = [*(f"selective_risk_at_{coverage:g}" for coverage in record["coverages"]), *COLUMNS]
     headings = [f"{name}_{part}" for name in names for part in ("mean", "std")]
-    lines: list[list[Any]] = [["label", "method", "score", "runs", *headings]]
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["label", "method", "score", "runs", *headings])
     for row in record["rows"]:
         # An apostrophe before what a spreadsheet would take for a formula.
         texts = [re.sub(r"^[=+@-]", r"'\g<0>", row[name]) for name in ("label", "method", "score")]
-        lines.append([*texts, len(row["seeds"]), *itertools.chain(*_numbers(row))])
-    return lines
+        writer.writerow([*texts, len(row["seeds"]), *itertools.chain(*_numbers(row))])
+    return file.getvalue()
 
 
 def show(record: dict[str, Any], out: Path) -> None:
@@ -395,24 +379,76 @@ def show(record: dict[str, Any], out: Path) -> None:
     reports.show((printed, *parts), width=140)
 
 
-def plot(groups: dict[str, list[FinishedRun]], record: dict[str, Any], path: Path) -> None:
+def plot(
+    rows: dict[str, tuple[list[FinishedRun], str]], record: dict[str, Any], path: Path
+) -> None:
     """Draws each row's mean test risk-coverage curve with a band of one standard deviation."""
     axes = reports.new_axes(8, 5)
-    members = {
-        f"{label}, {label_of(runs[0].report, score)}": (runs, score)
-        for label, runs in groups.items()
-        for score in runs[0].report["scores"]
-    }
-    for i, row in enumerate(record["rows"]):
-        runs, score = members[row["label"]]
+    for i, label in enumerate(row["label"] for row in record["rows"]):
+        runs, score = rows[label]
         risks = [metrics.selective_risk(*run.of(score), coverage=GRID) for run in runs]
-        # The sample standard deviation, as in the table; of one run none.
-        std = 100 * np.std(risks, axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(GRID))
+        std = 100 * np.nan_to_num(_std(np.array(risks)))
         mean = 100 * np.mean(risks, axis=0)
         style = "-" if score == "softmax_response" else "--"
-        axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=row["label"])
+        axes.plot(100 * GRID, mean, style, color=f"C{i % 10}", label=label)
         axes.fill_between(100 * GRID, mean - std, mean + std, color=f"C{i % 10}", alpha=0.15)
     axes.set_ylim(bottom=0)
     for text in axes.legend(loc="upper left", fontsize=8).get_texts():
         text.set_parse_math(False)  # a label is no formula
     reports.save_plot(axes, path, "Mean over seeds; bands: one standard deviation")
+
+
+def ensemble(
+    patterns: Sequence[str], out: Path, *, mixed: bool = False, scores: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Evaluates the mean of finished runs' class probabilities (Lakshminarayanan et al., 2017).
+
+    `out` becomes a finished run of the method "ensemble", which `compare` takes like any other; its
+    report, which is returned, names the `members`. Arguments as of `compare`.
+    """
+    runs = load_runs(patterns, scores)
+    if len(runs) < 2:
+        raise InputError(f"an ensemble takes two runs or more, and --runs names {len(runs)}")
+    own = os.path.exists(out / "config.json")
+    if own or out.resolve() in {run.workdir.resolve() for run in runs}:
+        raise InputError(f"--workdir={out} holds a run of its own; name another")
+    differing = differing_fields(runs)
+    if differing and not mixed:
+        raise InputError(f"these runs differ: {'; '.join(differing)}; --mixed combines them too")
+    test = combine([run.test for run in runs])
+    paths = [run.workdir / "predictions_calibration.npz" for run in runs]
+    calibration = combine([Predictions.load(path) for path in paths])
+    config = ConfigDict(runs[0].report["config"])
+    config.method = "ensemble"
+    config.evaluation.scores = tuple(scores)
+    record = evaluation_record(calibration, test, config, score="softmax_response")
+    training = [run.report["training"] for run in runs]
+    record["training"] = {
+        name: None if None in (values := [entry[name] for entry in training]) else sum(values)
+        for name in ("steps", "seconds")
+    }
+    record["members"] = [str(run.workdir) for run in runs]
+    with writing(out):
+        calibration.save(out / "predictions_calibration.npz")
+        test.save(out / "predictions_test.npz")
+        report = reports.write_report(record, test, config, out)
+    reports.show_report(report, out)
+    return report
+
+
+def combine(members: Sequence[Predictions]) -> Predictions:
+    """The logarithms of the members' mean probabilities, as logits, and their mean entropy.
+
+    So the softmax response is that of the mean, and expected_entropy `[n]` gives the mutual
+    information.
+    """
+    first = members[0]
+    for other in members[1:]:
+        shapes = {each.outputs["logits"].shape for each in (other, first)}
+        if not other.same_examples(first) or len(shapes) > 1:
+            raise InputError("the runs have other examples or classes than one another")
+    # A mean probability is 0 only where all are; its logarithm is kept finite.
+    mean = np.mean([member.probabilities for member in members], axis=0)
+    logits = np.log(np.maximum(mean, np.finfo(np.float64).tiny))
+    entropy = np.mean([-member.confidence("negative_entropy") for member in members], axis=0)
+    return Predictions({"logits": logits, "expected_entropy": entropy}, first.labels, first.index)

@@ -1,12 +1,14 @@
-"""A network's outputs on a split, as they are saved; needs no JAX."""
+"""A network's outputs on a split, as they are made, saved and read."""
 
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.runtime.files import write_atomically
 from sync_jax.scores import SCORES, Score, softmax
@@ -23,19 +25,11 @@ class Ranked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A network's outputs on a split, a row per example.
+    """A network's outputs on a split, a row per example."""
 
-    Attributes:
-        outputs: float32, by name: logits `[n, classes]`, and with the heads selection_logits `[n]`,
-            auxiliary_logits `[n, classes]`, abstention_logits `[n]`, or with dropout samples
-            expected_entropy `[n]`.
-        labels: `[n]` int32.
-        index: `[n]` int64, positions in the official split.
-    """
-
-    outputs: dict[str, np.ndarray]
-    labels: np.ndarray
-    index: np.ndarray
+    outputs: dict[str, np.ndarray]  # float32, as `SelectiveNetwork` returns them
+    labels: np.ndarray  # [n] int32
+    index: np.ndarray  # [n] int64, positions in the official split
 
     @property
     def predicted(self) -> np.ndarray:
@@ -53,12 +47,7 @@ class Predictions:
         return softmax(self.outputs["logits"].astype(np.float64))
 
     def confidence(self, score: str | Score, **parameters: Any) -> np.ndarray:
-        """Confidence `[n]` float64, which keeps confident examples apart.
-
-        Args:
-            score: one, or its name in `scores.SCORES`.
-            **parameters: the score's own arguments.
-        """
+        """Confidence `[n]` by a score, or its name in SCORES; float64 keeps the confident apart."""
         outputs = {name: output.astype(np.float64) for name, output in self.outputs.items()}
         known = SCORES[score] if isinstance(score, str) else score
         return known.function(outputs, **parameters)
@@ -86,21 +75,16 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
-        """Reads what `save` wrote.
-
-        Raises:
-            InputError: there is no such file, or it is damaged.
-        """
+        """Reads what `save` wrote; raises InputError if there is no such file, or it is damaged."""
         try:
             contents = io.BytesIO(path.read_bytes())  # np.load would leave a damaged file open
             with np.load(contents, allow_pickle=False) as file:
                 if any(member.compress_size < member.file_size for member in file.zip.infolist()):
                     raise ValueError("it is compressed")  # it could expand without end
                 arrays = dict(file)
+            prefix = "outputs/"
             outputs = {
-                name.removeprefix("outputs/"): array
-                for name, array in arrays.items()
-                if name.startswith("outputs/")
+                name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)
             }
             if "logits" not in outputs or len({len(array) for array in arrays.values()}) > 1:
                 raise ValueError("arrays are missing or of different lengths")
@@ -126,3 +110,40 @@ def _check(outputs: dict[str, np.ndarray], labels: np.ndarray, index: np.ndarray
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected integers [n]")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels are {labels.min()} to {labels.max()}, of {classes} classes")
+
+
+def predict(
+    part: Part,
+    outputs_of: Callable[[np.ndarray], dict[str, Any]],
+    batch_size: int,
+    *,
+    share: slice | None = None,
+) -> Predictions:
+    """Outputs for every example exactly once, whatever the batch size.
+
+    `outputs_of` maps images `[batch_size, ...]`, or the `share` of their rows that this process
+    has, to arrays `[batch_size, ...]`. The last batch is filled up with zeros.
+    """
+    import jax  # here, as reading and judging predictions needs none
+
+    size = len(part.labels)
+    if size == 0:
+        raise InputError("there are no examples to predict")
+    rows: list[dict[str, np.ndarray]] = []
+    pending: dict[str, Any] | None = None
+    first, last, _ = (share or slice(None)).indices(batch_size)
+    for start in range(0, size, batch_size):
+        images = part.images[min(start + first, size) : min(start + last, size)]
+        padding = last - first - len(images)
+        if padding:
+            images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
+        following = outputs_of(images)
+        if pending is not None:  # fetched while the device works on the next
+            rows.append(jax.device_get(pending))
+        pending = following
+    rows.append(jax.device_get(pending))
+    outputs = {
+        name: np.concatenate([row[name] for row in rows])[:size].astype(np.float32)
+        for name in rows[0]
+    }
+    return Predictions(outputs, part.labels, part.index)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,7 @@ CLASS_CANDIDATES = 5
 
 
 def known_scores(config: ConfigDict, *own: str) -> dict[str, Score]:
-    """The built-in scores, those in `own` and in `config.evaluation.scores`, by name.
-
-    Raises:
-        InputError: one of another package cannot be imported.
-    """
+    """The built-in scores, those in `own` and in `config.evaluation.scores`, by name."""
     names = dict.fromkeys((*SCORES, *own, *config.evaluation.scores))
     return {name: find(name, SCORES, Score, "config.evaluation.scores") for name in names}
 
@@ -59,19 +55,9 @@ def calibration_metrics(predictions: Predictions) -> dict[str, float]:
 def evaluation_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
-    """Both protocols for every score that the outputs allow; see `report` for the schema.
+    """Both protocols for every score that the outputs allow; its fields are in docs/report.md.
 
-    Args:
-        calibration: where thresholds and the scores' parameters come from.
-        test: where they are judged.
-        config: target_coverage and the `evaluation` section: coverages, target_risks, delta.
-        score: the method's own score.
-
-    Returns:
-        Plain dicts, lists and numbers; undefined values are NaN.
-
-    Raises:
-        InputError: the outputs differ between the splits, or the score's are missing.
+    Thresholds and the scores' parameters come from `calibration`; `score` is the method's own.
     """
     known = {k: s for k, s in known_scores(config, score).items() if s.applies(test.outputs)}
     shapes = [
@@ -88,10 +74,7 @@ def evaluation_record(
         "calibration": summary(calibration),
         "test": summary(test),
         "method_score": score,
-        "scores": {
-            name: ranking_record(calibration, test, config, score=each)
-            for name, each in known.items()
-        },
+        "scores": {n: ranking_record(calibration, test, config, score=s) for n, s in known.items()},
     }
     ranked = {}
     for name in {"softmax_response", score}:
@@ -151,32 +134,30 @@ def ranking_record(
 
 def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
     """The score's arguments with the least AURC on the calibration split, the first of several."""
-    if len(score.choices) == 1:
-        return dict(score.choices[0])
-    areas = [
-        metrics.aurc(calibration.confidence(score, **parameters), calibration.wrong)
-        for parameters in score.choices
-    ]
-    return dict(score.choices[int(np.argmin(areas))])
+
+    def area(parameters: Mapping[str, Any]) -> float:
+        return metrics.aurc(calibration.confidence(score, **parameters), calibration.wrong)
+
+    best = min(score.choices, key=area) if len(score.choices) > 1 else score.choices[0]
+    return dict(best)
 
 
 def guarantee_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> dict[str, Any]:
-    """The part of the record that the softmax response and the method's own score have besides.
+    """The part of the record that the softmax response and the method's own score alone have.
 
     Intervals and certificates cost time, and of a dozen scores none could be chosen by them.
     """
-    confidence, wrong, _, _ = test
-
-    def interval(metric: Callable[..., float], values: np.ndarray) -> list[float]:
-        result = metrics.bootstrap_interval(metric, confidence, values)
-        return [result.lower, result.upper]
-
+    intervals = {
+        "aurc": (metrics.aurc, test.wrong),
+        "augrc": (metrics.augrc, test.wrong),
+        "failure_auroc": (metrics.failure_auroc, 1 - test.wrong),
+    }
+    bootstrap = {}
+    for name, (metric, values) in intervals.items():
+        interval = metrics.bootstrap_interval(metric, test.confidence, values)
+        bootstrap[name] = [interval.lower, interval.upper]
     return {
-        "bootstrap_95": {
-            "aurc": interval(metrics.aurc, wrong),
-            "augrc": interval(metrics.augrc, wrong),
-            "failure_auroc": interval(metrics.failure_auroc, 1 - wrong),
-        },
+        "bootstrap_95": bootstrap,
         "certificates": certificates(calibration, test, config),
         "class_certificates": class_certificates(calibration, test, config),
         "calibration_plans": calibration_plans(calibration, config),
@@ -186,8 +167,7 @@ def guarantee_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> d
 def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[dict[str, Any]]:
     """A certificate of every method at every target risk, and what its threshold gives on test.
 
-    Each holds by itself. Which method to trust must be chosen before looking at them: the best of
-    several has not the confidence of one.
+    Each holds by itself: the best of several has not the confidence of one.
     """
     split = calibration.confidence, 1 - calibration.wrong
     found = []
@@ -229,10 +209,9 @@ def class_certificates(
 
 
 def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str, Any]]:
-    """How many calibration examples a certificate at config.target_coverage needs, per target risk.
+    """Calibration examples that a certificate needs for one threshold, per target risk.
 
-    For one threshold, fixed beforehand, that accepts this coverage with the error rate seen on the
-    calibration split; a search among thresholds needs more.
+    It accepts config.target_coverage, with the error rate seen on the calibration split.
     """
     confidence, wrong, _, _ = calibration
     coverage = config.target_coverage
@@ -246,9 +225,8 @@ def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str,
         row: dict[str, Any] = {"target_risk": risk, **seen, "n_calibration": None, "power": None}
         # The expected risk may not, or hardly, be below the target.
         with contextlib.suppress(ValueError):
-            plan = guarantees.calibration_size(
-                target_risk=risk, delta=config.evaluation.delta, **seen
-            )
+            asked = {"target_risk": risk, "delta": config.evaluation.delta, **seen}
+            plan = guarantees.calibration_size(**asked)
             row |= {"n_calibration": plan.n_calibration, "power": plan.power}
         rows.append(row)
     return rows

@@ -1,10 +1,11 @@
 """report.json (its fields: docs/report.md), the console's tables and risk_coverage.png."""
 
+import contextlib
 import datetime
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes risk_coverage.png, then report.json: where that is, the run is finished.
 
-    Args:
-        record: of `record.evaluation_record`, with `training`.
-        test: the predictions that it was made from.
-        config: of the run.
-        workdir: exists.
-
-    Returns:
-        The report as `read_report` reads it back.
+    `record` is of `record.evaluation_record`, with `training`; `test` are the predictions that it
+    was made from. Returns the report as `read_report` reads it back.
     """
     report = {
         "schema": SCHEMA,
@@ -65,7 +60,7 @@ def write_report(
     known = known_scores(config, record["method_score"])
     curves = {
         name: test.ranked(known[name], **score["parameters"])
-        for name, score in _main_scores(record).items()
+        for name, score in main_scores(record).items()
     }
     plot(record, curves, workdir / "risk_coverage.png")
     report = strict(report)
@@ -74,32 +69,31 @@ def write_report(
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
-    """The report of a finished run; None where there is none.
-
-    Every string in it can be shown, see `printable`.
-
-    Raises:
-        InputError: it is damaged or of another version.
-    """
+    """The report of a finished run, its strings `printable`; None where there is none."""
     path = workdir / "report.json"
     if not path.exists():
         return None
-    try:
-        report = converted(json.loads(path.read_text()), _escaped)
-        schema = report["schema"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); --mode=evaluate makes it anew") from error
-    if schema != SCHEMA:
-        raise InputError(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; --mode=evaluate renews it"
-        )
-    try:
+    with undamaged(path):
+        content = json.loads(path.read_text())
+        report = converted(content, lambda x: printable(x) if isinstance(x, str) else x)
+        if (schema := report["schema"]) != SCHEMA:
+            found = f"{path} has schema {schema}, this version reads {SCHEMA}"
+            raise InputError(f"{found}; --mode=evaluate renews it")
         _shown(report)
         default_config().update(report["config"])
-    except Exception as error:  # whatever it lacks, or has of another type
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is damaged ({reason}); --mode=evaluate makes it anew") from error
     return report
+
+
+@contextlib.contextmanager
+def undamaged(path: Path, guess: str = "") -> Iterator[None]:
+    """Raises an InputError for whatever goes wrong with the contents of a report."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever the report lacks, or has of another type
+        found = f"{path} is damaged{guess} ({type(error).__name__}: {error})"
+        raise InputError(f"{found}; --mode=evaluate makes it anew") from error
 
 
 def speed_before(workdir: Path) -> dict[str, Any] | None:
@@ -149,22 +143,21 @@ def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
         "holds by itself: choose score, target and method before looking.\n",
         *_certificate_notes(report),
     ]
-    test, training = report["test"], report["training"]
-    calibration = report["calibration"]
+    test, training, calibration = (report[name] for name in ("test", "training", "calibration"))
     seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
     parts.append(
-        f"Test accuracy {_percent(test['accuracy'])} % on {test['n']:,} images{seconds}. "
+        f"Test accuracy {number(test['accuracy'])} % on {test['n']:,} images{seconds}. "
         f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
-        f"ECE {_percent(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
+        f"ECE {number(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
     )
     if training.get("speed"):
         parts.append(describe(training["speed"]))
     if "aurc_minus_softmax_response" in report:
         difference = report["aurc_minus_softmax_response"]
-        low, high = (_number(difference[end], 1000, 2) for end in ("lower", "upper"))
+        low, high = (number(difference[end], 1000) for end in ("lower", "upper"))
         parts.append(
             f"AURC x1000 of {label_of(report, report['method_score'])} minus that of SR: "
-            f"{_number(difference['estimate'], 1000, 2)} (95 % paired bootstrap: {low} to {high})."
+            f"{number(difference['estimate'], 1000)} (95 % paired bootstrap: {low} to {high})."
         )
     if "mean_selection" in calibration:
         target = report["config"]["target_coverage"]
@@ -181,14 +174,14 @@ def label_of(record: dict[str, Any], name: str) -> str:
     return record["scores"][name].get("label", known)
 
 
-def _main_scores(record: dict[str, Any]) -> dict[str, Any]:
+def main_scores(record: dict[str, Any]) -> dict[str, Any]:
     """The softmax response and the method's own score, which may be the same."""
     names = dict.fromkeys(("softmax_response", record["method_score"]))
     return {name: record["scores"][name] for name in names}
 
 
 def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
-    scores = _main_scores(report)
+    scores = main_scores(report)
     labels = [label_of(report, name) for name in scores]
     headings = ["coverage %", *(f"rank-based {label}" for label in labels)]
     for label in labels:
@@ -196,10 +189,10 @@ def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
     rows = []
     for k, entry in enumerate(report["scores"]["softmax_response"]["rank_based"]):
         cells = [f"{100 * entry['coverage']:g}"]
-        cells += [_percent(score["rank_based"][k]["selective_risk"]) for score in scores.values()]
+        cells += [number(score["rank_based"][k]["selective_risk"]) for score in scores.values()]
         for score in scores.values():
             deployed = score["deployed"][k]
-            cells += [_percent(deployed["selective_risk"]), _percent(deployed["coverage"])]
+            cells += [number(deployed["selective_risk"]), number(deployed["coverage"])]
         rows.append(cells)
     return table("Selective error % on test", headings, rows)
 
@@ -208,30 +201,27 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
     headings = ("score", "AURC x1000", "95 % interval", "E-AURC x1000", "AUGRC x1000")
     rows = []
     for name, score in report["scores"].items():
-        interval = score.get("bootstrap_95", {"aurc": ()})["aurc"]
-        rows.append(
-            (
-                _with_parameters(label_of(report, name), score["parameters"]),
-                _number(score["aurc"]["mean"], 1000, 2),
-                " to ".join(_number(end, 1000, 2) for end in interval),
-                _number(score["excess_aurc"]["mean"], 1000, 2),
-                _number(score["augrc"], 1000, 2),
-                _number(score["failure_auroc"], 1, 4),
-                _number(score["fpr_at_95_tpr"], 1, 4),
-            )
-        )
+        label, parameters = label_of(report, name), score["parameters"]
+        chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
+        if chosen:
+            label += " (SR)" if parameters.get("p", 0) is None else f" ({chosen})"
+        aurc, interval = score["aurc"]["mean"], score.get("bootstrap_95", {"aurc": ()})["aurc"]
+        ranking = aurc, *interval, score["excess_aurc"]["mean"], score["augrc"]
+        area, *ends, excess, augrc = (number(value, 1000) for value in ranking)
+        failure = (number(score[name], 1, ".4f") for name in ("failure_auroc", "fpr_at_95_tpr"))
+        rows.append((label, area, " to ".join(ends), excess, augrc, *failure))
     title = "Ranking on test (AURC convention: mean, ties in random order)"
     return table(title, (*headings, "failure AUROC", "FPR@95TPR"), rows)
 
 
 def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
     rows = []
-    for name, score in _main_scores(report).items():
+    for name, score in main_scores(report).items():
         cells: dict[float, dict[str, str]] = {}
         for certificate in score["certificates"]:
             test, cell = certificate["test"], "infeasible"
             if certificate["feasible"]:
-                cell = f"{_percent(test['coverage'])} : {_percent(test['selective_risk'])}"
+                cell = f"{number(test['coverage'])} : {number(test['selective_risk'])}"
             cells.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
         for target, of_method in cells.items():
             of_methods = (of_method[key] for key in CERTIFICATE_LABELS)
@@ -243,14 +233,13 @@ def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
 
 def _certificate_notes(report: dict[str, Any]) -> list[str]:
     """Why certificates are infeasible, and how many classes have one of their own."""
-    notes = []
-    for name, score in _main_scores(report).items():
-        for certificate in score["certificates"]:
-            if not certificate["feasible"]:
-                notes.append(
-                    f"{label_of(report, name)}, {CERTIFICATE_LABELS[certificate['method']]} at "
-                    f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
-                )
+    notes = [
+        f"{label_of(report, name)}, {CERTIFICATE_LABELS[certificate['method']]} at "
+        f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
+        for name, score in main_scores(report).items()
+        for certificate in score["certificates"]
+        if not certificate["feasible"]
+    ]
     score, own = report["scores"][report["method_score"]], label_of(report, report["method_score"])
     plan = score["calibration_plans"][0]
     needs = ", ".join(
@@ -260,11 +249,11 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
     )
     notes.append(
         f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
-        f"{own}, where {_percent(plan['expected_risk'])} % of them are wrong: {needs}."
+        f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}."
     )
     certified: dict[float, list[bool]] = {}
-    for certificate in score["class_certificates"]:
-        certified.setdefault(certificate["target_risk"], []).append(certificate["feasible"])
+    for row in score["class_certificates"]:
+        certified.setdefault(row["target_risk"], []).append(row["feasible"])
     counts = ", ".join(
         f"{sum(feasible)} of {len(feasible)} at {100 * target:g} %"
         for target, feasible in certified.items()
@@ -335,20 +324,9 @@ def save_plot(axes: Any, path: Path, title: str) -> None:
     write_atomically(path, lambda file: axes.figure.savefig(file, format="png"))
 
 
-def _with_parameters(label: str, parameters: dict[str, Any]) -> str:
-    """A score's label with the arguments that were chosen for it."""
-    if parameters.get("p", 0) is None:
-        return f"{label} (SR)"
-    chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
-    return f"{label} ({chosen})" if chosen else label
-
-
-def _percent(value: float | None) -> str:
-    return _number(value, 100, 2)
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{factor * value:.{digits}f}"
+def number(value: float | None, factor: float = 100, spec: str = ".2f") -> str:
+    """A number of a table, in percent if nothing else is said; undefined ones are a dash."""
+    return "-" if value is None else format(factor * value, spec)
 
 
 def converted(value: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -362,14 +340,10 @@ def converted(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def strict(value: Any) -> Any:
     """Plain JSON values: tuples as lists, NaN as null, infinities as strings."""
-    return converted(value, _finite)
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
         return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
-
-def _escaped(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) else value
+    return converted(value, leaf)

@@ -26,11 +26,7 @@ def find_backbone(name: str) -> Backbone:
 def complete(section: ConfigDict) -> list[str]:
     """Adds the backbone's options to the `model` section of a config, and checks them.
 
-    An option of another backbone, which a config file may have set, is removed; returns a line for
-    each.
-
-    Raises:
-        InputError: there is no such backbone or option, or a value is out of bounds.
+    Options of other backbones, which a config file may have set, are removed; returns a line each.
     """
     options = find_backbone(section.name).options
     others = {option for backbone in BACKBONES.values() for option in backbone.options}
@@ -71,10 +67,7 @@ def make_network(
     dropout: float = 0.5,
     dropout_samples: int = 100,
 ) -> SelectiveNetwork:
-    """Builds the network of a config's `model` section: its backbone and a method's heads.
-
-    The arguments are those of `SelectiveNetwork`; without 'dropout' among the heads there is none.
-    """
+    """Builds a config's backbone with heads; dropout is for the head 'dropout' alone."""
     backbone = make_backbone(section)
     if "dropout" not in heads:
         dropout, dropout_samples = 0.0, 0

@@ -15,16 +15,12 @@ WIDTH, FEATURES = "[1, 1024]", "[1, 65536]"
 class Backbone:
     """A network that maps images or features to the feature vector that the heads see.
 
-    Attributes:
-        build: makes the module from the `model` section of a config, with every option in it. The
-            module maps `[batch, ...]`, normalised, to `[batch, units]`. With the keyword `train`,
-            BatchNorm uses, and updates by, the batch's statistics, and units drop.
-        options: by name; the fields `config.model.NAME`.
-        images_only: True if it cannot take feature vectors `[batch, d]`.
-        has_weights: True if torchvision publishes weights for it; see `pretrained`.
+    `build` makes the module from the `model` section of a config, with every option in it. The
+    module maps `[batch, ...]`, normalised, to `[batch, units]`. With the keyword `train`, BatchNorm
+    uses, and updates by, the batch's statistics, and units drop.
     """
 
     build: Callable[[ConfigDict], nn.Module]
-    options: Mapping[str, Option]
-    images_only: bool = True
-    has_weights: bool = False
+    options: Mapping[str, Option]  # by name; the fields `config.model.NAME`
+    images_only: bool = True  # False if it can take feature vectors `[batch, d]`
+    has_weights: bool = False  # True if torchvision publishes weights for it; see `pretrained`

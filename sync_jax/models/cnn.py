@@ -17,16 +17,11 @@ class CNN(nn.Module):
 
     The first convolution halves the resolution: at full resolution, with one to three input
     channels, a CPU would spend most of the time there. 28 x 28 pixels become 14 x 14, 7 x 7, 3 x 3.
-
-    Attributes:
-        width: channels of the first convolution; the next two have twice and four times as many.
-        features: size of the feature vector.
-        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
     """
 
-    width: int = 32
-    features: int = 256
-    dtype: DTypeLike = jnp.float32
+    width: int = 32  # channels of the first convolution; then twice and four times as many
+    features: int = 256  # size of the feature vector
+    dtype: DTypeLike = jnp.float32  # of the arithmetic; parameters and statistics are float32
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

@@ -24,14 +24,7 @@ _FEW_CHANNELS = 4
 
 
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: str | Pads) -> Array:
-    """Convolves in whichever way is fast; returns `[batch, height, width, outputs]`.
-
-    Args:
-        x: `[batch, height, width, channels]`.
-        kernel: `[rows, columns, channels, outputs]`.
-        strides: of rows and columns.
-        padding: 'SAME', or zeros before and after, of rows and columns.
-    """
+    """Convolves in whichever way is fast; padding is 'SAME', or zeros before and after, by axis."""
     size, strides = kernel.shape[:2], tuple(strides)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
@@ -96,7 +89,7 @@ def _matmul(x: Array, matrix: Array) -> Array:
 
 
 def _matmul_gradient(x: Array, gradient: Array) -> Array:
-    """Of the matrix: `[channels, outputs]`."""
+    """The gradient of the matrix: `[channels, outputs]`."""
     return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
 
 

@@ -17,33 +17,24 @@ SELECTION_SCALE = 10.0
 class SelectiveNetwork(nn.Module):
     """A backbone with a class head and, as the method asks, selection, auxiliary, abstention heads.
 
-    Attributes:
-        backbone: maps images to features `[batch, units]`; see `Backbone.build`.
-        num_classes: outputs of the class and the auxiliary head.
-        heads: any of 'selection', 'auxiliary', 'abstention', and 'features': no head, but the
-            features themselves among the outputs of training.
-        target_coverage: in `(0, 1]`; where the selection function starts.
-        dropout: rate of dropout on the features of the class head, for MC-dropout.
-        dropout_samples: of the class probabilities, averaged over in evaluation; 0: none.
+    `heads` may also name 'features': they are then among the outputs of training.
     """
 
-    backbone: nn.Module
+    backbone: nn.Module  # see `Backbone.build`
     num_classes: int
     heads: tuple[str, ...] = ()
-    target_coverage: float = 1.0
-    dropout: float = 0.0
-    dropout_samples: int = 0
+    target_coverage: float = 1.0  # in (0, 1]; where the selection function starts
+    dropout: float = 0.0  # rate on the features of the class head, for MC-dropout
+    dropout_samples: int = 0  # class probabilities averaged over in evaluation; 0: none
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
-        """Maps what the backbone takes to float32 outputs.
+        """Maps what the backbone takes to float32 outputs, by name.
 
-        Returns:
-            logits `[batch, classes]`, and per head selection_logits `[batch]`, auxiliary_logits
-            `[batch, classes]` or abstention_logits `[batch]`, apart from the classes, so that no
-            argmax can meet it. With 'features', in training, features `[batch, units]`. With
-            dropout samples, in evaluation, logits are the logarithms of the mean probabilities,
-            and expected_entropy `[batch]` is the mean of the samples' entropies (nats).
+        They are logits and auxiliary_logits `[batch, classes]`, selection_logits and
+        abstention_logits `[batch]`. With dropout samples, in evaluation, logits are the logarithms
+        of the mean probabilities, and expected_entropy `[batch]` is the mean of the samples'
+        entropies (nats).
         """
         features = self.backbone(images, train=train).astype(jnp.float32)
         class_head = nn.Dense(self.num_classes, name="class_head")

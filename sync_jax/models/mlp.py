@@ -10,14 +10,11 @@ from sync_jax.options import Option
 
 
 class MLP(nn.Module):
-    """Dense layers, each with BatchNorm and ReLU.
-
-    `dtype` is of the arithmetic; parameters and BatchNorm's statistics are float32.
-    """
+    """Dense layers, each with BatchNorm and ReLU."""
 
     width: int = 256
     layers: int = 2
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = jnp.float32  # of the arithmetic; parameters and statistics are float32
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:

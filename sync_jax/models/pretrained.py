@@ -37,20 +37,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 def load_pretrained(
     path: Path, params: optax.Params, batch_stats: optax.Params
 ) -> tuple[optax.Params, optax.Params, str]:
-    """Replaces what a file has weights for.
+    """Replaces what a .safetensors, .pth or .pt file has weights for.
 
-    Args:
-        path: a .safetensors, .pth or .pt file.
-        params: of a `SelectiveNetwork` with a ResNet or VGG16 as its backbone; shapes alone will
-            do, to see whether the file can be used.
-        batch_stats: likewise.
-
-    Returns:
-        params and batch_stats, with NumPy arrays for what was replaced, and one line that says what
-        did not match.
-
-    Raises:
-        InputError: the file cannot be read, or nothing in it fits.
+    `params` and `batch_stats` are of a `SelectiveNetwork` with a ResNet or VGG16; shapes alone will
+    do, to see whether the file can be used. Returns both, with NumPy arrays for what was replaced,
+    and a line that says what did not match.
     """
     if path.suffix not in (".safetensors", ".pth", ".pt") or not path.is_file():
         raise InputError(
@@ -60,19 +51,19 @@ def load_pretrained(
     weights = read_weights(path)
     unused = {name for name in weights if not name.endswith("num_batches_tracked")}
     loaded: list[str] = []
-    missing: list[str] = []
-    mismatched: list[str] = []
+    left: dict[str, list[str]] = {"not in the file": [], "of another shape": []}
 
     def replace(tree_path: Any, ours: Any) -> Any:
         names = [key.key for key in tree_path[1:]]
         theirs, name = torch_name(names), "/".join(names)
         if theirs not in weights:
-            missing.append(name)
+            left["not in the file"].append(name)
             return ours
         unused.discard(theirs)
         value = from_torch(weights[theirs])
         if value.shape != ours.shape:
-            mismatched.append(f"{theirs} {weights[theirs].shape} for {name} {ours.shape}")
+            shapes = f"{theirs} {weights[theirs].shape} for {name} {ours.shape}"
+            left["of another shape"].append(shapes)
             return ours
         if not np.all(np.isfinite(value)):
             raise InputError(f"{path}: {theirs} holds a number that is not finite")
@@ -84,11 +75,8 @@ def load_pretrained(
         some = ", ".join(sorted(weights)[:3])
         raise InputError(f"{path}: no name and shape fits this network; it holds {some}, ...")
     message = f"pretrained: {len(loaded)} arrays from {path.name}"
-    for what, found in (
-        ("not in the file", missing),
-        ("of another shape", mismatched),
-        ("not in this network", sorted(unused)),
-    ):
+    left["not in this network"] = sorted(unused)
+    for what, found in left.items():
         if found:
             more = f" and {len(found) - 6} more" if len(found) > 6 else ""
             message += f"; {what}: {', '.join(found[:6])}{more}"
@@ -116,11 +104,7 @@ def from_torch(array: np.ndarray) -> np.ndarray:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a .safetensors file or of a state dict that `torch.save` wrote.
-
-    Raises:
-        InputError: it cannot be read, is damaged, or holds something else than arrays.
-    """
+    """Reads the arrays of a .safetensors file or of a state dict that `torch.save` wrote."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

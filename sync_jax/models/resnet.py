@@ -24,21 +24,15 @@ RESNETS = {
 class ResNet(nn.Module):
     """A stem, four stages of residual blocks, and the mean over places.
 
-    Attributes:
-        stages: blocks of each stage.
-        bottleneck: blocks of 1 x 1, 3 x 3 (which has the stride) and 1 x 1 convolutions, with four
-            times the channels after them; otherwise of two 3 x 3 ones.
-        width: channels of the first stage.
-        stem: 'imagenet', a 7 x 7 convolution and a pooling, which leave a quarter of the
-            resolution, or 'cifar', a 3 x 3 convolution, which leaves it as it is.
-        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
+    The stem 'imagenet', a 7 x 7 convolution and a pooling, leaves a quarter of the resolution;
+    'cifar', a 3 x 3 convolution, leaves all of it.
     """
 
-    stages: tuple[int, ...]
-    bottleneck: bool = False
-    width: int = 64
+    stages: tuple[int, ...]  # blocks of each
+    bottleneck: bool = False  # blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions, not of two 3 x 3 ones
+    width: int = 64  # channels of the first stage
     stem: str = "cifar"
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = jnp.float32  # of the arithmetic; parameters and statistics are float32
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

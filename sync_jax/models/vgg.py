@@ -26,25 +26,15 @@ class VGG16(nn.Module):
     The form of Liu & Deng (2015), which Deep Gamblers, SelectiveNet and self-adaptive training are
     published with: ReLU, BatchNorm and dropout, in this order, follow each convolution and the
     dense layer. At 32 x 32 pixels one place is left; larger images are averaged over places.
-
-    Attributes:
-        width: channels of the first convolution.
-        features: size of the feature vector.
-        channel_dropout: dropout in the convolutional part drops whole channels, as in the PyTorch
-            codes; otherwise single elements, as in the Keras original.
-        norm_first: BatchNorm before ReLU, as in torchvision; for its weights.
-        conv_dropout: whether there is any in the convolutional part.
-        last_dropout: rate after the dense layer.
-        dtype: of the arithmetic; parameters and BatchNorm's statistics are float32.
     """
 
-    width: int = 64
-    features: int = 512
-    channel_dropout: bool = True
-    norm_first: bool = False
-    conv_dropout: bool = True
-    last_dropout: float = 0.5
-    dtype: DTypeLike = jnp.float32
+    width: int = 64  # channels of the first convolution
+    features: int = 512  # size of the feature vector
+    channel_dropout: bool = True  # whole channels drop, as in the PyTorch codes; Keras: elements
+    norm_first: bool = False  # BatchNorm before ReLU, as in torchvision; for its weights
+    conv_dropout: bool = True  # whether there is any between convolutions
+    last_dropout: float = 0.5  # rate after the dense layer
+    dtype: DTypeLike = jnp.float32  # of the arithmetic; parameters and statistics are float32
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

@@ -139,7 +139,7 @@ def test_files_say_the_same(compared):
 
 def test_bold_is_what_reads_best():
     pairs = [(0.1, 0.01), (0.1004, None), (None, None), (0.2, 0.0)]
-    assert compare._cells(pairs, compare.Column("", 100, 1, min)) == [
+    assert compare._cells(pairs, compare.Column("", 100, ".1f", min)) == [
         ("10.0 ± 1.0", True), ("10.0", True), ("-", False), ("20.0 ± 0.0", False),
     ]  # fmt: skip
     cells = compare._cells(pairs, compare.Column("", best=max))

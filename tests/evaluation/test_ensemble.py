@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from sync_jax.errors import InputError
-from sync_jax.evaluation import comparison as compare
-from sync_jax.evaluation import ensemble
+from sync_jax.evaluation.comparison import combine, compare, ensemble
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
 from tests.evaluation.test_comparison import make_run, predictions
@@ -18,7 +17,7 @@ def of(p, labels=(0,)):
 
 
 def test_probabilities_and_entropies_are_averaged_by_hand():
-    combined = ensemble.combine([of([[3 / 4, 1 / 4]]), of([[1 / 4, 3 / 4]])])
+    combined = combine([of([[3 / 4, 1 / 4]]), of([[1 / 4, 3 / 4]])])
     np.testing.assert_allclose(combined.probabilities, [[1 / 2, 1 / 2]])
     entropy = 2 * np.log(2) - 3 / 4 * np.log(3)
     np.testing.assert_allclose(combined.outputs["expected_entropy"], [entropy])
@@ -28,11 +27,11 @@ def test_probabilities_and_entropies_are_averaged_by_hand():
 
 def test_members_order_does_not_matter_and_disagreement_is_information():
     members = [predictions(seed, 2.0) for seed in range(3)]
-    first, second = ensemble.combine(members), ensemble.combine(members[::-1])
+    first, second = combine(members), combine(members[::-1])
     for name, output in first.outputs.items():
         np.testing.assert_allclose(second.outputs[name], output, rtol=1e-12)
     assert (first.confidence("mutual_information") < 0).all()
-    equal = ensemble.combine(members[:1] * 3)
+    equal = combine(members[:1] * 3)
     np.testing.assert_allclose(equal.probabilities, members[0].probabilities, rtol=1e-12)
     np.testing.assert_allclose(equal.confidence("mutual_information"), 0, atol=1e-12)
 
@@ -42,7 +41,7 @@ def test_certain_members_that_contradict_each_other_stay_finite():
         Predictions({"logits": np.array([[x, -x, 0.0]])}, np.array([0]), np.array([0]))
         for x in (1e4, -1e4)
     ]
-    combined = ensemble.combine(certain)
+    combined = combine(certain)
     assert np.isfinite(combined.outputs["logits"]).all()
     np.testing.assert_allclose(combined.probabilities, [[0.5, 0.5, 0.0]], atol=1e-300)
 
@@ -59,7 +58,7 @@ def folder(tmp_path_factory):
 
 def test_an_ensemble_is_a_run_that_can_be_compared(folder, tmp_path):
     out = tmp_path / "ensemble"
-    report = ensemble.ensemble([f"{folder}/ce-*"], out)
+    report = ensemble([f"{folder}/ce-*"], out)
     assert read_report(out) == report
     assert report["config"]["method"] == "ensemble"
     assert report["training"]["seconds"] == 33.0
@@ -70,20 +69,20 @@ def test_an_ensemble_is_a_run_that_can_be_compared(folder, tmp_path):
     assert report["test"]["accuracy"] > max(r["test"]["accuracy"] for r in single)
     again = Predictions.load(out / "predictions_test.npz")
     assert again.outputs["logits"].shape == (150, 4)
-    record = compare.compare([f"{folder}/ce-*", str(out)], tmp_path / "compared")
+    record = compare([f"{folder}/ce-*", str(out)], tmp_path / "compared")
     assert [row["label"] for row in record["rows"]] == ["ensemble, SR", "ce, SR"]
 
 
 def test_what_cannot_be_combined_is_named(folder, tmp_path):
     with pytest.raises(InputError, match="takes two runs or more, and --runs names 1"):
-        ensemble.ensemble([f"{folder}/ce-0"], tmp_path / "out")
+        ensemble([f"{folder}/ce-0"], tmp_path / "out")
     with pytest.raises(InputError, match=r"these runs differ: config\.model\.width is"):
-        ensemble.ensemble([f"{folder}/ce-0", f"{folder}/other-width"], tmp_path / "out")
+        ensemble([f"{folder}/ce-0", f"{folder}/other-width"], tmp_path / "out")
     with pytest.raises(InputError, match="holds a run of its own"):
-        ensemble.ensemble([f"{folder}/ce-*"], folder / "ce-1")
+        ensemble([f"{folder}/ce-*"], folder / "ce-1")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file cannot be written"):
-        ensemble.ensemble([f"{folder}/ce-*"], tmp_path / "file")
+        ensemble([f"{folder}/ce-*"], tmp_path / "file")
     with pytest.raises(InputError, match="other examples or classes"):
-        ensemble.combine([of([[1 / 2, 1 / 2]]), of([[1 / 2, 1 / 2]], labels=(1,))])
+        combine([of([[1 / 2, 1 / 2]]), of([[1 / 2, 1 / 2]], labels=(1,))])

@@ -13,8 +13,7 @@ from sync_jax import guarantees, metrics
 from sync_jax.config import default_config
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
-from sync_jax.evaluation.inference import predict
-from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.predictions import Predictions, predict
 from sync_jax.evaluation.record import evaluation_record, fit_parameters, summary
 from sync_jax.scores import SCORES
 
