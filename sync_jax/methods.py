@@ -305,7 +305,7 @@ _PAYOFF = {"payoff": Option(2.2, "(1, inf)", "of a right answer; at most the num
 _MOMENTUM = {"target_momentum": Option(0.9, "[0, 1)", "of the targets; often 0.99 on ImageNet")}
 _CONTRAST = {
     "contrast_weight": Option(1.0, "[0, inf)", "weight of the contrastive term"),
-    "contrast_temperature": Option(0.1, "(0, inf)"),
+    "contrast_temperature": Option(0.1, "(0, inf)", "that divides similarities of features"),
     "queue_size": Option(3000, "[1, 1000000]", "keys of right and of wrong predictions"),
     "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
 }

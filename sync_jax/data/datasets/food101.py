@@ -9,11 +9,13 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from sync_jax.data.prepare.archives import Listing, Picture, tar_members
 from sync_jax.data.prepare.pictures import PublishedPictures
 from sync_jax.data.prepare.staging import Log, check_disk, exclusive, progress_bar
 from sync_jax.errors import InputError
+from sync_jax.runtime.files import write_atomically
 
 _ARCHIVE, _TAR = "food-101.tar.gz", "food-101.tar"
 _CHUNK = 1 << 22
@@ -88,9 +90,9 @@ def _decompress(archive: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     total = os.stat(archive).st_size
     check_disk(target.parent, int(_EXPANSION * total), f"to decompress {archive.name}")
-    temporary = target.with_suffix(".incomplete")  # one alone, however often it is begun
-    try:
-        with archive.open("rb") as compressed, temporary.open("wb") as out, progress_bar() as bar:
+
+    def write(out: IO[bytes]) -> None:
+        with archive.open("rb") as compressed, progress_bar() as bar:
             task = bar.add_task(f"decompressing {archive.name}", total=total)
             with gzip.GzipFile(fileobj=compressed) as contents:
                 while chunk := contents.read(_CHUNK):
@@ -98,7 +100,9 @@ def _decompress(archive: Path, target: Path) -> None:
                     if out.tell() > _MOST * total + _CHUNK:
                         raise gzip.BadGzipFile("it expands to more than photographs do")
                     bar.update(task, completed=compressed.tell())
+
+    try:
+        write_atomically(target, write)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         shutil.rmtree(target.parent)
         raise InputError(f"{archive} is damaged or truncated: {error}") from error
-    temporary.replace(target)
