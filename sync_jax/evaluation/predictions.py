@@ -58,7 +58,7 @@ class Predictions:
         return Ranked(confidence, self.wrong, self.predicted, self.outputs["logits"].shape[-1])
 
     def same_examples(self, other: "Predictions") -> bool:
-        """Whether both are of the same examples in the same order."""
+        """True where both are of the same examples in the same order."""
         return np.array_equal(self.index, other.index) and np.array_equal(self.labels, other.labels)
 
     @property

@@ -97,7 +97,7 @@ def undamaged(path: Path, guess: str = "") -> Iterator[None]:
 
 
 def speed_before(workdir: Path) -> dict[str, Any] | None:
-    """What the report that is about to be replaced says of the training's speed."""
+    """Reads the speed of the training from the report that is about to be replaced."""
     try:
         report = read_report(workdir)
     except InputError:  # which is why it is being replaced

@@ -134,7 +134,7 @@ def test_a_python_2_pickle_is_read(tmp_path):
 
 
 def test_a_truncated_archive(tmp_path):
-    """Of the digest that it should have: tests/bad_input has one of another."""
+    """Its digest is right; tests/bad_input has one whose digest is not."""
     name = "cifar-100-binary.tar.gz"
     write_tar(tmp_path / name, binary_members(100, cifar_contents(100, SIZES[100])))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])

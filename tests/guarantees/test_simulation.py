@@ -191,7 +191,7 @@ GROUP_METHODS = {
 
 
 def group_violations(name, *, delta=0.1):
-    """How often any of the groups breaks its promise, of groups made for the default delta."""
+    """Returns the share of draws in which any group breaks its promise."""
     method, n = GROUP_METHODS[name]
     target = clopper_pearson_upper(5, n, 0.1 / GROUPS) if name == "one threshold" else TARGET
     population = even(target + 1e-9)

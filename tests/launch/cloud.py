@@ -106,7 +106,7 @@ class Cloud:
         return child
 
     def tpu(self, verb: str, *arguments: str, stdin: str = "", status: int = 0, **more: str) -> str:
-        """What launch/tpu.sh prints; it must end with this status."""
+        """Returns what launch/tpu.sh prints; it must end with this status."""
         child = self.start(TPU, verb, *WHERE, *arguments, **more)
         output, errors = child.communicate(stdin, timeout=600)
         assert child.returncode == status, output + errors

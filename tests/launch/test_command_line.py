@@ -1,4 +1,4 @@
-"""What launch/ prints and refuses: dry runs, bad usage, and what other programs make of it."""
+"""The output and the refusals of launch/: dry runs, bad usage, and what other programs make of it."""
 
 import concurrent.futures
 import re
@@ -18,7 +18,7 @@ MORE = ["--type=v5litepod-16", "--spot", WORKDIR, CONFIG, "--env=FAKE_ROOT"]
 
 
 def test_a_dry_run_prints_every_command_and_calls_none(cloud: Cloud):
-    """What it prints is what is called without it, but for names of temporary files."""
+    """A dry run prints what is called without it, but for names of temporary files."""
     shown = {verb: cloud.tpu(verb, *MORE, "--dry-run") for verb in VERBS}
     assert not cloud.calls()
     assert shown["create"].endswith(f"  {TPU} delete {' '.join(WHERE)}\n")

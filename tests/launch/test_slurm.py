@@ -110,7 +110,7 @@ def test_saved_before_the_limit_it_is_queued_again_and_on_request_it_is_not(job:
 
 @pytest.mark.parametrize("runs", [[""], ["run-0", "run-1"]])
 def test_three_restarts_without_progress_are_enough(runs, job: Job):
-    """Of a sweep, in none of its runs."""
+    """In a sweep, progress in any of its runs counts."""
     job.cloud.trainer("exit 75")
     restart = 0
     for run in runs:
