@@ -105,7 +105,7 @@ def test_images_that_are_no_squares():
     assert batch["image"].shape == (16, 8, 5, 1)
     whole = Augmentation(0, False, 0.0, 0.999)  # a box of nearly all is nearly the image
     key = augmentation_key(jnp.uint32(3), jnp.int32(1))
-    rows = jnp.asarray(np.tile(np.arange(8)[:, None, None], (1, 1, 5, 1)))
+    rows = jnp.asarray(np.tile(np.arange(8)[:, None, None], (1, 1, 6, 1)))  # of ratio 4/3
     near = jax.jit(augment, static_argnums=2)(key, rows, whole)
     assert np.abs(np.asarray(near)[0, :, :, 0] - np.arange(8)[:, None]).max() < 1.0
     source = host.Examples(x, labels, epoch_constants(3, 9), 3, 0.3)

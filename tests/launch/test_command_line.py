@@ -1,4 +1,4 @@
-"""The output and the refusals of launch/: dry runs, bad usage, and what other programs make of it."""
+"""The output of launch/: dry runs, bad usage, and what other programs make of it."""
 
 import concurrent.futures
 import re
