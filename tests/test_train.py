@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sync_jax import errors, steps, train
+from sync_jax.config import to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
@@ -125,13 +126,19 @@ def test_another_experiment_in_the_workdir_is_refused(finished, data_dir):
 
 
 def test_checkpoints_know_their_config(finished, data_dir, tmp_path):
-    """A folder whose config.json was lost is another experiment's all the same."""
+    """Those of another experiment are refused where config.json was lost, or is this one's."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for name in ("config.json", "report.json"):
         (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=r"config\.optimizer\.momentum is 0\.9 there and 0\.5 her"):
-        train.train_and_evaluate(tiny.config(data_dir, optimizer__momentum=0.5), tmp_path)
+    other = tiny.config(data_dir, optimizer__momentum=0.5)
+    message = r"config\.optimizer\.momentum is 0\.9 there and 0\.5 here"
+    with pytest.raises(InputError, match=message):
+        train.train_and_evaluate(other, tmp_path)
     assert not (tmp_path / "config.json").exists()
+    (tmp_path / "config.json").write_text(to_json(other))
+    with pytest.raises(InputError, match=message):
+        train.train_and_evaluate(other, tmp_path)
+    (tmp_path / "config.json").unlink()
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)  # its own
 
 
