@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sync_jax.data.resident import ResidentSplit
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.predictions import Predictions, predict
+from sync_jax.evaluation.record import known_scores
 from sync_jax.methods import training_objective
 from sync_jax.models import complete, find_backbone, make_network
 from sync_jax.models.pretrained import load_pretrained
@@ -46,6 +46,7 @@ def resolve(config: ConfigDict) -> list[str]:
     """
     validate(config)
     parse_steps(config.profile.steps)
+    known_scores(config, find_method(config.method).score)
     return complete(config.model)
 
 
@@ -80,10 +81,7 @@ class Trainer:
         placement: Placement | None = None,
         alive: Callable[[], None] | None = None,
     ):
-        """Builds them; nothing is compiled yet.
-
-        `alive` is called whenever something that may take long is done.
-        """
+        """Builds them, uncompiled; calls `alive` after whatever may take long."""
         self.config, self.mesh, self.info = config, mesh, info
         self.placement = placement = placement or Placement()
         self.train_size, self._alive = train_size, alive
@@ -242,7 +240,7 @@ class Trainer:
         return state.replace(params=params, batch_stats=batch_stats, memory=memory), message
 
     def _load_pretrained(self, like: TrainState) -> tuple[optax.Params, optax.Params, str]:
-        path = Path(os.path.expanduser(self.config.model.pretrained))
+        path = Path(self.config.model.pretrained).expanduser()
         return load_pretrained(path, like.params, like.batch_stats)
 
     def _create_memory(self, params: optax.Params) -> Any:

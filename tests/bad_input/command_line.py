@@ -152,6 +152,9 @@ CASES = {
     "what is no method": Bad(
         [QUICKSTART, "--config.method=sync_jax.scores:SCORES"], "is a dict, not a Method"
     ),
+    "what is no score": Bad(
+        [QUICKSTART, "--config.evaluation.scores=sync_jax.methods:METHODS"], "a dict, not a Score"
+    ),
     "a payoff beyond the classes": Bad(
         [QUICKSTART, "--config.method=deep_gamblers", "--config.loss.payoff=11"],
         "payoff=11 must be at most the 10 classes",
