@@ -49,7 +49,7 @@ def imported(source: str) -> set[str]:
 
 
 def upward(module: str, others: set[str]) -> list[str]:
-    """What a module imports that does not stand below it, nor beside it in its folder."""
+    """Returns the imports of a module that are neither below it nor beside it in its folder."""
     own = module.split(".")[1]
     return sorted(
         other

@@ -83,7 +83,7 @@ def make_inputs(seed, batch=12, classes=4, scale=2.0):
 
 
 def value_and_gradients(objective):
-    """Of the three outputs; compiled once for each objective."""
+    """Returns value and gradients by the three outputs; compiled once for each objective."""
     return jax.jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))
 
 

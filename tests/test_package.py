@@ -74,7 +74,7 @@ for name in sys.argv[1:]:
 
 
 def test_an_installed_config_is_found_by_its_name_from_any_folder(installed, tmp_path):
-    """What each command misses tells that its config was read and what the run is called."""
+    """The error of each command tells that its config was read and what the run is called."""
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, "quickstart", "cifar100"],
         cwd=tmp_path,

@@ -30,7 +30,7 @@ OUTPUTS = {
 
 
 def call(score, outputs):
-    """Of several arguments to choose from, the second: p = 1."""
+    """Takes the second of several choices of arguments: p = 1."""
     return score.function(outputs, **score.choices[:2][-1])
 
 

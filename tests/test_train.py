@@ -58,14 +58,14 @@ def finished(data_dir, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
-    config = tiny.config(data_dir, method=method)
+    config = tiny.config(data_dir, method=method, train__epochs=4.0)
     train.train_and_evaluate(config, tmp_path / "run")
     report = read_report(tmp_path / "run")
-    assert report["test"]["accuracy"] > 0.2  # after 18 steps; chance is 0.1
+    assert report["test"]["accuracy"] > 0.5  # chance is 0.1
     assert report["test"]["n"] == tiny.NUM_TEST
     assert report["calibration"]["n"] == tiny.NUM_CALIBRATION
     assert report["method_score"] == METHODS[method].score
-    assert report["training"]["steps"] == round(1.5 * 190 / 16)
+    assert report["training"]["steps"] == round(4 * 190 / 16)
     speed = report["training"]["speed"]
     assert speed["steps"] == report["training"]["steps"]
     assert sum(speed["shares"].values()) == pytest.approx(1)
@@ -193,7 +193,7 @@ def test_a_folder_is_one_runs_alone(data_dir, tmp_path):
 
 
 def test_the_watchdog_hears_of_every_step(data_dir, tmp_path, monkeypatch):
-    """What it prints when it hears nothing is in runtime/test_signals.py."""
+    """runtime/test_signals.py shows what it prints when it hears nothing."""
     heard = []
 
     @contextlib.contextmanager

@@ -153,7 +153,7 @@ def test_logits_and_gradients_are_pytorchs(name):
 
 @pytest.mark.parametrize("name", ["vgg16_bn norm first", "resnet50 imagenet"])
 def test_logits_are_pytorchs(name):
-    """Of the other forms the logits alone: gradients take several times as long to compile."""
+    """Compares the other forms' logits alone: gradients take several times as long to compile."""
     network = torch_parity.our_network(name, dtype="float64", **torch_parity.narrow(name))
     images = torch_parity.examples(torch_parity.NETWORKS[name][2])[0]
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""How processes meet, agree, fail and end together: in real processes, without a network."""
+"""Processes meet, agree, fail and end together: real ones, without a network."""
 
 import importlib.util
 import os
