@@ -29,5 +29,6 @@ from sync_jax.guarantees.methods import conformal_risk_control as conformal_risk
 from sync_jax.guarantees.methods import group_certificates as group_certificates
 from sync_jax.guarantees.methods import learn_then_test as learn_then_test
 from sync_jax.guarantees.methods import sgr as sgr
+from sync_jax.guarantees.methods import sgr_fixed_sequence as sgr_fixed_sequence
 from sync_jax.guarantees.planner import CalibrationPlan as CalibrationPlan
 from sync_jax.guarantees.planner import calibration_size as calibration_size

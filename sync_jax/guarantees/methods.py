@@ -1,5 +1,6 @@
 """The methods, and certificates of one of them for every group at once."""
 
+import dataclasses
 import decimal
 import functools
 import math
@@ -12,6 +13,10 @@ from numpy.typing import ArrayLike
 from sync_jax.guarantees.binomial import clopper_pearson_upper, fewest_accepted
 from sync_jax.guarantees.calibration import calibration_split, probability
 from sync_jax.guarantees.certificate import Certificate, certificate
+
+HYBRID_SLACK = 8  # errors
+_SEARCHED = ", by a union bound that takes the thresholds visited for fixed in advance"
+_MONOTONE = ", provided that errors are no likelier where confidence is higher"
 
 
 def sgr(
@@ -51,13 +56,12 @@ def sgr(
             f"{smallest:.4g}; {_least(target_risk, share)}"
         )
     threshold, n_accepted, bound = best
-    proviso = ", by a union bound that takes the thresholds visited for fixed in advance"
     return result(
         threshold=threshold,
         n_accepted=n_accepted,
         n_errors=data.errors[n_accepted],
         bound=bound,
-        promise=_risk_promise(bound, delta, proviso),
+        promise=_risk_promise(bound, delta, _SEARCHED),
     )
 
 
@@ -67,7 +71,7 @@ def learn_then_test(
     *,
     target_risk: float,
     delta: float,
-    procedure: Literal["bonferroni", "fixed_sequence"] = "bonferroni",
+    procedure: Literal["bonferroni", "holm", "fixed_sequence"] = "bonferroni",
     thresholds: ArrayLike | None = None,
     candidates: int = 50,
     slack: int = 3,
@@ -96,8 +100,8 @@ def learn_then_test(
             soonest, and a single error among the most confident ends it.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
-    if procedure not in ("bonferroni", "fixed_sequence"):
-        raise ValueError(f"procedure {procedure!r} is neither 'bonferroni' nor 'fixed_sequence'")
+    if procedure not in ("bonferroni", "holm", "fixed_sequence"):
+        raise ValueError(f"procedure {procedure!r} is none of bonferroni, holm, fixed_sequence")
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
     if slack < 0:
@@ -105,8 +109,8 @@ def learn_then_test(
     data = calibration_split(confidence, correct)
     method = f"learn_then_test/{procedure}"
     result = functools.partial(certificate, method, data.n, target_risk=target_risk, delta=delta)
-    bonferroni = procedure == "bonferroni"
-    if bonferroni:  # a candidate that accepts fewer cannot pass, whatever the data
+    sequence = procedure == "fixed_sequence"
+    if not sequence:  # a candidate that accepts fewer cannot pass, whatever the data
         fewest = fewest_accepted(target_risk, delta / candidates)
     else:
         starts = [fewest_accepted(target_risk, delta, errors) for errors in range(slack, -1, -1)]
@@ -119,11 +123,19 @@ def learn_then_test(
         if threshold.size == 0 or np.isnan(threshold).any():
             raise ValueError("thresholds is empty or contains NaN")
         n_accepted = data.accepted(threshold)
-    share = delta / threshold.size if bonferroni else delta
+    share = delta if sequence else delta / threshold.size
     bound = clopper_pearson_upper(data.errors[n_accepted], n_accepted, share)
     passed = bound <= target_risk  # the p-value is at most `share` exactly there
     failure = f"the smallest bound among {threshold.size} candidates is {bound.min():.4g}"
-    if not bonferroni:
+    if procedure == "holm":
+        left, more = threshold.size + 1, passed
+        while 0 < (more.size - np.count_nonzero(more)) < left:  # until a step rejects no other
+            left, passed = more.size - np.count_nonzero(more), more
+            more = (
+                clopper_pearson_upper(data.errors[n_accepted], n_accepted, delta / left)
+                <= target_risk
+            )
+    if sequence:
         tested = n_accepted >= fewest
         passed = tested & np.logical_and.accumulate(passed | ~tested)
         if tested.any():
@@ -136,16 +148,41 @@ def learn_then_test(
             f"{_least(target_risk, share)}"
         )
     chosen = int(np.flatnonzero(passed)[-1])  # thresholds descend, so coverage grows
-    # A fixed sequence rejects "risk > target"; its last bound alone isn't simultaneous.
-    promised = float(bound[chosen]) if bonferroni else target_risk
-    proviso = "provided that errors are no likelier where confidence is higher"
+    # What Holm or a fixed sequence rejects is "risk > target"; their bounds aren't simultaneous.
+    promised = float(bound[chosen]) if procedure == "bonferroni" else target_risk
     return result(
         threshold=threshold[chosen],
         n_accepted=n_accepted[chosen],
         n_errors=data.errors[n_accepted[chosen]],
         bound=promised,
-        promise=_risk_promise(promised, delta, "" if bonferroni else f", {proviso}"),
+        promise=_risk_promise(promised, delta, _MONOTONE if sequence else ""),
     )
+
+
+def sgr_fixed_sequence(
+    confidence: ArrayLike, correct: ArrayLike, *, target_risk: float, delta: float
+) -> Certificate:
+    """The larger coverage of `sgr` and of a fixed sequence, each at half of delta (a union bound).
+
+    The search finds a large coverage where many examples may be accepted, the sequence a small one
+    where only the most confident may. Both methods' assumptions are needed.
+    """
+    method, half = "sgr_fixed_sequence", probability(delta, "delta") / 2
+    search = sgr(confidence, correct, target_risk=target_risk, delta=half)
+    sequence = learn_then_test(
+        confidence,
+        correct,
+        target_risk=target_risk,
+        delta=half,
+        procedure="fixed_sequence",
+        slack=HYBRID_SLACK,
+    )
+    best = max(search, sequence, key=lambda each: each.coverage)  # SGR's bound, if they tie
+    if best.bound is None:
+        reason = f"SGR: {search.reason}; fixed sequence: {sequence.reason}"
+        return dataclasses.replace(best, method=method, delta=2 * half, reason=reason)
+    promise = _risk_promise(best.bound, 2 * half, _SEARCHED + _MONOTONE)
+    return dataclasses.replace(best, method=method, delta=2 * half, promise=promise)
 
 
 def conformal_risk_control(

@@ -163,7 +163,7 @@ def test_heavy_ties_at_the_top(method):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"procedure": "holm"}, "procedure 'holm'"),
+        ({"procedure": "hochberg"}, "procedure 'hochberg'"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"slack": -1}, "slack must not be negative"),
         ({"thresholds": []}, "thresholds is empty"),
