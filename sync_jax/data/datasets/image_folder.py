@@ -9,6 +9,7 @@
 Folders that look like splits and are called otherwise are refused, never taken for classes.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -69,13 +70,20 @@ class ImageFolder(PictureDataset):
     def _digest(self) -> str:
         return self._tree[0].digest()
 
+    def info(self) -> DatasetInfo | None:
+        """See `Dataset.info`."""
+        info = super().info()
+        if info is None or not os.path.isdir(self.pictures):
+            return info
+        return dataclasses.replace(info, note=self._tree[0].note)  # earlier versions wrote none
+
     def _expected(self) -> DatasetInfo | None:
         """Upper bounds of the sizes, for a file may turn out to be no picture."""
         if not os.path.isdir(self.pictures):
             return None
         listing, _ = self._tree
         counts = {split: len(pictures) for split, pictures in listing.splits.items()}
-        return self._describe(listing.class_names, counts, note=listing.note)
+        return self._describe(listing.class_names, counts)
 
     def _check_source(self, digest: str) -> None:
         # The pictures need not be there any more; if they are, they must be the same.

@@ -92,8 +92,8 @@ class PictureDataset(Prepared):
                 {x: known[f"num_{x}"] for x in SPLITS if f"num_{x}" in known},
                 tuple(known["mean"]),
                 tuple(known["std"]),
-                known.get("note", ""),  # earlier versions wrote none
             )
+            info = dataclasses.replace(info, note=known.get("note", ""))  # of earlier versions none
             digest = known["digest"]
         self._check_source(digest)
         return info
@@ -104,7 +104,6 @@ class PictureDataset(Prepared):
         counts: dict[str, int],
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
-        note: str = "",
     ) -> DatasetInfo:
         size, stored = self.layout.size, self.layout.stored
         return DatasetInfo(
@@ -119,7 +118,6 @@ class PictureDataset(Prepared):
             num_calibration=counts.get("calibration", 0),
             stored_shape=(stored, stored, 3),
             squares_bytes=missing_bytes(self.folder, self.layout, counts),
-            note=note,
         )
 
     def _expected(self) -> DatasetInfo | None:
