@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, to_json
 from sync_jax.data import registry
-from sync_jax.data.info import Dataset
+from sync_jax.data.info import Dataset, few
 from sync_jax.data.loading import known_info, load_data
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
@@ -113,13 +113,15 @@ def prepared(
 def describe(trainer: Trainer, calibration_size: int) -> str:
     """One line on the training that is about to begin."""
     config, devices, count = trainer.config, trainer.mesh.size, jax.process_count()
+    info = trainer.info
     processes = f" of {count} processes" if count > 1 else ""
     return (
         f"{config.method} on {config.data.name}: {trainer.train_size:,} training and "
-        f"{calibration_size:,} calibration images; {config.model.name} with "
+        f"{calibration_size:,} calibration images of {info.num_classes} classes "
+        f"({few(info.class_names)}); {config.model.name} with "
         f"{trainer.num_parameters:,} parameters; {trainer.total_steps:,} steps of "
         f"{config.train.batch_size} on {devices} {jax.devices()[0].platform.upper()} device"
-        f"{'s' if devices > 1 else ''}{processes}"
+        f"{'s' if devices > 1 else ''}{processes}{info.note and '; '}{info.note}"
     )
 
 

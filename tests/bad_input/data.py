@@ -40,7 +40,14 @@ CASES = {
     "pictures of no class": Bad(
         NEW_ALBUM, "has 0 folders of pictures; it must hold one", album({})
     ),
-    "pictures beside each other": Bad(NEW_ALBUM, "has 9 pictures directly in it", album({".": 9})),
+    "pictures beside each other": Bad(
+        NEW_ALBUM, "has 9 pictures in no class folder and 0 folders", album({".": 9})
+    ),
+    "pictures of folds": Bad(
+        NEW_ALBUM,
+        "1, 2 hold folders of the same names, a, b. Splits must be called .*train, training, cal",
+        album({f"{fold}/{name}": 9 for fold in "12" for name in "ab"}),
+    ),
     "an empty class": Bad(
         NEW_ALBUM, "train has no picture of 'bee'; known are .jpg", album({"ant": 20, "bee": 0})
     ),

@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,9 +74,9 @@ class Prepared:
         """Says what to do about a dataset that is not prepared."""
         raise NotImplementedError
 
-    def _require(self, split: str = "train") -> None:
-        if split not in ("train", "test"):
-            raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
+    def _require(self, split: str = "train", splits: Iterable[str] = ("train", "test")) -> None:
+        if split not in splits:
+            raise InputError(f"{self.name} has no split {split!r}; choose from {', '.join(splits)}")
         if not self.is_prepared():
             raise InputError(
                 f"{self.name} is not prepared: there is no {self.folder}; {self._absent()}"
