@@ -52,7 +52,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
     if has_config:
         refuse_differences(config, read_config(path), workdir)
-    elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
+    # The config may have been lost, or be another's.
+    if (notes := latest_notes(workdir / "checkpoints")) is not None:
         refuse_differences(config, notes["config"], workdir)
 
 
