@@ -19,6 +19,7 @@ from jax import Array
 from sync_jax.errors import FailedError, InputError, WriteError
 from sync_jax.runtime.console import one_line
 from sync_jax.runtime.hashing import mix
+from sync_jax.runtime.orbax_log import orbax_log
 from sync_jax.runtime.processes import Processes
 
 T = TypeVar("T")
@@ -49,7 +50,10 @@ class Checkpoints:
         self, folder: Path, *, keep: int, keep_best: int = 0, best_metric: str = "",
         processes: Processes | None = None,
     ):  # fmt: skip
-        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`."""
+        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`.
+
+        What Orbax says of its failures goes to orbax.log beside the folder.
+        """
         self._folder = folder.absolute()
         self._best_metric, self._processes = best_metric, processes or Processes()
 
@@ -61,6 +65,7 @@ class Checkpoints:
             ]
             return scores, sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
+        orbax_log.open(self._folder.with_name("orbax.log"))
         # Before Orbax opens, which clears half-written checkpoints away.
         scores, self._half_written = self._processes.from_first("the checkpoints' scores", look)
         self._scores: dict[int, float] = dict(scores)
@@ -138,7 +143,7 @@ class Checkpoints:
         reasons = "; ".join(f"{self._folder / str(step)}: {damaged[step]}" for step in steps)
         raise InputError(
             f"no checkpoint can be restored, and none is overwritten ({reasons}); to begin anew, "
-            f"move {self._folder} away"
+            f"move {self._folder} away{orbax_log.hint()}"
         )
 
     def _steps(self) -> list[int]:
@@ -200,7 +205,7 @@ class Checkpoints:
                 path = self._folder / str(step)
                 names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
                 name = next(name for name in names if not path.with_name(name).exists())
-                log(f"checkpoint {path} is put aside as {name}: {reason}")
+                log(f"checkpoint {path} is put aside as {name}: {reason}{orbax_log.hint()}")
                 self._guarded(functools.partial(path.rename, path.with_name(name)))
 
         self._processes.from_first("putting damaged checkpoints aside", rename)
@@ -218,6 +223,7 @@ class Checkpoints:
             raise WriteError(
                 f"{self._folder} cannot be written: {one_line(error)}; earlier "
                 "checkpoints are intact, and the same command goes on from the last"
+                f"{orbax_log.hint()}"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
