@@ -144,7 +144,9 @@ class Fitted(NamedTuple):
 def begin(job: Job) -> Start:
     """Restores the latest checkpoint, or creates the state before the first step."""
     trainer, processes = job.trainer, job.processes
-    restored = job.checkpoints.restore(trainer.state_like, processes.print)
+    restored = job.checkpoints.restore(
+        trainer.state_like, processes.print, last=trainer.total_steps
+    )
     if restored is not None:
         refuse_differences(trainer.config, restored.notes["config"], job.workdir)
     processes.from_first("writing the config", lambda: prepare_workdir(trainer.config, job.workdir))

@@ -27,7 +27,7 @@ from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable
-from sync_jax.runtime.files import write_text
+from sync_jax.runtime.files import check_plain, write_text
 from sync_jax.scores import SCORES, Score
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
@@ -146,6 +146,7 @@ def writing(out: Path) -> Iterator[None]:
     """Makes a folder, and names it in an InputError where something in it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_plain(out)
         yield
     except OSError as error:
         raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
@@ -166,6 +167,7 @@ def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[Finis
     runs = []
     defaults = dict(flatten(default_config().to_dict()))
     for folder in folders:
+        check_plain(folder)
         if (report := read_report(folder)) is None:
             raise InputError(f"{folder} holds no finished run: it has no report.json")
         test = Predictions.load(folder / "predictions_test.npz")

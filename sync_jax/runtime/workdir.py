@@ -13,7 +13,7 @@ from sync_jax.errors import InputError, WriteError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
 from sync_jax.runtime.console import say
-from sync_jax.runtime.files import LockedError, locked, write_text
+from sync_jax.runtime.files import LockedError, check_plain, locked, write_text
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import read_metrics
 
@@ -34,6 +34,7 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be the run's: InputError, naming the fields that differ."""
+    check_plain(workdir)
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
         path, report = workdir / "config.json", workdir / "report.json"
@@ -52,7 +53,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
     if has_config:
         refuse_differences(config, read_config(path), workdir)
-    elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
+    # The config may have been lost, or be another's.
+    if (notes := latest_notes(workdir / "checkpoints")) is not None:
         refuse_differences(config, notes["config"], workdir)
 
 

@@ -60,6 +60,15 @@ def folder(patch: Patch, *names: str):
 
 
 @mistake
+def fifo(patch: Patch, name: str):
+    """A FIFO in a run: whoever opens it waits for ever."""
+    path = Path("runs/done", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+@mistake
 def report(patch: Patch, change, run: str = "done"):
     """A report that is JSON of its schema, and wrong."""
     path = Path(f"runs/{run}/report.json")
