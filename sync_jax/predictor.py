@@ -129,7 +129,7 @@ def fit(
         if workdir is None:
             workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="sync_jax-"))
         check_plain(Path(workdir))
-        processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
+        processes = Processes(seconds=config.process.wait_seconds)
         job = stack.enter_context(train.prepared(config, dataset, Path(workdir), processes))
         state = train.fit(job, train.begin(job)).state
         held_out = job.trainer.predict(state, job.calibration_part)

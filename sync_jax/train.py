@@ -30,6 +30,7 @@ from sync_jax.runtime.signals import terminated, watchdog
 from sync_jax.runtime.training_log import TrainingLog, read_metrics
 from sync_jax.runtime.workdir import (
     check_run,
+    check_shared,
     check_workdir,
     owned,
     prepare_workdir,
@@ -43,14 +44,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
     The config has gone through `trainer.resolve`. The folder is made when needed; all processes
-    must see the same one. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
+    must see the same one, or end. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
     predictions_*.npz and, when the run is finished, risk_coverage.png and report.json.
 
     Raises:
         InputError: the data cannot be had or do not fit, or `workdir` holds another experiment.
         FailedError, TerminatedError, WriteError: see `sync_jax.errors`.
     """
-    processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
+    processes = Processes(seconds=config.process.wait_seconds)
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     with prepared(config, registry.dataset(config.data), workdir, processes) as job:
@@ -79,6 +80,7 @@ def prepared(
     mesh = sharding.make_mesh()
     # What is known of the data is checked before anything is prepared, and again afterwards.
     processes.together("checking the config", lambda: check_dataset(config, dataset.info()))
+    check_shared(workdir, processes)
     placement, train_part, calibration_part = load_data(config, dataset, mesh, workdir, processes)
     info = known_info(dataset)
     check_dataset(config, info)

@@ -57,10 +57,10 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
-distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(4))
+distributed.Processes(seconds=1).from_first("the data", lambda: time.sleep(4))
 if processes.first:
     try:
-        distributed.Processes(seconds=1, name="again").share("the end")
+        distributed.Processes(seconds=1).share("the end")
     except errors.FailedError as error:
         print("FailedError", error)
 """
@@ -258,6 +258,43 @@ def test_damage_that_one_process_meets_is_met_by_all(tmp_path):
         restored = checkpoints.restore(TrainState(jnp.int32(0), divided, {}, {}, divided))
     assert restored.step == 2
     chex.assert_trees_all_equal(restored.state.memory, jnp.arange(2.0, 10.0, 2.0))
+
+
+APART = """
+from pathlib import Path
+from configs import quickstart
+from sync_jax import sweep, train
+from sync_jax.runtime import workdir
+
+meet()
+config, folder = quickstart.get_config(), Path(sys.argv[4 + int(sys.argv[1])])
+workdir._VISIBLE_WITHIN = 1.0
+for begin in (
+    lambda: train.train_and_evaluate(config, folder),
+    lambda: sweep.sweep(config, ["seed=0,1"], folder, name="x"),
+):
+    try:
+        begin()
+    except errors.InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_one_folder_ends_all_before_the_data_are_read(tmp_path):
+    """Whether it was there before or not; nothing is left in it."""
+    own = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
+    own[1].mkdir(parents=True)
+    children = start(APART, range(2), processes.free_port(), *own)
+    printed = processes.finish(children)
+    assert [child.returncode for child in children] == [0, 0], printed
+    host = socket.gethostname()
+    for folder, text in zip(own, printed, strict=True):
+        assert [x for x in text.splitlines() if "[Gloo]" not in x] == 2 * [
+            f"--workdir={folder} is not one folder for all processes: process 1 on {host} cannot "
+            f"see what process 0 on {host} writes there; name a folder that all share"
+        ]
+    assert set(tmp_path.rglob("*")) == {own[1].parent, own[1]}
 
 
 def test_incomplete_arguments_are_refused():
