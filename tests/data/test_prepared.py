@@ -10,6 +10,8 @@ import pytest
 from sync_jax.data import registry
 from sync_jax.data.prepare import digests, staging
 from sync_jax.errors import InputError
+from sync_jax.runtime.files import locked
+from tests.command_line import QUICKSTART, run
 from tests.data import idx_files
 from tests.data.pictures import prepared, section, write_pictures
 
@@ -130,3 +132,81 @@ def test_a_folder_that_cannot_be_written_serves_what_it_has(album, monkeypatch, 
     np.testing.assert_array_equal(images.uncut()[:], uncut)
     assert registry.dataset(album).is_prepared()
     registry.dataset(album).prepare(str)
+
+
+# --mode=clean
+
+
+@pytest.fixture
+def cache(album, clothes, tmp_path):
+    """Both data sets, what else we leave there, and what is not ours; returns the command line."""
+    root, outside = tmp_path / "data", tmp_path / "outside"
+    for folder in (
+        outside / "fashion_mnist" / "1.0.0",
+        root / "downloads" / "cifar10",
+        root / "incomplete-fashion_mnist-abc_1234",
+        root / "mnist" / "3.0.1",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text('{"moduleName": "its.own"}')
+    ours = next(root.glob("fashion_mnist/*/dataset_info.json")).read_bytes()
+    (outside / "fashion_mnist" / "1.0.0" / "dataset_info.json").write_bytes(ours)
+    (root / "linked").symlink_to(outside / "fashion_mnist")
+    (root / "downloads" / "linked").symlink_to(outside)
+    (root / "downloads" / "cifar10" / "linked").symlink_to(outside)
+    return [QUICKSTART, "--mode=clean", f"--config.data.data_dir={root}"]
+
+
+def test_clean_lists_what_is_there_and_removes_what_is_named(cache, album, tmp_path, capsys):
+    key = registry.dataset(album).folder.relative_to(tmp_path / "data")
+    ours = ["downloads/cifar10", "fashion_mnist/1.0.0", str(key)]
+    ours.append("incomplete-fashion_mnist-abc_1234")
+    capsys.readouterr()
+    assert run(*cache) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].rstrip(":") for line in lines[1:-2]] == ours
+    assert lines[2].endswith(f", from {tmp_path / 'published'}")
+    assert lines[3].endswith(f", from {tmp_path / 'pictures'}")
+    assert lines[-2] == "  and what is not removed here: linked, mnist"
+    others = sorted(
+        path
+        for path in tmp_path.rglob("*")
+        if key.parts[0] not in path.parts and path.name != f"{key.parts[1]}.lock"
+    )
+    assert run(*cache, f"--remove={key}") == 0
+    assert not registry.dataset(album).is_prepared()
+    assert sorted(tmp_path.rglob("*")) == others  # neither its folders nor its lock are left
+    assert run(*cache, "--remove=all") == 0
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        *("downloads", "linked", "mnist")
+    ]
+    assert len(list((tmp_path / "outside").rglob("*"))) == 3
+
+
+def test_clean_refuses_what_it_does_not_list(cache, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    for name in (
+        *("../..", "..", ".", "/", "*", "fashion_mnist", "mnist/3.0.1", "linked/1.0.0"),
+        *("downloads/linked", "downloads/../fashion_mnist/1.0.0", str(tmp_path)),
+    ):
+        assert run(*cache, "--remove=fashion_mnist/1.0.0", f"--remove={name}") == 2
+        assert f"--remove={name}: " in capsys.readouterr().err
+    assert run(QUICKSTART, "--remove=all") == 2
+    assert "--remove belongs to --mode=clean" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_clean_leaves_what_a_process_makes_or_reads(cache, album, clothes, tmp_path, capsys):
+    reader = registry.dataset(album)
+    reader.load("train")
+    with locked(tmp_path / "data" / "fashion_mnist.lock"):
+        assert run(*cache, "--remove=all") == 2
+    line = capsys.readouterr().err
+    assert f"fashion_mnist/1.0.0 is used by process {os.getpid()} on " in line
+    assert f"{reader.folder.name} is used by another process" in line
+    assert reader.is_prepared()
+    assert registry.dataset(clothes).is_prepared()
+    assert not (tmp_path / "data" / "downloads" / "cifar10").exists()
+    del reader
+    assert run(*cache, "--remove=all") == 0
+    assert not registry.dataset(album).is_prepared()

@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from sync_jax.data.prepare import digests
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import one_line, say
-from sync_jax.runtime.files import flush, locked
+from sync_jax.runtime.files import LockedError, flush, hold, locked
 
 Log = Callable[[str], None]
 
@@ -40,6 +41,7 @@ class Prepared:
         self.key = self.name  # of the lock and of temporary folders
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
+        self._held = False
 
     def is_prepared(self) -> bool:
         """See `Dataset.is_prepared`."""
@@ -86,6 +88,10 @@ class Prepared:
             raise InputError(
                 f"{self.name} is not prepared: there is no {self.folder}; {self._absent()}"
             )
+        if not self._held:  # so that --mode=clean leaves it
+            self._held = True
+            with contextlib.suppress(LockedError, OSError):
+                weakref.finalize(self, os.close, hold(self.folder))
 
     def _verify(self, *splits: str) -> None:
         """Compares the records of splits, and all that is no record, with their digests."""
