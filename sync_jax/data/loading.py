@@ -23,8 +23,6 @@ from sync_jax.runtime.processes import Processes
 
 def prepare(config: ConfigDict, dataset: Dataset) -> None:
     """Obtains and prepares a config's dataset, with squares where this run would need them."""
-    if (known := dataset.info()) is not None:
-        check_sizes(config, known)
     dataset.prepare()
     info = known_info(dataset)
     say(f"{info.name}: {contents(info.class_names, info.splits, info.note)}")

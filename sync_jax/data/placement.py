@@ -41,7 +41,7 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
     'auto' takes the devices where the images fit into half of their free memory, else the disk
     where the squares are there or fit, else the host.
     """
-    needed = part_sizes(section, info)[0] * info.bytes_per_example
+    needed = max(part_sizes(section, info)[0], 0) * info.bytes_per_example
     free = free_memory(mesh)
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     sizes = (
@@ -85,11 +85,11 @@ def free_memory(mesh: Mesh) -> float:
 
 
 def _free_disk(folder: str) -> int:
-    """Bytes free on the disk of a folder that need not be there yet."""
+    """Bytes free on the disk of a folder that need not be there yet; 0 where none may write."""
     path = os.path.abspath(os.path.expanduser(folder))
     while not os.path.exists(path):
         path = os.path.dirname(path)
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(path).free if os.access(path, os.W_OK) else 0
 
 
 def _giga(count: float) -> str:

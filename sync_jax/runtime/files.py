@@ -72,6 +72,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def hold(folder: Path, *, alone: bool = False) -> int:
+    """Locks a folder, which need not be writable, with others or alone, until the result is closed.
+
+    Raises LockedError where others hold it, or another alone. Without locks, nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LockedError("another process") from None
+    except OSError:
+        pass
+    return descriptor
+
+
 @contextlib.contextmanager
 def locked(
     path: Path, *, waiting: Callable[[], None] | None = None,

@@ -11,12 +11,14 @@ from tests.bad_input.spoil import (
     broken,
     cars,
     cifar100,
+    closed,
     clothes,
     cut,
     cut_food,
     food,
     imagenet,
     label_100,
+    labels_beyond,
     nan_pictures,
     no_files,
     pickled,
@@ -70,16 +72,17 @@ CASES = {
     "prepared labels out of range": Bad(
         PREPARED,
         "is damaged: train has labels beyond its classes",
-        lambda monkeypatch: np.save(
-            next(Path("album").rglob("labels_train.npy")), np.full(20, 3, np.int32)
-        ),
+        labels_beyond,
+    ),
+    "a prepared folder that may not be looked into": Bad(
+        PREPARED, "data_dir='.*album' cannot be used: Permission denied .*sync_jax.json", closed
     ),
     "prepared description damaged": Bad(
         PREPARED, "sync_jax.json is damaged", cut("album/**/sync_jax.json")
     ),
     "squares cut short": Bad(
         PREPARED,
-        "squares_12_12/train.npy is damaged .*; delete it",
+        "squares_12_12 is damaged .*train.npy is not as it was prepared.; delete it",
         lambda monkeypatch: (squares(), cut("album/**/train.npy")(monkeypatch)),
     ),
     # Published files.

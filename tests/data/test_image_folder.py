@@ -45,13 +45,15 @@ def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_pa
     monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 5e3)
     config = default_config()
     config.data.update(section(tmp_path, calibration_size=3))
-    config.train.batch_size = 8
+    config.train.batch_size = 60_000  # of a training, which is not what is asked for
     for placement in ("auto", "device"):
         config.data.placement = placement
         monkeypatch.setattr("sync_jax.data.placement._free_disk", lambda folder: 100)
         loading.prepare(config, registry.dataset(config.data))
-        made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*"))
+        made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*.npy"))
         assert made == (["test.npy", "train.npy"] if placement == "device" else [])
+    config.data.calibration_size = 60_000
+    loading.prepare(config, registry.dataset(config.data))
 
 
 @pytest.mark.parametrize(("train_name", "test_name"), [("train", "test"), ("Training", "val")])
@@ -276,8 +278,10 @@ def test_a_missing_file_of_records_does_not_shift_the_others(tmp_path, monkeypat
     write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
     dataset, _ = prepared(section(tmp_path))
     sorted(dataset.folder.glob("*-train.array_record-*"))[0].unlink()
-    with pytest.raises(InputError, match="it has 6 records, not one for each label"):
-        dataset.load("train")
+    for message in ("FileNotFoundError: .*-train", "it has 6 records, not one for each label"):
+        with pytest.raises(InputError, match=message):
+            dataset.load("train")
+        (dataset.folder / "digests.json").unlink()  # as an earlier version left it
     assert not list(dataset.folder.glob("squares_*"))
 
 

@@ -30,11 +30,13 @@ from sync_jax.data.info import DatasetInfo, Pictures, contents
 from sync_jax.data.prepare.archives import Listing, Picture
 from sync_jax.data.prepare.records import (
     DecodedPictures,
+    DecodedSquares,
     Records,
     Squares,
     make_squares,
     missing_bytes,
     open_squares,
+    squares_path,
 )
 from sync_jax.data.prepare.staging import (
     Log,
@@ -44,7 +46,6 @@ from sync_jax.data.prepare.staging import (
     check_folder,
     damage,
     disk_errors,
-    exclusive,
     expand,
     incomplete_prefix,
     progress_bar,
@@ -52,7 +53,7 @@ from sync_jax.data.prepare.staging import (
     tfds_info,
 )
 from sync_jax.errors import InputError
-from sync_jax.runtime.console import printable, say
+from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_text
 
 INFO, BAD_FILES = "sync_jax.json", "bad_files.txt"
@@ -83,7 +84,7 @@ class PictureDataset(Prepared):
     def info(self) -> DatasetInfo | None:
         """See `Dataset.info`."""
         path = self.folder / INFO
-        if not path.is_file():
+        if not self.is_prepared():
             return self._expected()
         with damage(path):
             known = json.loads(path.read_text())
@@ -130,6 +131,7 @@ class PictureDataset(Prepared):
     def load(self, split: str, *, decode: bool = False) -> tuple[Pictures, np.ndarray]:
         """See `Dataset.load`."""
         self._require()
+        self._verify(*((split,) if decode else ()))
         info = self.info()
         assert info is not None
         self._require(split, info.splits)
@@ -143,15 +145,20 @@ class PictureDataset(Prepared):
         if decode:
             return DecodedPictures(rows, self.layout.size, every[split], self.layout), labels
         if info.squares_bytes:
+            self._verify(*every)
             for records in every.values():
                 records[0]  # where they cannot be opened nothing is written
-            with exclusive(self.root, self.key, self._say):
+
+            def make() -> None:
                 for records in every.values():
                     make_squares(records, self.layout, log=self._say)
-        return Squares(rows, self.layout.size, open_squares(every[split], self.layout)), labels
 
-    def _say(self, line: str) -> None:
-        say(f"{self.name}: {line}")
+            if problem := self._make(make):
+                self._say(f"{problem}; without squares, pictures are decoded each time")
+                return DecodedSquares(rows, self.layout.size, every[split], self.layout), labels
+        path = squares_path(self.folder, self.layout, split)
+        self._verify_files(path.parent, lambda name: name == path.name)
+        return Squares(rows, self.layout.size, open_squares(every[split], self.layout)), labels
 
     def _build(self, source: Listing, log: Log) -> None:
         with disk_errors(self.root):
