@@ -113,7 +113,8 @@ class Prepared:
         def add() -> None:
             if not known():
                 self._say(f"{folder} was prepared without digests; computing them")
-                digests.write(folder, files_in(folder))
+                has = digests.read(folder)["files"]
+                digests.write(folder, {x: p for x, p in files_in(folder).items() if x not in has})
 
         if not known() and (problem := self._make(add)):
             self._say(f"{problem}; {folder} has no digests, and is used as it is")
