@@ -8,11 +8,17 @@ promise that goes with it. Where no threshold meets the target the certificate s
 and why; it never carries a threshold whose bound exceeds it. Invalid arguments raise ValueError,
 which names them.
 
+A threshold lies above the next confidence that is not accepted, at most at the lowest accepted one,
+and is a float32 (a float16, of float16 confidences) wherever one lies there: float32 confidences
+are accepted alike in float32 and float64. Thresholds that you give stay as they are.
+
 | method                            | promise                        | assumes   |
 |-----------------------------------|--------------------------------|-----------|
 | `sgr`                             | P(risk > bound) <= delta       | see there |
 | `learn_then_test`, bonferroni     | P(risk > bound) <= delta       | nothing   |
+| `learn_then_test`, holm           | P(risk > target) <= delta      | see there |
 | `learn_then_test`, fixed_sequence | P(risk > target) <= delta      | see there |
+| `sgr_fixed_sequence`              | P(risk > bound) <= delta       | see there |
 | `conformal_risk_control`          | P(accepted and wrong) <= alpha | nothing   |
 
 "Nothing" beyond what all assume: that calibration examples are independent draws from the

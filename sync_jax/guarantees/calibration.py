@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sync_jax.metrics.sample import FloatArray, IntArray, vector
+from sync_jax.metrics.sample import FloatArray, IntArray, threshold_between, vector
 
 
 def probability(value: float, name: str) -> float:
@@ -37,16 +37,33 @@ class CalibrationSplit:
         """Number of examples with confidence >= threshold; they are the first ones."""
         return np.searchsorted(-self.confidence, -np.asarray(threshold), side="right")
 
-    def strictly_above(self, rank: IntArray) -> tuple[FloatArray, IntArray]:
-        """Thresholds that accept what exceeds the (rank + 1)-th largest confidence, and how many.
+    def threshold(self, n_accepted: int) -> float:
+        """A threshold that accepts the first n_accepted: see `threshold_between`."""
+        below = self.confidence[n_accepted] if n_accepted < self.n else np.nan
+        return threshold_between(below, self.confidence[n_accepted - 1], self.dtype)
+
+    def strictly_above(self, rank: IntArray) -> IntArray:
+        """Number of examples that exceed the (rank + 1)-th largest confidence, or -infinity.
 
         The rank + 1-th example only places the threshold and isn't counted, so the accepted are
         independent draws from the accepted part of the distribution, whatever ties there are.
         """
         below = np.append(self.confidence, -np.inf)[rank]
+        return np.searchsorted(-self.confidence, -below, side="left")
+
+    def first_above(self, n_accepted: int) -> float:
+        """The first float32 above the next confidence, or -infinity; it accepts n_accepted.
+
+        The accepted have no part in it, as in `strictly_above`. The first float16 of float16
+        confidences; the first float64 where the first float32 would accept fewer.
+        """
+        below = np.append(self.confidence, -np.inf)[n_accepted]
+        dtype = np.float16 if self.dtype.itemsize == 2 else np.float32
         with np.errstate(over="ignore"):  # the successor of the largest float is infinity
-            up = np.nextafter(below.astype(self.dtype), np.array(np.inf, self.dtype))
-        return up.astype(np.float64), np.searchsorted(-self.confidence, -below, side="left")
+            above = below.astype(dtype)
+            above = above if above > below else np.nextafter(above, dtype(np.inf))
+            fits = above <= self.confidence[n_accepted - 1]
+            return float(above if fits else np.nextafter(below, np.inf))
 
 
 def calibration_split(confidence: ArrayLike, correct: ArrayLike) -> CalibrationSplit:

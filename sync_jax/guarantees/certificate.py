@@ -9,7 +9,7 @@ from typing import Any
 class Certificate:
     """A threshold with its promise, or the reason why there is none."""
 
-    method: str  # "sgr", "learn_then_test/PROCEDURE" or "conformal_risk_control"
+    method: str  # the function's name; of learn-then-test "learn_then_test/PROCEDURE"
     feasible: bool  # a threshold meets the target
     threshold: float | None  # compared in the dtype of the confidences given; None: abstain always
     coverage: float  # n_accepted / n_calibration

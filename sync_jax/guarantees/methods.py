@@ -14,8 +14,8 @@ from sync_jax.guarantees.binomial import clopper_pearson_upper, fewest_accepted
 from sync_jax.guarantees.calibration import calibration_split, probability
 from sync_jax.guarantees.certificate import Certificate, certificate
 
-HYBRID_SLACK = 8  # errors
 _SEARCHED = ", by a union bound that takes the thresholds visited for fixed in advance"
+_STEPPED = ", by a step-down that takes the thresholds tested for fixed in advance"
 _MONOTONE = ", provided that errors are no likelier where confidence is higher"
 
 
@@ -26,18 +26,18 @@ def sgr(
 
     A binary search for the largest coverage whose Clopper-Pearson bound at delta / K meets the
     target; K = ceil(log2(n + 1)) bounds its steps. (The paper's ceil(log2 n) is one less where n is
-    a power of 2, and leaves full coverage untested.) A threshold is one of the confidences and
-    accepts ties with it, which are counted.
+    a power of 2, and leaves full coverage untested.) A threshold accepts one of the confidences
+    and ties with it, which are counted.
 
     The paper's proof is a union bound over the K thresholds visited as though they were fixed in
     advance, while they are calibration confidences on a path that the errors steer. The simulations
-    in the tests find no violation; where that isn't enough, `learn_then_test` needs no such step.
+    in the tests find no violation; where that isn't enough, Bonferroni needs no such step.
     """
     target_risk, delta = probability(target_risk, "target_risk"), probability(delta, "delta")
     data = calibration_split(confidence, correct)
     result = functools.partial(certificate, "sgr", data.n, target_risk=target_risk, delta=delta)
     share = delta / data.n.bit_length()
-    best: tuple[float, int, float] | None = None
+    best: tuple[int, float] | None = None
     smallest = 1.0
     low, high = 1, data.n  # ranks still to decide on
     while low <= high:
@@ -46,7 +46,7 @@ def sgr(
         bound = clopper_pearson_upper(int(data.errors[n_accepted]), n_accepted, share)
         smallest = min(smallest, bound)
         if bound <= target_risk:
-            best = (threshold, n_accepted, bound)
+            best = (n_accepted, bound)
             low = n_accepted + 1
         else:
             high = int(np.searchsorted(-data.confidence, -threshold, side="left"))
@@ -55,9 +55,9 @@ def sgr(
             reason=f"no threshold visited has a bound of at most {target_risk:g}: the smallest is "
             f"{smallest:.4g}; {_least(target_risk, share)}"
         )
-    threshold, n_accepted, bound = best
+    n_accepted, bound = best
     return result(
-        threshold=threshold,
+        threshold=data.threshold(n_accepted),
         n_accepted=n_accepted,
         n_errors=data.errors[n_accepted],
         bound=bound,
@@ -88,12 +88,15 @@ def learn_then_test(
         target_risk: selective risk to stay below.
         delta: chance of failing to.
         procedure: "bonferroni" splits delta evenly between the candidates and assumes nothing.
+            "holm" (1979) splits it between the candidates that are not rejected yet: never the
+            smaller coverage, at a promise of the target alone instead of a smaller bound. It
+            assumes nothing with `thresholds`; else its proof takes them for fixed.
             "fixed_sequence" tests each at delta, from the most confident down, and stops at the
             first that fails: mostly the larger coverage, but valid only where the chance of an
             error doesn't rise with confidence.
         thresholds: [thresholds], fixed without this data. None takes `candidates` evenly spaced
-            ranks and accepts what strictly exceeds the next confidence: as a threshold, that
-            confidence's successor in its own float dtype, so pass the dtype that you deploy.
+            ranks and accepts what strictly exceeds the next confidence: from the first float32
+            above it, or for a fixed sequence from midway to the lowest accepted.
         candidates: at least 1; unused with thresholds.
         slack: a fixed sequence starts where enough examples are accepted to pass with this many
             errors, or fewer if that takes more than half of the examples. At 0 it may start
@@ -113,28 +116,22 @@ def learn_then_test(
     if not sequence:  # a candidate that accepts fewer cannot pass, whatever the data
         fewest = fewest_accepted(target_risk, delta / candidates)
     else:
-        starts = [fewest_accepted(target_risk, delta, errors) for errors in range(slack, -1, -1)]
-        fewest = next((start for start in starts if 2 * start <= data.n), starts[-1])
+        fewest = _start(data.n, target_risk, delta, slack)
     if thresholds is None:
         ranks = np.unique(np.linspace(min(fewest, data.n), data.n, candidates).astype(np.int64))
-        threshold, n_accepted = data.strictly_above(ranks)
+        n_accepted = data.strictly_above(ranks)
     else:
-        threshold = -np.unique(-np.asarray(thresholds, dtype=np.float64).reshape(-1))
-        if threshold.size == 0 or np.isnan(threshold).any():
+        given = -np.unique(-np.asarray(thresholds, dtype=np.float64).reshape(-1))
+        if given.size == 0 or np.isnan(given).any():
             raise ValueError("thresholds is empty or contains NaN")
-        n_accepted = data.accepted(threshold)
-    share = delta if sequence else delta / threshold.size
+        n_accepted = data.accepted(given)
+    tests = n_accepted.size
+    share = delta if sequence else delta / tests
     bound = clopper_pearson_upper(data.errors[n_accepted], n_accepted, share)
     passed = bound <= target_risk  # the p-value is at most `share` exactly there
-    failure = f"the smallest bound among {threshold.size} candidates is {bound.min():.4g}"
+    failure = f"the smallest bound among {tests} candidates is {bound.min():.4g}"
     if procedure == "holm":
-        left, more = threshold.size + 1, passed
-        while 0 < (more.size - np.count_nonzero(more)) < left:  # until a step rejects no other
-            left, passed = more.size - np.count_nonzero(more), more
-            more = (
-                clopper_pearson_upper(data.errors[n_accepted], n_accepted, delta / left)
-                <= target_risk
-            )
+        passed = _holm(data.errors[n_accepted], n_accepted, target_risk, delta)
     if sequence:
         tested = n_accepted >= fewest
         passed = tested & np.logical_and.accumulate(passed | ~tested)
@@ -148,14 +145,21 @@ def learn_then_test(
             f"{_least(target_risk, share)}"
         )
     chosen = int(np.flatnonzero(passed)[-1])  # thresholds descend, so coverage grows
+    if thresholds is not None:
+        threshold = given[chosen]
+    else:  # where nothing is assumed, the accepted may not move the threshold
+        threshold = (data.threshold if sequence else data.first_above)(n_accepted[chosen])
     # What Holm or a fixed sequence rejects is "risk > target"; their bounds aren't simultaneous.
     promised = float(bound[chosen]) if procedure == "bonferroni" else target_risk
+    stepped = procedure == "holm" and thresholds is None
     return result(
-        threshold=threshold[chosen],
+        threshold=threshold,
         n_accepted=n_accepted[chosen],
         n_errors=data.errors[n_accepted[chosen]],
         bound=promised,
-        promise=_risk_promise(promised, delta, _MONOTONE if sequence else ""),
+        promise=_risk_promise(
+            promised, delta, _MONOTONE if sequence else _STEPPED if stepped else ""
+        ),
     )
 
 
@@ -164,18 +168,13 @@ def sgr_fixed_sequence(
 ) -> Certificate:
     """The larger coverage of `sgr` and of a fixed sequence, each at half of delta (a union bound).
 
-    The search finds a large coverage where many examples may be accepted, the sequence a small one
-    where only the most confident may. Both methods' assumptions are needed.
+    The search finds a large coverage where many examples may be accepted, the sequence (of the
+    default slack) a small one that the search steps over. Both methods' assumptions are needed.
     """
     method, half = "sgr_fixed_sequence", probability(delta, "delta") / 2
     search = sgr(confidence, correct, target_risk=target_risk, delta=half)
     sequence = learn_then_test(
-        confidence,
-        correct,
-        target_risk=target_risk,
-        delta=half,
-        procedure="fixed_sequence",
-        slack=HYBRID_SLACK,
+        confidence, correct, target_risk=target_risk, delta=half, procedure="fixed_sequence"
     )
     best = max(search, sequence, key=lambda each: each.coverage)  # SGR's bound, if they tie
     if best.bound is None:
@@ -210,7 +209,7 @@ def conformal_risk_control(
         return result(reason=f"the most confident examples alone have a bound of {bound[0]:.4g}")
     last = met[-1]
     return result(
-        threshold=data.confidence[last],
+        threshold=data.threshold(n_accepted[last]),
         n_accepted=n_accepted[last],
         n_errors=data.errors[n_accepted[last]],
         bound=bound[last],
@@ -235,10 +234,10 @@ def group_certificates(
     Each of G groups gets delta / G (Bonferroni). A group is whatever is known when the threshold is
     applied: the predicted class, a camera, a region; not the true class.
 
-    `method` is `sgr` or `learn_then_test`, `options` are its other arguments. `groups` [n] are
-    integers or strings. `names` are all groups that may occur, fixed without this data, and those
-    without an example get an infeasible certificate; None takes the groups that occur here. The
-    result has the order of names, or is sorted.
+    `method` is `sgr`, `learn_then_test` or `sgr_fixed_sequence`, `options` are its other arguments.
+    `groups` [n] are integers or strings. `names` are all groups that may occur, fixed without this
+    data, and those without an example get an infeasible certificate; None takes the groups that
+    occur here. The result has the order of names, or is sorted.
     """
     if method is conformal_risk_control:
         raise ValueError("conformal_risk_control promises an average: it has no delta to divide")
@@ -265,6 +264,21 @@ def group_certificates(
         reason="the group has no calibration example",
     )
     return {name: found.get(name, without_example) for name in wanted}
+
+
+def _start(n: int, target_risk: float, delta: float, slack: int) -> int:
+    """The number of accepted examples that a fixed sequence starts from."""
+    starts = [fewest_accepted(target_risk, delta, errors) for errors in range(slack, -1, -1)]
+    return next((start for start in starts if 2 * start <= n), starts[-1])
+
+
+def _holm(errors: Any, n_accepted: Any, target_risk: float, delta: float) -> Any:
+    """Which candidates Holm's step-down rejects: those left share delta after every rejection."""
+    before, left = 0, n_accepted.size
+    while left != before:  # a step that rejects no other is the last
+        rejected = clopper_pearson_upper(errors, n_accepted, delta / left) <= target_risk
+        before, left = left, max(1, np.count_nonzero(~rejected))
+    return rejected
 
 
 def _risk_promise(bound: float, delta: float, proviso: str) -> str:

@@ -39,6 +39,23 @@ def vector(value: ArrayLike, name: str) -> FloatArray:
     return array + 0.0  # -0.0 becomes 0.0: they tie, and must not differ in the output
 
 
+def threshold_between(below: float, lowest: float, dtype: Any) -> float:
+    """A threshold with below < threshold <= lowest, in float32 if a float32 lies there.
+
+    It accepts the confidence `lowest` and not the next one, `below` (NaN where all are accepted):
+    their middle, in float32 or a narrower `dtype` of the confidences; else `lowest` rounded down to
+    float32; else `lowest` itself. Of float32 confidences it is a float32, whichever dtype compares.
+    """
+    low, high = np.float64(below), np.float64(lowest)
+    narrow = dtype if dtype.kind in "fV" and dtype.itemsize < 4 else np.dtype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        middle = (low / 2 + high / 2).astype(narrow)  # NaN where both are infinite
+        down = high.astype(np.float32)
+        down = np.nextafter(down, np.float32(-np.inf)) if down > high else down
+    fitting = (float(x) + 0.0 for x in (middle, down) if x <= high and not x <= low)
+    return next(fitting, float(high))
+
+
 def number(value: Any) -> Any:
     """A float; an array, where a metric was given several data sets or coverages."""
     return float(value) if np.ndim(value) == 0 else value

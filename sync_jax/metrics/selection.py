@@ -21,6 +21,7 @@ from sync_jax.metrics.sample import (
     number,
     rank_of_coverage,
     ratio,
+    threshold_between,
     vector,
 )
 
@@ -235,13 +236,17 @@ def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None)
 
 
 def threshold_for_coverage(confidence: ArrayLike, *, coverage: float) -> float:
-    """Largest threshold that accepts at least this coverage in (0, 1], ties accepted together.
+    """Threshold that accepts the fewest with this coverage in (0, 1], ties accepted together.
 
-    Choose it on the calibration split and apply it with `deployed` to another.
+    It lies between the lowest accepted confidence and the next one, or just at the lowest of all,
+    and is a float32 wherever one lies there. Choose it on the calibration split and apply
+    it with `deployed` to another.
     """
-    confidence = vector(confidence, "confidence")
+    dtype, confidence = np.asarray(confidence).dtype, vector(confidence, "confidence")
     index = confidence.size - int(rank_of_coverage(coverage, confidence.size))
-    return float(np.partition(confidence, index)[index])
+    lowest = np.partition(confidence, index)[index]
+    rejected = confidence[confidence < lowest]
+    return threshold_between(rejected.max() if rejected.size else np.nan, lowest, dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

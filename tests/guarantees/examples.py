@@ -5,13 +5,15 @@ import json
 
 import numpy as np
 
-from sync_jax.guarantees import learn_then_test, sgr
+from sync_jax.guarantees import learn_then_test, sgr, sgr_fixed_sequence
+from tests.metrics.examples import check_threshold
 
 LTT = {
     "bonferroni": learn_then_test,
+    "holm": functools.partial(learn_then_test, procedure="holm"),
     "fixed_sequence": functools.partial(learn_then_test, procedure="fixed_sequence"),
 }
-METHODS = {"sgr": sgr, **LTT}
+METHODS = {"sgr": sgr, "sgr_fixed_sequence": sgr_fixed_sequence, **LTT}
 
 
 def example(n=2000, seed=0, dtype=np.float64):
@@ -21,7 +23,7 @@ def example(n=2000, seed=0, dtype=np.float64):
     return confidence, rng.random(n) >= 0.3 * (1 - confidence)
 
 
-def check_counts(certificate, confidence, correct):
+def check_counts(certificate, confidence, correct, *, thresholds_given=False):
     """The counts are what the threshold does on the split; the bound keeps the target."""
     confidence, correct = np.asarray(confidence), np.asarray(correct)
     assert certificate.n_calibration == confidence.size
@@ -38,6 +40,9 @@ def check_counts(certificate, confidence, correct):
     assert certificate.coverage == certificate.n_accepted / confidence.size
     assert certificate.bound <= certificate.target_risk
     assert certificate.reason == ""
+    if not thresholds_given:
+        first = certificate.method in ("learn_then_test/bonferroni", "learn_then_test/holm")
+        check_threshold(certificate.threshold, confidence, first=first)
 
 
 def dumps(certificate):

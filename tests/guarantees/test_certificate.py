@@ -20,7 +20,10 @@ from sync_jax.guarantees import (
 )
 from tests.guarantees.examples import METHODS, check_counts, dumps, example
 
-confidences = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.5, 1.0, math.inf])
+# Some differ by less than a float32 can tell, some are larger than any.
+confidences = st.sampled_from(
+    [-math.inf, -1e300, -1.5, -0.0, 0.0, 1e-300, 0.5, 0.5 + 1e-12, 0.5 + 3e-8, 1.0, 1e300, math.inf]
+)
 
 
 @given(
@@ -43,8 +46,8 @@ def test_certificates_are_consistent_and_independent_of_the_input_order(
     random.shuffle(shuffled)
     again = METHODS[method](*(np.array(c) for c in zip(*shuffled, strict=True)), **options)
     assert repr(again) == repr(certificate)
-    if certificate.feasible and method != "fixed_sequence":
-        tests = {"sgr": len(data).bit_length(), "bonferroni": 1}[method]
+    if certificate.feasible and "fixed_sequence" not in method:
+        tests = {"sgr": len(data).bit_length(), "bonferroni": 1, "holm": 1}[method]
         least = clopper_pearson_upper(certificate.n_errors, certificate.n_accepted, delta / tests)
         assert certificate.bound >= least - 1e-12
 
@@ -78,7 +81,8 @@ def test_what_cannot_be_certified_is_infeasible_and_says_why(method, target_risk
     assert f"{target_risk:g}" in few.reason
     needed, *words = few.reason.split()[-5:]
     assert words == ["accepted", "examples", "are", "needed"]
-    tests = 5 if method == "sgr" else 1  # Bonferroni: all candidates are the same here
+    # Bonferroni: all candidates are the same here.
+    tests = {"sgr": 5, "sgr_fixed_sequence": 2}.get(method, 1)
     expected = math.ceil(math.log(0.05 / tests) / math.log1p(-target_risk))
     assert int(needed) == pytest.approx(expected, rel=1e-6)
 
@@ -94,8 +98,9 @@ def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
         certificate.promise.partition("is at most ")[2].split(",")[0].rstrip(".").split()[0]
     )
     assert certificate.bound <= printed < certificate.bound + 1e-6  # rounded up, not down
-    assert ("union bound" in certificate.promise) == (method == "sgr")
-    assert ("provided that errors are no" in certificate.promise) == (method == "fixed_sequence")
+    assert ("union bound" in certificate.promise) == ("sgr" in method)
+    assert ("step-down" in certificate.promise) == (method == "holm")
+    assert ("provided that errors are no" in certificate.promise) == ("fixed_sequence" in method)
     assert certificate.promise.count(".") <= 4  # one sentence, and decimal points
     assert (certificate.target_risk, certificate.delta) == (0.1, 0.1)
     tiny = METHODS[method](np.zeros(2000), np.ones(2000), target_risk=0.1, delta=1e-20)

@@ -14,6 +14,7 @@ from sync_jax.guarantees import (
     group_certificates,
     learn_then_test,
     sgr,
+    sgr_fixed_sequence,
 )
 from tests.guarantees.examples import LTT, METHODS, check_counts, dumps, example
 
@@ -62,7 +63,7 @@ def test_sgr_finds_the_threshold_of_a_clean_step():
     share = 0.1 / 9  # ceil(log2(401)) tests
     allowed = max(k for k in range(50) if clopper_pearson_upper(k, 200 + k, share) <= 0.05)
     assert certificate.n_errors == allowed
-    assert certificate.threshold == 200 - allowed
+    assert certificate.threshold == 200 - allowed - 0.5
 
 
 @pytest.mark.parametrize("n", [255, 256, 257])
@@ -77,7 +78,7 @@ def test_sgr_counts_all_of_a_tie():
     confidence = np.r_[np.full(100, 1.0), np.full(100, 0.5)]
     correct = np.r_[np.ones(100), np.ones(50), np.zeros(50)]
     certificate = sgr(confidence, correct, target_risk=0.1, delta=0.1)
-    assert (certificate.threshold, certificate.n_accepted, certificate.n_errors) == (1.0, 100, 0)
+    assert (certificate.threshold, certificate.n_accepted, certificate.n_errors) == (0.75, 100, 0)
 
 
 def test_bonferroni_on_given_thresholds_by_its_definition():
@@ -92,7 +93,67 @@ def test_bonferroni_on_given_thresholds_by_its_definition():
         if stats.binom.cdf((~correct[confidence >= t]).sum(), (confidence >= t).sum(), 0.1) <= 0.01
     ]
     assert certificate.threshold == min(rejected)
-    check_counts(certificate, confidence, correct)
+    check_counts(certificate, confidence, correct, thresholds_given=True)
+
+
+def test_holm_leaves_more_to_the_others_after_every_rejection():
+    """Two thresholds: 0.1 is split in two, and whole for the second once the first is rejected."""
+    options = {"target_risk": 0.1, "delta": 0.1, "thresholds": [0, 1]}
+    assert stats.binom.cdf(0, 60, 0.1) < 0.05 < stats.binom.cdf(5, 100, 0.1) < 0.1
+    confidence, correct = np.arange(100) < 60, ~((np.arange(100) >= 60) & (np.arange(100) < 65))
+    assert LTT["bonferroni"](confidence, correct, **options).threshold == 1
+    certificate = LTT["holm"](confidence, correct, **options)
+    assert (certificate.threshold, certificate.n_errors, certificate.bound) == (0, 5, 0.1)
+    assert "at most 0.1." in certificate.promise  # thresholds fixed in advance need no proviso
+    # With two of the five errors among the 60, neither is below 0.05: nothing is rejected.
+    assert 0.05 < stats.binom.cdf(2, 60, 0.1) < 0.1
+    correct = ~((np.arange(100) >= 58) & (np.arange(100) < 63))
+    assert not LTT["holm"](confidence, correct, **options).feasible
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=80),
+    st.floats(0.1, 0.9),
+    st.floats(0.01, 0.6),
+)
+def test_holm_by_its_definition_never_covers_less_than_bonferroni(data, target, delta):
+    confidence, correct = (np.array(column) for column in zip(*data, strict=True))
+    thresholds = np.arange(10)
+    options = {"target_risk": target, "delta": delta, "thresholds": thresholds}
+    holm = LTT["holm"](confidence, correct, **options)
+    p = np.array([
+        stats.binom.cdf((~correct[confidence >= t]).sum(), (confidence >= t).sum(), target)
+        for t in thresholds
+    ])  # fmt: skip
+    rejected = []
+    for step, i in enumerate(np.argsort(p)):
+        if p[i] > delta / (10 - step):
+            break
+        rejected.append(thresholds[i])
+    assert holm.threshold == min(rejected, default=None)
+    assert holm.coverage >= LTT["bonferroni"](confidence, correct, **options).coverage
+    options["thresholds"] = None
+    ranks = [LTT[name](confidence, correct, **options) for name in ("bonferroni", "holm")]
+    assert ranks[0].coverage <= ranks[1].coverage
+    assert ranks[0].feasible == ranks[1].feasible
+
+
+def test_the_hybrid_takes_the_larger_coverage_of_two_at_half_of_delta():
+    half, chosen = {"target_risk": 0.05, "delta": 0.05}, set()
+    for seed in range(20):
+        confidence, correct = example(1500, seed)
+        found = {
+            "sgr": sgr(confidence, correct, **half),
+            "sequence": LTT["fixed_sequence"](confidence, correct, **half),
+        }
+        best = max(found, key=lambda name: found[name].coverage)
+        hybrid = sgr_fixed_sequence(confidence, correct, target_risk=0.05, delta=0.1)
+        check_counts(hybrid, confidence, correct)
+        same = "threshold", "n_accepted", "bound"
+        assert [getattr(hybrid, k) for k in same] == [getattr(found[best], k) for k in same]
+        assert (hybrid.method, hybrid.delta) == ("sgr_fixed_sequence", 0.1)
+        chosen.add(best)
+    assert chosen == {"sgr", "sequence"}
 
 
 def test_fixed_sequence_stops_at_the_first_failure():
@@ -134,17 +195,17 @@ def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(proce
     certificate = LTT[procedure](confidence, correct, target_risk=0.1, delta=0.1)
     check_counts(certificate, confidence, correct)
     assert certificate.feasible
-    # A fixed sequence promises the target, not its last bound.
-    assert (certificate.bound == 0.1) == (procedure == "fixed_sequence")
-    threshold = dtype(certificate.threshold)
-    assert float(threshold) == certificate.threshold  # survives deployment in that dtype
-    assert np.nextafter(threshold, dtype(0)) in confidence
+    # Holm and a fixed sequence promise the target, not their last bound.
+    assert (certificate.bound == 0.1) == (procedure != "bonferroni")
+    assert float(dtype(certificate.threshold)) == certificate.threshold  # deployed in that dtype
 
 
 @pytest.mark.parametrize("procedure", LTT)
 def test_all_right_is_certified_at_full_coverage(procedure):
     certificate = LTT[procedure](np.arange(300), np.ones(300), target_risk=0.05, delta=0.1)
-    assert (certificate.coverage, certificate.threshold) == (1, np.finfo(np.float64).min)
+    # The sequence accepts the lowest seen; where nothing is assumed, all that may come.
+    least = 0 if procedure == "fixed_sequence" else np.finfo(np.float32).min
+    assert (certificate.coverage, certificate.threshold) == (1, least)
     dumps(certificate)
 
 
@@ -209,7 +270,8 @@ def test_conformal_risk_control_by_its_definition(data, alpha):
         for t in np.unique(confidence)
         if (((confidence >= t) & ~correct).sum() + 1) / (n + 1) <= alpha
     ]
-    assert certificate.threshold == (min(meets) if meets else None)
+    expected = (confidence >= min(meets)).sum() if meets else 0
+    assert certificate.n_accepted == expected
     assert certificate.delta is None
     if certificate.feasible:
         assert certificate.bound == (certificate.n_errors + 1) / (n + 1)

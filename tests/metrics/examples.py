@@ -34,6 +34,25 @@ def rows(loss, min_size=1, max_size=12):
     return st.lists(st.tuples(confidences, loss), min_size=min_size, max_size=max_size)
 
 
+def check_threshold(threshold, confidence, *, first=False):
+    """It separates neighbours, in float32 if one can; `first`: the first one above the lower."""
+    dtype = np.float16 if np.asarray(confidence).dtype == np.float16 else np.float32
+    confidence = np.asarray(confidence, np.float64)
+    accepted = confidence >= threshold
+    lowest, below = confidence[accepted].min(), confidence[~accepted].max(initial=-math.inf)
+    with np.errstate(over="ignore"):
+        single = np.float32(lowest)
+        if single > lowest:
+            single = np.nextafter(single, np.float32(-math.inf))
+        if single > below:
+            assert np.float32(threshold) == threshold
+            assert not first or np.nextafter(dtype(threshold), dtype(-math.inf)) <= below
+        else:
+            assert threshold in (lowest, -math.inf, np.nextafter(below, math.inf))
+    if accepted.all() and not first:
+        assert threshold == single
+
+
 def split(data):
     confidence, loss = (np.array(column) for column in zip(*data, strict=True))
     return confidence, loss

@@ -17,6 +17,7 @@ from tests.metrics.examples import (
     HAND,
     HAND_TIED,
     any_loss,
+    check_threshold,
     confidences,
     rows,
     split,
@@ -280,6 +281,7 @@ def test_deployed_by_hand():
 def test_threshold_for_coverage_is_the_largest_that_suffices(confidence, coverage):
     threshold = metrics.threshold_for_coverage(confidence, coverage=coverage)
     n = len(confidence)
-    assert threshold in confidence
+    check_threshold(threshold, confidence)
     assert sum(c >= threshold for c in confidence) >= coverage * n - 1e-9
-    assert sum(c > threshold for c in confidence) < coverage * n
+    lowest = min(c for c in confidence if c >= threshold)
+    assert sum(c > lowest for c in confidence) < coverage * n
