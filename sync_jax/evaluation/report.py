@@ -140,16 +140,16 @@ def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
 
     Keys are wrapped where they must be; a number never is.
     """
-    columns = [[str(cell) for cell in column] for column in zip(*table.rows, strict=True)]
-    longest = [max(map(len, column)) for column in columns]
     headings, keys, gap = [*table.headings], table.keys, 3
+    columns = [[str(row[k]) for row in table.rows] for k in range(len(headings))]
+    longest = [max(map(len, column), default=0) for column in columns]
     for k, heading in enumerate(headings):
         word = min(max(map(len, heading.split())), 16)
         lines = textwrap.wrap(heading, max(longest[k], word, 8), break_on_hyphens=False)
         headings[k] = "\n".join(lines)
         longest[k] = max(longest[k], *map(len, lines))
-    of_keys = [max(len(word) for cell in column for word in cell.split()) for column in columns]
-    taken = sum(min(size, width // 3) + gap for size in of_keys[:keys])
+    words = [" ".join(column).split() for column in columns[:keys]]
+    taken = sum(min(max(map(len, each), default=0), width // 3) + gap for each in words)
     title, first = table.title, keys
     while first < len(headings):
         end, room = first, width + gap - taken
@@ -158,10 +158,7 @@ def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
             end += 1
         chosen = [*range(keys), *range(first, end)]
         made = rich.table.Table(
-            *(
-                rich.table.Column(headings[k], justify="left", overflow="fold")
-                for k in chosen[:keys]
-            ),
+            *(rich.table.Column(headings[k], overflow="fold") for k in chosen[:keys]),
             *(rich.table.Column(headings[k], justify="right", no_wrap=True) for k in chosen[keys:]),
             title=title,
             box=rich.box.SIMPLE_HEAD,
