@@ -31,7 +31,9 @@ class Prediction(NamedTuple):
     """Answers for n examples."""
 
     label: np.ndarray  # [n], the most probable class, as it was named when fitting
-    confidence: np.ndarray  # [n] float64, by the method's own score; higher is more confident
+    # [n] float32, higher is more confident: the method's own score, in the form that thresholds are
+    # on (`Score.unsaturated`), such as the log odds.
+    confidence: np.ndarray
     accepted: np.ndarray  # [n] bool, False where the classifier abstains
     probabilities: np.ndarray  # [n, classes] float64, in the order of SelectiveClassifier.classes
 
@@ -63,9 +65,9 @@ class SelectiveClassifier:
             )
         nothing = np.zeros(len(inputs), np.int32)  # labels are not known
         predictions = self.trainer.predict(self.state, Part(inputs, nothing, nothing))
-        confidence = predictions.confidence(self.score, **self.parameters)
+        confidence, _, predicted, _ = predictions.decided(self.score, **self.parameters)
         return Prediction(
-            self.classes[predictions.predicted],
+            self.classes[predicted],
             confidence,
             confidence >= self.threshold,
             predictions.probabilities,
@@ -137,7 +139,7 @@ def fit(
     score = known_scores(config, name)[name]
     parameters = fit_parameters(held_out, score=score)
     threshold = metrics.threshold_for_coverage(
-        held_out.confidence(score, **parameters), coverage=config.target_coverage
+        held_out.decided(score, **parameters).confidence, coverage=config.target_coverage
     )
     return SelectiveClassifier(job.trainer, state, classes, held_out, score, parameters, threshold)
 

@@ -1,7 +1,8 @@
 """Confidence scores of a network's outputs: `[n]`, higher means more confident.
 
-They work alike on NumPy and JAX arrays and keep the precision of what they are given. Give them
-float64 where ties matter: in float32 thousands of softmax responses are exactly 1.
+They work alike on NumPy and JAX arrays and keep the precision of what they are given. In float32
+thousands of softmax responses are exactly 1, and g of a sure selection head is: rank such scores in
+float64, and compare a threshold with their `Score.unsaturated` form.
 """
 
 import dataclasses
@@ -34,6 +35,23 @@ def softmax_response(outputs: Outputs) -> Any:
     return 1.0 / exponentials.sum(axis=-1)
 
 
+def log_odds(outputs: Outputs) -> Any:
+    """The largest of `logits` `[n, classes]` less the logsumexp of the others: log(SR / (1 - SR)).
+
+    `[n]`, it ranks as the softmax response does, and stays apart in float32 where that is 1. With a
+    single class, infinity: there is nothing to mistake it for.
+    """
+    logits = outputs["logits"]
+    xp = logits.__array_namespace__()
+    classes = logits.shape[-1]
+    if classes == 1:
+        return xp.full_like(logits[..., 0], xp.inf)
+    # Less the largest first: what remains near 0 is exact, however large the logits are.
+    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
+    largest = xp.arange(classes) == xp.argmax(logits, axis=-1)[..., None]
+    return -energy({"logits": xp.where(largest, -xp.inf, shifted)})
+
+
 def selection(outputs: Outputs) -> Any:
     """The selection function g = sigmoid of `selection_logits` `[n]`: `[n]` in `[0, 1]`.
 
@@ -44,6 +62,11 @@ def selection(outputs: Outputs) -> Any:
     # Both branches take exp of a non-positive number: no overflow at either end.
     decay = xp.exp(-xp.abs(logits))
     return xp.where(logits >= 0, 1.0, decay) / (1.0 + decay)
+
+
+def selection_logit(outputs: Outputs) -> Any:
+    """The logit of g, `selection_logits` `[n]`: g is 1 in float32 where it exceeds 17."""
+    return outputs["selection_logits"]
 
 
 def margin(outputs: Outputs) -> Any:
@@ -108,8 +131,12 @@ def abstention(outputs: Outputs) -> Any:
     In the softmax over the classes, `logits` `[n, classes]`, and `abstention_logits` `[n]`. Its
     negative rather than its complement, which would be 1 for every small enough probability.
     """
-    relative = outputs["abstention_logits"] - energy(outputs)
-    return -selection({"selection_logits": relative})
+    return -selection({"selection_logits": -log_odds_of_answering(outputs)})
+
+
+def log_odds_of_answering(outputs: Outputs) -> Any:
+    """The logarithm of the odds of any class, `logits`, against abstaining: `[n]`."""
+    return energy(outputs) - outputs["abstention_logits"]
 
 
 def mutual_information(outputs: Outputs) -> Any:
@@ -127,7 +154,8 @@ class Score:
 
     A score `of_raw_logits` reads their scale or shift. The logarithms of averaged probabilities
     have neither: their energy is 0 for every example. Of the `choices` of arguments the first with
-    the least AURC on the calibration split is taken.
+    the least AURC on the calibration split is taken. Thresholds are on its `unsaturated` form, a
+    score that ranks as it does and that float32 keeps apart; None: on the score itself.
     """
 
     function: Callable[..., Any]  # maps outputs, and arguments by keyword, to [n]
@@ -135,6 +163,7 @@ class Score:
     needs: tuple[str, ...] = ("logits",)  # the outputs that it reads
     of_raw_logits: bool = False
     choices: tuple[Mapping[str, Any], ...] = ({},)
+    unsaturated: "Score | None" = None  # without arguments
 
     def applies(self, outputs: Outputs) -> bool:
         """True if the score means something for these outputs."""
@@ -142,8 +171,13 @@ class Score:
         return outputs.keys() >= {*self.needs} and not (averaged and self.of_raw_logits)
 
 
+LOG_ODDS = Score(log_odds, "log odds")
+_SELECTION_LOGIT = Score(selection_logit, "logit of g", needs=("selection_logits",))
+_ABSTAINING = ("logits", "abstention_logits")
+_ANSWERING = Score(log_odds_of_answering, "log odds of answering", needs=_ABSTAINING)
 SCORES: dict[str, Score] = {
-    "softmax_response": Score(softmax_response, "SR"),
+    "softmax_response": Score(softmax_response, "SR", unsaturated=LOG_ODDS),
+    "log_odds": LOG_ODDS,
     "margin": Score(margin, "margin"),
     "negative_entropy": Score(negative_entropy, "-entropy"),
     "max_logit": Score(max_logit, "max logit", of_raw_logits=True),
@@ -154,8 +188,8 @@ SCORES: dict[str, Score] = {
         choices=({"p": None}, *({"p": p} for p in range(1, 11))),
     ),
     "energy": Score(energy, "energy", of_raw_logits=True),
-    "selection": Score(selection, "g", needs=("selection_logits",)),
-    "abstention": Score(abstention, "-abstention", needs=("logits", "abstention_logits")),
+    "selection": Score(selection, "g", ("selection_logits",), unsaturated=_SELECTION_LOGIT),
+    "abstention": Score(abstention, "-abstention", _ABSTAINING, unsaturated=_ANSWERING),
     "mutual_information": Score(
         mutual_information, "-mutual information", needs=("logits", "expected_entropy")
     ),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sync_jax.evaluation.predictions import Predictions
-from sync_jax.evaluation.report import read_report
+from sync_jax.evaluation.report import read_report, show_report
 from sync_jax.runtime import sharding
 from tests import tiny
 from tests.command_line import QUICKSTART, run
@@ -34,16 +34,23 @@ def old(tmp_path, monkeypatch):
     return tmp_path / "run_0_1", [QUICKSTART, *options, f"--workdir={tmp_path / 'run_0_1'}"]
 
 
-def test_it_is_evaluated_anew(old):
+def test_it_is_evaluated_anew(old, capsys):
     folder, command = old
     before = read_report(folder)
     assert "label" not in before["scores"]["selection"]
+    capsys.readouterr()
+    show_report(before, folder)
+    assert "An older report, with thresholds for float64 alone" in capsys.readouterr().out
     assert run(*command, "--mode=evaluate", "--config.evaluation.delta=0.1") == 0
     after = read_report(folder)
     assert after["config"]["evaluation"]["delta"] == 0.1
     assert after["scores"]["selection"]["label"] == "g"
-    for name in ("aurc", "rank_based", "operating_point"):
+    for name in ("aurc", "rank_based"):
         assert after["scores"]["selection"][name] == before["scores"]["selection"][name]
+    # Its threshold was a calibration confidence, g; now it lies below its logit.
+    now, then = (x["scores"]["selection"]["operating_point"] for x in (after, before))
+    assert now["threshold"] <= np.log(then["threshold"] / (1 - then["threshold"]))
+    assert now["n_accepted"] >= then["n_accepted"]
 
 
 def test_another_experiment_is_refused_there(old, capsys):

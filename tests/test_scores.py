@@ -12,7 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from sync_jax.methods import METHODS
 from sync_jax.scores import (
+    LOG_ODDS,
     SCORES,
+    log_odds,
     max_logit_pnorm,
     selection,
     softmax,
@@ -29,6 +31,10 @@ OUTPUTS = {
 }
 
 
+UNSATURATED = {s.unsaturated.label: s.unsaturated for s in SCORES.values() if s.unsaturated}
+ALL = SCORES | UNSATURATED  # log odds under both names
+
+
 def call(score, outputs):
     """Takes the second of several choices of arguments: p = 1."""
     return score.function(outputs, **score.choices[:2][-1])
@@ -38,9 +44,9 @@ def available(outputs):
     return [name for name, score in SCORES.items() if score.applies(outputs)]
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_type_and_precision_of_the_input_stay(name):
-    score_of = functools.partial(call, SCORES[name])
+    score_of = functools.partial(call, ALL[name])
     for dtype in (np.float64, np.float32):
         outputs = {key: array.astype(dtype) for key, array in OUTPUTS.items()}
         score = score_of(outputs)
@@ -59,6 +65,9 @@ def test_extreme_logits(xp):
     np.testing.assert_array_equal(softmax_response({"logits": logits}), [1.0, 0.5, 1.0])
     logits = xp.asarray([1e4, 0.0, -1e4], dtype=xp.float32)
     np.testing.assert_array_equal(selection({"selection_logits": logits}), [1.0, 0.5, 0.0])
+    logits = xp.asarray([[1e4, -1e4, 0], [-1e4, 1e4, 9999], [0, 0, 1e4]], dtype=xp.float32)
+    expected = [1e4, 1.0, 1e4 - math.log(2)]
+    np.testing.assert_allclose(log_odds({"logits": logits}), expected, rtol=1e-7)
 
 
 def test_float64_keeps_confident_examples_apart():
@@ -68,8 +77,24 @@ def test_float64_keeps_confident_examples_apart():
     assert set(softmax_response({"logits": logits.astype(np.float32)})) == {1.0}
 
 
+@pytest.mark.parametrize("name", [name for name, score in SCORES.items() if score.unsaturated])
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_the_unsaturated_form_ranks_alike_and_float32_keeps_it_apart(name, xp):
+    sure = np.linspace(0, 60, 121)
+    outputs = {
+        "logits": np.stack([sure, 0 * sure], axis=1),
+        "selection_logits": sure,
+        "abstention_logits": 3 * sure,
+    }
+    form = call(SCORES[name].unsaturated, outputs)
+    assert np.all(np.diff(call(SCORES[name], outputs)[np.argsort(form)]) >= 0)
+    single = {key: xp.asarray(array, dtype=xp.float32) for key, array in outputs.items()}
+    assert len(np.unique(np.asarray(call(SCORES[name].unsaturated, single)))) == 121
+    assert len(np.unique(np.asarray(call(SCORES[name], single)))) < 121
+
+
 def test_every_score_says_what_it_needs():
-    for score in SCORES.values():
+    for score in ALL.values():
         needed = {key: OUTPUTS[key] for key in score.needs}
         np.testing.assert_array_equal(call(score, needed), call(score, OUTPUTS))
         for key in needed:  # and nothing less
@@ -81,7 +106,9 @@ def test_every_score_says_what_it_needs():
 LOG = math.log
 BY_HAND = {
     "softmax_response": [0.5, 0.8, 1 / 3],
+    "log_odds": [0, LOG(4), -LOG(2)],
     "selection": [0.5, 0.75, 0.25],
+    "logit of g": [0, LOG(3), -LOG(3)],
     # Probabilities (1/4, 1/4, 1/2), (8/10, 1/10, 1/10), (1/3, 1/3, 1/3).
     "margin": [1 / 4, 7 / 10, 0],
     "negative_entropy": [-1.5 * LOG(2), 0.8 * LOG(0.8) + 0.2 * LOG(0.1), -LOG(3)],
@@ -93,6 +120,7 @@ BY_HAND = {
     "mutual_information": [LOG(2) / 2 - 1.5 * LOG(2), 0.8 * LOG(0.8) + 0.2 * LOG(0.1), -LOG(3) / 2],
     # The abstention weighs 1, 10 and 9 against 4, 10 and 3.
     "abstention": [-1 / 5, -1 / 2, -3 / 4],
+    "log odds of answering": [LOG(4), 0, -LOG(3)],
 }
 
 
@@ -103,7 +131,7 @@ def test_softmax_of_large_logits():
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_scores_by_hand(name):
-    np.testing.assert_allclose(call(SCORES[name], OUTPUTS), BY_HAND[name], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(call(ALL[name], OUTPUTS), BY_HAND[name], rtol=1e-12, atol=1e-12)
 
 
 def test_pnorm_of_another_order_by_hand_and_its_fallback():
@@ -117,7 +145,7 @@ def test_pnorm_of_another_order_by_hand_and_its_fallback():
     np.testing.assert_allclose(max_logit_pnorm(tiny, p=2), max_logit_pnorm(LOGITS, p=2), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name, xp):
     for logits in ([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], [[0.0]], [[-1e4], [1e4]]):
@@ -128,9 +156,12 @@ def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name
                 "abstention_logits": xp.full(len(logits), -sign, dtype=xp.float32),
                 "expected_entropy": xp.zeros(len(logits), dtype=xp.float32),
             }
-            score = call(SCORES[name], outputs)
+            score = call(ALL[name], outputs)
             assert score.shape == (len(logits),)
-            assert np.isfinite(score).all()
+            if ALL[name] is LOG_ODDS and len(logits[0]) == 1:  # a single class has no rival
+                np.testing.assert_array_equal(score, math.inf)
+            else:
+                assert np.isfinite(score).all()
 
 
 @given(
@@ -159,7 +190,7 @@ def test_with_two_classes_margin_and_entropy_rank_as_the_softmax_response():
 
 
 def test_which_scores_mean_something():
-    of_classes = ["softmax_response", "margin", "negative_entropy"]
+    of_classes = ["softmax_response", "log_odds", "margin", "negative_entropy"]
     of_logits = [*of_classes, "max_logit", "max_logit_pnorm", "energy"]
     assert available(LOGITS) == of_logits
     assert available(LOGITS | SELECTION) == [*of_logits, "selection"]

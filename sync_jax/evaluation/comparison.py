@@ -26,7 +26,7 @@ from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
-from sync_jax.runtime.console import printable
+from sync_jax.runtime.console import printable, say
 from sync_jax.runtime.files import check_plain, write_text
 from sync_jax.scores import SCORES, Score
 
@@ -98,8 +98,8 @@ class FinishedRun:
         record, (confidence, wrong) = self.report["scores"][score], self.of(score)
         point, target = record["operating_point"], record["operating_point"]["target_coverage"]
         found = {
-            "selective_risk": metrics.selective_risk(confidence, wrong, coverage=coverages),
-            "own_risk": metrics.selective_risk(confidence, wrong, coverage=target),
+            "selective_risk": metrics.selective_risk(confidence, loss=wrong, coverage=coverages),
+            "own_risk": metrics.selective_risk(confidence, loss=wrong, coverage=target),
             "deployed_risk": point["selective_risk"],
             "deployed_coverage": point["coverage"],
             "aurc": record["aurc"]["mean"],
@@ -366,19 +366,17 @@ def show(record: dict[str, Any], out: Path) -> None:
     cells = [
         [rich.text.Text(row[i][0], style="bold" if row[i][1] else "") for i in kept] for row in rows
     ]
-    printed = reports.table(
-        "Selective error % on test, by coverage", (headings[i] for i in kept), cells
-    )
-    printed.columns[0].justify = "left"
+    title, shown = "Selective error % on test, by coverage", [headings[i] for i in kept]
     best = record["rows"][0]["label"]
     differences = zip(record["differences"], _differences(record), strict=True)
-    parts = [*NOTES, *(f"  {line}" for entry, line in differences if entry["a"] == best)]
+    parts: list[reports.Table | str] = [reports.Table(title, shown, cells), *NOTES]
+    parts += [f"  {line}" for entry, line in differences if entry["a"] == best]
     if record["ignored"]:
         parts.append(
             f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}"
         )
-    parts.append(f"All coverages and pairs: {printable(out / 'compare.md')}, .json, .csv, .png")
-    reports.show((printed, *parts), width=140)
+    reports.show(parts)
+    say(f"All coverages and pairs: {out / 'compare.md'}, .json, .csv, .png")
 
 
 def plot(

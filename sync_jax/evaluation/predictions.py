@@ -17,7 +17,7 @@ from sync_jax.scores import SCORES, Score, softmax
 class Ranked(NamedTuple):
     """A split's examples under one confidence score."""
 
-    confidence: np.ndarray  # [n] float64
+    confidence: np.ndarray  # [n] float64; float32 where a threshold is compared with it
     wrong: np.ndarray  # [n] float64, 1 where the prediction is not the label
     predicted: np.ndarray  # [n] integers, the predicted class
     num_classes: int
@@ -56,6 +56,16 @@ class Predictions:
         """The examples under a score; see `confidence`."""
         confidence = self.confidence(score, **parameters)
         return Ranked(confidence, self.wrong, self.predicted, self.outputs["logits"].shape[-1])
+
+    def decided(self, score: Score, **parameters: Any) -> Ranked:
+        """The examples as a threshold sees them: by the score's unsaturated form, in float32.
+
+        So no threshold keeps apart what a user who computes in float32 cannot.
+        """
+        form = score.unsaturated
+        ranked = self.ranked(score, **parameters) if form is None else self.ranked(form)
+        with np.errstate(over="ignore"):  # 1e39 is infinite for them too
+            return ranked._replace(confidence=ranked.confidence.astype(np.float32))
 
     def same_examples(self, other: "Predictions") -> bool:
         """True where both are of the same examples in the same order."""

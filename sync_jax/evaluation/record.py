@@ -47,7 +47,9 @@ def summary(predictions: Predictions) -> dict[str, Any]:
 def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     """The metrics of the calibration split that are logged while training."""
     values = summary(predictions)
-    values["aurc"] = metrics.aurc(predictions.confidence("softmax_response"), predictions.wrong)
+    values["aurc"] = metrics.aurc(
+        predictions.confidence("softmax_response"), loss=predictions.wrong
+    )
     names = ("accuracy", "negative_log_likelihood", "aurc", "mean_selection")
     return {name: values[name] for name in names if name in values}
 
@@ -58,6 +60,7 @@ def evaluation_record(
     """Both protocols for every score that the outputs allow; its fields are in docs/report.md.
 
     Thresholds and the scores' parameters come from `calibration`; `score` is the method's own.
+    Which certificate is recommended does not depend on the data (docs/report.md).
     """
     known = {k: s for k, s in known_scores(config, score).items() if s.applies(test.outputs)}
     shapes = [
@@ -71,6 +74,7 @@ def evaluation_record(
             f"the predictions do not go with the score {score}: calibration and test have {found}"
         )
     record: dict[str, Any] = {
+        "recommended": {"score": "log_odds"},  # first in the file, and filled in below
         "calibration": summary(calibration),
         "test": summary(test),
         "method_score": score,
@@ -78,10 +82,17 @@ def evaluation_record(
     }
     ranked = {}
     for name in {"softmax_response", score}:
-        parameters = record["scores"][name]["parameters"]
-        ranked[name] = test.ranked(known[name], **parameters)
-        held_out = calibration.ranked(known[name], **parameters)
-        record["scores"][name] |= guarantee_record(held_out, ranked[name], config)
+        entry, own = record["scores"][name], known[name]
+        parameters = entry["parameters"]
+        ranked[name] = test.ranked(own, **parameters)
+        entry["bootstrap_95"] = bootstrap_intervals(ranked[name])
+        entry["thresholds_on"] = (own.unsaturated or own).label
+        held_out, decided = (part.decided(own, **parameters) for part in (calibration, test))
+        entry |= threshold_record(held_out, decided, config)
+    best = record["scores"]["softmax_response"]["certificates"][0]
+    held_out = calibration.decided(known["log_odds"])
+    plan = None if best["feasible"] else enough(held_out, config)
+    record["recommended"] |= best | {"calibration_plan": plan}
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
             metrics.aurc, *ranked[score][:2], *ranked["softmax_response"][:2]
@@ -95,40 +106,34 @@ def ranking_record(
 ) -> dict[str, Any]:
     """The part of the record that every score has; arguments as of `evaluation_record`."""
     parameters = fit_parameters(calibration, score=score)
-    held_out = calibration.confidence(score, **parameters)
     confidence, wrong, _, _ = test.ranked(score, **parameters)
-
-    def calibrated(coverage: float) -> dict[str, Any]:
-        threshold = metrics.threshold_for_coverage(held_out, coverage=coverage)
-        return {"target_coverage": coverage, **_on_test(confidence, wrong, threshold)}
-
-    coverages = [percent / 100 for percent in config.evaluation.coverages]
     return {
         "label": score.label,
         "parameters": parameters,
         "aurc": {
-            convention: metrics.aurc(confidence, wrong, convention=convention)
+            convention: metrics.aurc(confidence, loss=wrong, convention=convention)
             for convention in ("mean", "fd_shifts", "torch_uncertainty")
         },
         "excess_aurc": {
-            convention: metrics.excess_aurc(confidence, wrong, convention=convention)
+            convention: metrics.excess_aurc(confidence, loss=wrong, convention=convention)
             for convention in ("mean", "fd_shifts")
         },
-        "normalised_aurc": metrics.normalised_aurc(confidence, wrong),
-        "augrc": metrics.augrc(confidence, wrong),
-        "excess_augrc": metrics.excess_augrc(confidence, wrong),
-        "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
-        "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
+        "normalised_aurc": metrics.normalised_aurc(confidence, loss=wrong),
+        "augrc": metrics.augrc(confidence, loss=wrong),
+        "excess_augrc": metrics.excess_augrc(confidence, loss=wrong),
+        "failure_auroc": metrics.failure_auroc(confidence, correct=1 - wrong),
+        "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, correct=1 - wrong),
         "rank_based": [
-            {"coverage": c, "selective_risk": metrics.selective_risk(confidence, wrong, coverage=c)}
-            for c in coverages
+            {
+                "coverage": coverage,
+                "selective_risk": metrics.selective_risk(confidence, loss=wrong, coverage=coverage),
+            }
+            for coverage in _coverages(config)
         ],
         "coverage_at_risk": [
-            {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, wrong, risk=risk)}
+            {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, loss=wrong, risk=risk)}
             for risk in config.evaluation.target_risks
         ],
-        "deployed": [calibrated(coverage) for coverage in coverages],
-        "operating_point": calibrated(config.target_coverage),
     }
 
 
@@ -136,47 +141,69 @@ def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
     """The score's arguments with the least AURC on the calibration split, the first of several."""
 
     def area(parameters: Mapping[str, Any]) -> float:
-        return metrics.aurc(calibration.confidence(score, **parameters), calibration.wrong)
+        return metrics.aurc(calibration.confidence(score, **parameters), loss=calibration.wrong)
 
     best = min(score.choices, key=area) if len(score.choices) > 1 else score.choices[0]
     return dict(best)
 
 
-def guarantee_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> dict[str, Any]:
-    """The part of the record that the softmax response and the method's own score alone have.
-
-    Intervals and certificates cost time, and of a dozen scores none could be chosen by them.
-    """
-    intervals = {
+def bootstrap_intervals(test: Ranked) -> dict[str, list[float]]:
+    """95 % intervals. They cost time: the softmax response and the method's own score have them."""
+    of = {
         "aurc": (metrics.aurc, test.wrong),
         "augrc": (metrics.augrc, test.wrong),
         "failure_auroc": (metrics.failure_auroc, 1 - test.wrong),
     }
-    bootstrap = {}
-    for name, (metric, values) in intervals.items():
+    intervals = {}
+    for name, (metric, values) in of.items():
         interval = metrics.bootstrap_interval(metric, test.confidence, values)
-        bootstrap[name] = [interval.lower, interval.upper]
+        intervals[name] = [interval.lower, interval.upper]
+    return intervals
+
+
+def threshold_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> dict[str, Any]:
+    """Thresholds of the softmax response and the method's own score, as `Predictions.decided`.
+
+    Other scores have none: several saturate in float32, and of a dozen none could be chosen by its
+    certificates.
+    """
+
+    def calibrated(coverage: float) -> dict[str, Any]:
+        threshold = metrics.threshold_for_coverage(calibration.confidence, coverage=coverage)
+        return {"target_coverage": coverage, **_on_test(test.confidence, test.wrong, threshold)}
+
     return {
-        "bootstrap_95": bootstrap,
+        "deployed": [calibrated(coverage) for coverage in _coverages(config)],
+        "operating_point": calibrated(config.target_coverage),
         "certificates": certificates(calibration, test, config),
         "class_certificates": class_certificates(calibration, test, config),
         "calibration_plans": calibration_plans(calibration, config),
     }
 
 
+def _coverages(config: ConfigDict) -> list[float]:
+    return [percent / 100 for percent in config.evaluation.coverages]
+
+
 def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[dict[str, Any]]:
     """A certificate of every method at every target risk, and what its threshold gives on test.
 
-    Each holds by itself: the best of several has not the confidence of one.
+    Each holds by itself: the best of several has not the confidence of one. The first is that of
+    the hybrid, which is feasible most often, at the first target.
     """
-    split = calibration.confidence, 1 - calibration.wrong
+    confidence, correct = calibration.confidence, 1 - calibration.wrong
     found = []
     for risk in config.evaluation.target_risks:
-        asked = {"target_risk": risk, "delta": config.evaluation.delta}
-        found.append(guarantees.sgr(*split, **asked))
-        for procedure in ("bonferroni", "fixed_sequence"):
-            found.append(guarantees.learn_then_test(*split, **asked, procedure=procedure))
-        found.append(guarantees.conformal_risk_control(*split, alpha=risk))
+        asked: dict[str, Any] = {
+            "correct": correct,
+            "target_risk": risk,
+            "delta": config.evaluation.delta,
+        }
+        found.append(guarantees.sgr_fixed_sequence(confidence, **asked))
+        found.append(guarantees.sgr(confidence, **asked))
+        for procedure in ("bonferroni", "holm", "fixed_sequence"):
+            found.append(guarantees.learn_then_test(confidence, **asked, procedure=procedure))
+        found.append(guarantees.conformal_risk_control(confidence, correct=correct, alpha=risk))
     return [
         {**each.to_dict(), "test": _on_test(test.confidence, test.wrong, each.threshold)}
         for each in found
@@ -192,8 +219,8 @@ def class_certificates(
         found = guarantees.group_certificates(
             guarantees.learn_then_test,
             calibration.confidence,
-            1 - calibration.wrong,
-            calibration.predicted,
+            correct=1 - calibration.wrong,
+            groups=calibration.predicted,
             target_risk=risk,
             delta=config.evaluation.delta,
             names=range(test.num_classes),
@@ -209,32 +236,47 @@ def class_certificates(
 
 
 def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str, Any]]:
-    """Calibration examples that a certificate needs for one threshold, per target risk.
+    """Calibration examples that the target coverage needs at each target risk."""
+    risks = config.evaluation.target_risks
+    return [_plan(calibration, config, risk, config.target_coverage) for risk in risks]
 
-    It accepts config.target_coverage, with the error rate seen on the calibration split.
+
+def enough(calibration: Ranked, config: ConfigDict) -> dict[str, Any] | None:
+    """The calibration examples that the first target risk needs, at a coverage where it is easy.
+
+    The largest at which at most half the target is wrong on the calibration split; None if there is
+    no such coverage, or no number is enough.
     """
-    confidence, wrong, _, _ = calibration
-    coverage = config.target_coverage
+    risk = config.evaluation.target_risks[0]
+    confidence, wrong = calibration[:2]
+    coverage = metrics.coverage_at_risk(confidence, loss=wrong, risk=risk / 2)
+    plan = _plan(calibration, config, risk, coverage) if coverage else {"n_calibration": None}
+    return None if plan["n_calibration"] is None else plan
+
+
+def _plan(calibration: Ranked, config: ConfigDict, risk: float, coverage: float) -> dict[str, Any]:
+    """Calibration examples for the hybrid's fixed sequence to pass the threshold of a coverage.
+
+    There the expected risk is what is seen on the calibration split.
+    """
+    confidence, wrong = calibration[:2]
     threshold = metrics.threshold_for_coverage(confidence, coverage=coverage)
     seen = {
         "coverage": coverage,
-        "expected_risk": metrics.deployed(confidence, wrong, threshold=threshold).risk,
+        "expected_risk": metrics.deployed(confidence, loss=wrong, threshold=threshold).risk,
     }
-    rows = []
-    for risk in config.evaluation.target_risks:
-        row: dict[str, Any] = {"target_risk": risk, **seen, "n_calibration": None, "power": None}
-        # The expected risk may not, or hardly, be below the target.
-        with contextlib.suppress(ValueError):
-            asked = {"target_risk": risk, "delta": config.evaluation.delta, **seen}
-            plan = guarantees.calibration_size(**asked)
-            row |= {"n_calibration": plan.n_calibration, "power": plan.power}
-        rows.append(row)
-    return rows
+    row: dict[str, Any] = {"target_risk": risk, **seen, "n_calibration": None, "power": None}
+    # The expected risk may not, or hardly, be below the target.
+    with contextlib.suppress(ValueError):
+        asked = {"target_risk": risk, "delta": config.evaluation.delta, **seen}
+        plan = guarantees.calibration_size(**asked, tests=2)
+        row |= {"n_calibration": plan.n_calibration, "power": plan.power}
+    return row
 
 
 def _on_test(confidence: np.ndarray, wrong: np.ndarray, threshold: float | None) -> dict[str, Any]:
     """Coverage, risk and counts of accepting confidence >= threshold; None accepts nothing."""
-    result = metrics.deployed(confidence, wrong, threshold=threshold)
+    result = metrics.deployed(confidence, loss=wrong, threshold=threshold)
     return {
         "threshold": result.threshold,
         "coverage": result.coverage,

@@ -5,15 +5,17 @@ import datetime
 import json
 import math
 import platform
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 from ml_collections import ConfigDict
 
 import sync_jax
@@ -22,18 +24,30 @@ from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions, Ranked
 from sync_jax.evaluation.record import known_scores
-from sync_jax.runtime.console import printable
+from sync_jax.runtime.console import printable, say
 from sync_jax.runtime.files import write_atomically, write_text
 from sync_jax.runtime.profiling import describe
 from sync_jax.scores import SCORES
 
-SCHEMA = 2
+SCHEMA = 3
+OLDER = 2  # has no recommended certificate, and its thresholds are float64's
+WIDTH = 80  # of a terminal that does not say, and of what is piped
 CERTIFICATE_LABELS = {
+    "sgr_fixed_sequence": "SGR + fixed sequence",
     "sgr": "SGR",
     "learn_then_test/bonferroni": "LTT Bonferroni",
+    "learn_then_test/holm": "LTT Holm",
     "learn_then_test/fixed_sequence": "LTT fixed sequence",
-    "conformal_risk_control": "CRC (joint)",
 }
+
+
+class Table(NamedTuple):
+    """A table for the console; the first `keys` columns say what a row is of."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | rich.text.Text]]
+    keys: int = 1
 
 
 def write_report(
@@ -46,6 +60,7 @@ def write_report(
     """
     report = {
         "schema": SCHEMA,
+        **record,
         "config": config.to_dict(),
         "environment": {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -55,7 +70,6 @@ def write_report(
             "platform": platform.platform(),
             "devices": [device.device_kind for device in jax.devices()],
         },
-        **record,
     }
     known = known_scores(config, record["method_score"])
     curves = {
@@ -76,7 +90,7 @@ def read_report(workdir: Path) -> dict[str, Any] | None:
     with undamaged(path):
         content = json.loads(path.read_text())
         report = converted(content, lambda x: printable(x) if isinstance(x, str) else x)
-        if (schema := report["schema"]) != SCHEMA:
+        if (schema := report["schema"]) not in (OLDER, SCHEMA):
             found = f"{path} has schema {schema}, this version reads {SCHEMA}"
             raise InputError(f"{found}; --mode=evaluate renews it")
         _shown(report)
@@ -107,40 +121,75 @@ def speed_before(workdir: Path) -> dict[str, Any] | None:
 
 def show_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints the report's tables."""
-    paths = (printable(workdir / name) for name in ("report.json", "risk_coverage.png"))
-    show((*_shown(report), f"Report: {', '.join(paths)}"), width=120)
+    show(_shown(report))
+    say(f"Report: {workdir / 'report.json'}, {workdir / 'risk_coverage.png'}")
 
 
-def show(parts: Iterable[rich.table.Table | str], *, width: int) -> None:
-    """Prints tables and lines; piped output, which has no width of its own, takes `width`."""
+def show(parts: Iterable[Table | str]) -> None:
+    """Prints tables and lines, as wide as the terminal."""
     console = rich.console.Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = width
+        console.width = WIDTH
     for part in parts:
-        console.print(part)
+        for each in [part] if isinstance(part, str) else _split(part, console.width):
+            console.print(each)
 
 
-def table(title: str, headings: Iterable[str], rows: Iterable[Sequence[Any]]) -> rich.table.Table:
-    """A table for the console, its columns aligned on the right."""
-    columns = (rich.table.Column(heading, justify="right") for heading in headings)
-    made = rich.table.Table(*columns, title=title, box=rich.box.SIMPLE_HEAD)
-    for row in rows:
-        made.add_row(*row)
-    return made
+def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
+    """Makes tables of at most a width, each with the keys and some of the other columns.
+
+    Keys are wrapped where they must be; a number never is.
+    """
+    headings, keys, gap = [*table.headings], table.keys, 3
+    columns = [[str(row[k]) for row in table.rows] for k in range(len(headings))]
+    longest = [max(map(len, column), default=0) for column in columns]
+    for k, heading in enumerate(headings):
+        word = min(max(map(len, heading.split())), 16)
+        lines = textwrap.wrap(heading, max(longest[k], word, 8), break_on_hyphens=False)
+        headings[k] = "\n".join(lines)
+        longest[k] = max(longest[k], *map(len, lines))
+    words = [" ".join(column).split() for column in columns[:keys]]
+    taken = sum(min(max(map(len, each), default=0), width // 3) + gap for each in words)
+    title, first = table.title, keys
+    while first < len(headings):
+        end, room = first, width + gap - taken
+        while end < len(headings) and (end == first or longest[end] + gap <= room):
+            room -= longest[end] + gap
+            end += 1
+        chosen = [*range(keys), *range(first, end)]
+        made = rich.table.Table(
+            *(rich.table.Column(headings[k], overflow="fold") for k in chosen[:keys]),
+            *(rich.table.Column(headings[k], justify="right", no_wrap=True) for k in chosen[keys:]),
+            title=title,
+            box=rich.box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+        )
+        for row in table.rows:
+            made.add_row(*(row[k] for k in chosen))
+        yield made
+        title, first = "", end
 
 
-def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
+def _shown(report: dict[str, Any]) -> list[Table | str]:
     """The tables and lines that are printed."""
-    parts: list[rich.table.Table | str] = [
+    certified, joint = _certificate_tables(report)
+    parts: list[Table | str] = [
+        _lead(report),
+        "",
         _coverage_table(report),
-        "Rank-based: coverage imposed on the test ranking, as in published tables.",
-        "Deployed: threshold from the calibration split; what a user would get.\n",
+        "Rank-based: coverage imposed on the test ranking, as in published tables. Deployed: "
+        "threshold from the calibration split; what a user would get.\n",
         _ranking_table(report),
-        _certificate_table(report),
-        "SGR, LTT: error of the answers at most the target, with confidence 1 - delta over the "
-        "calibration split; the fixed\nsequence provided that errors are no likelier where "
-        "confidence is higher. CRC: P(answered and wrong) at most the\ntarget, on average. Each "
-        "holds by itself: choose score, target and method before looking.\n",
+        "",
+        certified,
+        "Test coverage % : test error %. The error of the answers is at most the target, with "
+        "confidence 1 - delta over the calibration split; of a fixed sequence provided that errors "
+        "are no likelier where confidence is higher. Each holds by itself: choose score, target "
+        "and method before looking. report.json has thresholds and reasons.\n",
+        joint,
+        "Test coverage % : answered and wrong, % of all test examples. That share is at most the "
+        "target on average over calibration splits, and not with any confidence for one.\n",
         *_certificate_notes(report),
     ]
     test, training, calibration = (report[name] for name in ("test", "training", "calibration"))
@@ -168,6 +217,34 @@ def _shown(report: dict[str, Any]) -> list[rich.table.Table | str]:
     return parts
 
 
+def _lead(report: dict[str, Any]) -> str:
+    """The recommended certificate in one sentence, or why there is none and what would do."""
+    if report["schema"] == OLDER:
+        return "An older report, with thresholds for float64 alone; --mode=evaluate renews it."
+    found = report["recommended"]
+    wrong, sure = (f"{100 * x:g} %" for x in (found["target_risk"], 1 - found["delta"]))
+    if found["feasible"]:
+        # All digits: the certificate is that of this threshold and of none beside it.
+        threshold = str(np.float32(found["threshold"]))
+        covered = number(found["test"]["coverage"], spec=".1f")
+        return (
+            f"Answer when the log odds are at least {threshold}: at most {wrong} wrong with {sure} "
+            f"confidence; answers {covered} %"
+        )
+    if (plan := found["calibration_plan"]) is not None:
+        advice = (
+            f"About {plan['n_calibration']:,} calibration images would do four times in five, for "
+            f"{number(plan['coverage'], spec='.0f')} % coverage; there are "
+            f"{found['n_calibration']:,}"
+        )
+    else:
+        advice = "At no coverage is the error low enough for any number of calibration images"
+    return (
+        f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
+        f"confidence. {advice}. ({found['reason']})"
+    )
+
+
 def label_of(record: dict[str, Any], name: str) -> str:
     """A score's label; reports of version 0.1 have none, and built-in scores alone."""
     known = SCORES[name].label if name in SCORES else name
@@ -180,12 +257,12 @@ def main_scores(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record["scores"][name] for name in names}
 
 
-def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
+def _coverage_table(report: dict[str, Any]) -> Table:
     scores = main_scores(report)
     labels = [label_of(report, name) for name in scores]
     headings = ["coverage %", *(f"rank-based {label}" for label in labels)]
     for label in labels:
-        headings += [f"deployed {label}", "at coverage %"]
+        headings += [f"deployed {label}", "covers %"]
     rows = []
     for k, entry in enumerate(report["scores"]["softmax_response"]["rank_based"]):
         cells = [f"{100 * entry['coverage']:g}"]
@@ -194,10 +271,10 @@ def _coverage_table(report: dict[str, Any]) -> rich.table.Table:
             deployed = score["deployed"][k]
             cells += [number(deployed["selective_risk"]), number(deployed["coverage"])]
         rows.append(cells)
-    return table("Selective error % on test", headings, rows)
+    return Table("Selective error % on test", headings, rows)
 
 
-def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
+def _ranking_table(report: dict[str, Any]) -> Table:
     headings = ("score", "AURC x1000", "95 % interval", "E-AURC x1000", "AUGRC x1000")
     rows = []
     for name, score in report["scores"].items():
@@ -211,45 +288,48 @@ def _ranking_table(report: dict[str, Any]) -> rich.table.Table:
         failure = (number(score[name], 1, ".4f") for name in ("failure_auroc", "fpr_at_95_tpr"))
         rows.append((label, area, " to ".join(ends), excess, augrc, *failure))
     title = "Ranking on test (AURC convention: mean, ties in random order)"
-    return table(title, (*headings, "failure AUROC", "FPR@95TPR"), rows)
+    return Table(title, (*headings, "failure AUROC", "FPR at 95 % TPR"), rows)
 
 
-def _certificate_table(report: dict[str, Any]) -> rich.table.Table:
-    rows = []
+def _certificate_tables(report: dict[str, Any]) -> tuple[Table, Table]:
+    """Certificates of the selective risk, and those that bound the joint risk on average."""
+    targets = report["config"]["evaluation"]["target_risks"]
+    certified: list[tuple[str, ...]] = []
+    joint: list[tuple[str, ...]] = []
     for name, score in main_scores(report).items():
-        cells: dict[float, dict[str, str]] = {}
-        for certificate in score["certificates"]:
-            test, cell = certificate["test"], "infeasible"
-            if certificate["feasible"]:
-                cell = f"{number(test['coverage'])} : {number(test['selective_risk'])}"
-            cells.setdefault(certificate["target_risk"], {})[certificate["method"]] = cell
-        for target, of_method in cells.items():
-            of_methods = (of_method[key] for key in CERTIFICATE_LABELS)
-            rows.append((label_of(report, name), f"{100 * target:g}", *of_methods))
-    delta = report["config"]["evaluation"]["delta"]
-    title = f"Certified thresholds at delta {delta:g}: test coverage % : test error %"
-    return table(title, ("score", "target %", *CERTIFICATE_LABELS.values()), rows)
+        label = score.get("thresholds_on", label_of(report, name))
+        cells: dict[str, list[str]] = {}
+        for certificate in score["certificates"]:  # target by target
+            cells.setdefault(certificate["method"], []).append(_outcome(certificate))
+        joint.append((label, *cells.pop("conformal_risk_control")))
+        certified += [(label, CERTIFICATE_LABELS[method], *x) for method, x in cells.items()]
+    headings = [f"{100 * target:g} %" for target in targets]
+    title = f"Certified thresholds at delta {report['config']['evaluation']['delta']:g}"
+    return (
+        Table(title, ("score", "method", *headings), certified, keys=2),
+        Table("Answered and wrong, on average (CRC)", ("score", *headings), joint),
+    )
+
+
+def _outcome(certificate: dict[str, Any]) -> str:
+    """The coverage and the risk on test of a certified threshold."""
+    if not certificate["feasible"]:
+        return "infeasible"
+    test = certificate["test"]
+    risk = test["selective_risk"]
+    if certificate["delta"] is None:  # of all examples, not of those answered
+        risk = test["n_errors"] / (test["n_accepted"] + test["n_rejected"])
+    return f"{number(test['coverage'])} : {number(risk)}"
 
 
 def _certificate_notes(report: dict[str, Any]) -> list[str]:
-    """Why certificates are infeasible, and how many classes have one of their own."""
-    notes = [
-        f"{label_of(report, name)}, {CERTIFICATE_LABELS[certificate['method']]} at "
-        f"{100 * certificate['target_risk']:g} %: {certificate['reason']}"
-        for name, score in main_scores(report).items()
-        for certificate in score["certificates"]
-        if not certificate["feasible"]
-    ]
+    """How many calibration examples are needed, and how many classes have certificates."""
     score, own = report["scores"][report["method_score"]], label_of(report, report["method_score"])
     plan = score["calibration_plans"][0]
     needs = ", ".join(
         f"{100 * plan['target_risk']:g} %: "
         + ("none is enough" if plan["n_calibration"] is None else f"{plan['n_calibration']:,}")
         for plan in score["calibration_plans"]
-    )
-    notes.append(
-        f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
-        f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}."
     )
     certified: dict[float, list[bool]] = {}
     for row in score["class_certificates"]:
@@ -258,10 +338,11 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
         f"{sum(feasible)} of {len(feasible)} at {100 * target:g} %"
         for target, feasible in certified.items()
     )
-    notes.append(
-        f"Predicted classes with a certificate of their own, all together, by {own}: {counts}."
-    )
-    return notes
+    return [
+        f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
+        f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}.",
+        f"Predicted classes with a certificate of their own, all together, by {own}: {counts}.",
+    ]
 
 
 def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
@@ -269,7 +350,7 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     axes = new_axes(7, 4.5)
     for color, (name, ranked) in zip(("C0", "C1"), curves.items(), strict=False):
         score, wrong = record["scores"][name], ranked.wrong
-        curve = metrics.risk_coverage_curve(ranked.confidence, wrong)
+        curve = metrics.risk_coverage_curve(ranked.confidence, loss=wrong)
         label = f"{label_of(record, name)}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=color, label=label)
         point = score["operating_point"]
@@ -278,7 +359,7 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
             axes.plot(coverage, risk, "o", color=color)
             axes.axvline(coverage, color=color, linestyle=":", linewidth=1)
             axes.annotate(
-                f"{label_of(record, name)} deployed at {point['threshold']:.3f}:\n"
+                f"{score['thresholds_on']} at least {point['threshold']:.3f}:\n"
                 f"{risk:.2f} % wrong of {coverage:.1f} % answered",
                 (coverage, risk),
                 xytext=(-8, 30 if color == "C1" else 10),

@@ -63,8 +63,8 @@ def test_an_ensemble_is_a_run_that_can_be_compared(folder, tmp_path):
     assert report["config"]["method"] == "ensemble"
     assert report["training"]["seconds"] == 33.0
     assert report["members"] == [f"{folder}/ce-{seed}" for seed in range(3)]
-    of_probabilities = {"softmax_response", "margin", "negative_entropy", "mutual_information"}
-    assert set(report["scores"]) == of_probabilities
+    of_probabilities = {"softmax_response", "log_odds", "margin", "negative_entropy"}
+    assert set(report["scores"]) == of_probabilities | {"mutual_information"}
     single = [json.loads((folder / f"ce-{i}/report.json").read_text()) for i in range(3)]
     assert report["test"]["accuracy"] > max(r["test"]["accuracy"] for r in single)
     again = Predictions.load(out / "predictions_test.npz")

@@ -2,6 +2,8 @@ import dataclasses
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -190,9 +192,9 @@ def test_files_that_are_no_predictions(saved):
 
 # Softmax responses descend: .9820, .9526, .8808, .7311; the third is wrong. g ranks it last.
 TEST = binary([4.0, 3.0, 2.0, 1.0], [0, 0, 1, 0], selection=[1.0, 3.0, -1.0, 2.0])
-# Five examples: responses of margins 3.5, 2.5, 1.5, 0.8, 0.2; the fifth is wrong.
+# Five examples: log odds of 3.5, 3.2, 1.5, 0.8, 0.2; the fifth is wrong.
 CALIBRATION = binary(
-    [3.5, -2.5, 1.5, 0.8, 0.2], [0, 1, 0, 0, 1], selection=[2.5, 1.5, 0.0, 0.5, -2.0]
+    [3.5, -3.2, 1.5, 0.8, 0.2], [0, 1, 0, 0, 1], selection=[2.5, 1.5, 0.0, 0.5, -0.8]
 )
 
 
@@ -270,12 +272,13 @@ def test_rank_based_by_hand(record):
 
 
 def test_deployed_by_hand(record):
-    """Thresholds are calibration confidences; coverage and risk are those of the test split."""
+    """Thresholds are of the calibration log odds; coverage and risk are those of the test split."""
     rows = record["scores"]["softmax_response"]["deployed"]
     # 100, 75, 50 and 20 % of five calibration examples: 5, 4, 3, 1 of them.
-    margins = [0.2, 0.8, 1.5, 3.5]
+    bounds = [(-math.inf, 0.2), (0.2, 0.8), (0.8, 1.5), (3.2, 3.5)]
+    for row, (low, high) in zip(rows, np.float32(bounds), strict=True):
+        assert low < row["threshold"] == np.float32(row["threshold"]) <= high
     expected = {
-        "threshold": [response(margin) for margin in margins],
         "target_coverage": [1.0, 0.75, 0.5, 0.2],
         "n_accepted": [4, 4, 3, 1],
         "n_errors": [1, 1, 1, 0],
@@ -284,19 +287,23 @@ def test_deployed_by_hand(record):
         "n_rejected": [0, 0, 1, 3],
         "n_rejected_errors": [0, 0, 0, 1],
     }
-    assert rows[0].keys() == expected.keys()
+    assert rows[0].keys() == expected.keys() | {"threshold"}
     for name, values in expected.items():
         assert [row[name] for row in rows] == pytest.approx(values, rel=1e-6), name
     # 80 % of five: the second least confident.
     point = record["scores"]["selection"]["operating_point"]
     assert point["target_coverage"] == 0.8
-    assert point["threshold"] == 0.5  # sigmoid of 0
+    assert -0.8 < point["threshold"] <= 0  # logits of g, as the record says
+    assert record["scores"]["selection"]["thresholds_on"] == "logit of g"
+    assert record["scores"]["softmax_response"]["thresholds_on"] == "log odds"
     assert (point["n_accepted"], point["n_errors"], point["coverage"]) == (3, 0, 0.75)
 
 
 METHODS = [
+    "sgr_fixed_sequence",
     "sgr",
     "learn_then_test/bonferroni",
+    "learn_then_test/holm",
     "learn_then_test/fixed_sequence",
     "conformal_risk_control",
 ]
@@ -315,6 +322,61 @@ def test_infeasible_certificates(record):
         test = certificate["test"]
         assert (test["threshold"], test["n_accepted"], test["coverage"]) == (None, 0, 0.0)
         assert math.isnan(test["selective_risk"])
+
+
+def saturated(seed, n=1500):
+    """Logits up to some 60, as of a network that has learnt its training data by heart."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n)
+    sure = 12 * rng.random((n, 1)) ** 2
+    outputs = {
+        "logits": sure * (rng.normal(size=(n, 4)) + 3 * np.eye(4)[labels]),
+        "selection_logits": (4 * sure + rng.normal(size=(n, 1)))[:, 0],
+        "abstention_logits": rng.normal(size=n) - 30 * sure[:, 0] + 200,
+    }
+    outputs = {name: array.astype(np.float32) for name, array in outputs.items()}
+    return Predictions(outputs, labels, np.arange(n))
+
+
+@pytest.mark.parametrize("own", ["selection", "abstention"])
+def test_who_computes_in_float32_decides_as_the_report_does(own):
+    calibration, test = saturated(0), saturated(1)
+    assert 40 < test.outputs["logits"].max() < 80
+    record = evaluation_record(calibration, test, default_config(), score=own)
+    on_device = {name: jnp.asarray(array) for name, array in test.outputs.items()}
+    ordered = jnp.sort(on_device["logits"], axis=-1)
+    others = jax.nn.logsumexp(ordered[:, :-1], axis=-1)
+    confidences = {
+        "softmax_response": [
+            SCORES["log_odds"].function(on_device),
+            SCORES["log_odds"].function(test.outputs),
+            ordered[:, -1] - others,  # as anyone would write it
+        ],
+        own: [SCORES[own].unsaturated.function(on_device)],
+    }
+    compared = 0
+    for name, several in confidences.items():
+        score = record["scores"][name]
+        found = [(x["threshold"], x) for x in (*score["deployed"], score["operating_point"])]
+        found += [(x["threshold"], x["test"]) for x in score["certificates"] if x["feasible"]]
+        for threshold, expected in found:
+            for confidence in several:
+                assert confidence.dtype == np.float32
+                accepted = np.asarray(confidence >= np.float32(threshold))
+                assert accepted.sum() == expected["n_accepted"]
+                assert test.wrong[accepted].sum() == expected["n_errors"]
+                compared += 1
+    assert compared > 100
+    # Thresholds on the scores themselves, which are the same number for many, would not do.
+    response = jax.nn.softmax(on_device["logits"]).max(axis=-1)
+    for name, single in ("softmax_response", response), (own, SCORES[own].function(on_device)):
+        held_out, double = calibration.confidence(name), test.confidence(name)
+        differences = []
+        for percent in default_config().evaluation.coverages:
+            threshold = metrics.threshold_for_coverage(held_out, coverage=percent / 100)
+            accepted = np.sum(double >= threshold), np.sum(single >= np.float32(threshold))
+            differences.append(abs(int(accepted[0]) - int(accepted[1])))
+        assert max(differences) > 50
 
 
 def test_class_certificates_pay_for_their_number():
@@ -353,12 +415,12 @@ def test_feasible_certificate_by_hand():
     record = evaluation_record(
         binary(margins, np.zeros(20), selection=margins), TEST, config, score="selection"
     )
-    certificate = record["scores"]["softmax_response"]["certificates"][0]
+    certificate = record["scores"]["softmax_response"]["certificates"][1]
     assert certificate["method"] == "sgr"
     assert certificate["feasible"] is True
     assert certificate["n_accepted"] == 20
     assert certificate["bound"] == pytest.approx(1 - 0.01 ** (1 / 20), rel=1e-9)
-    assert certificate["threshold"] == pytest.approx(response(0.1), rel=1e-6)
+    assert certificate["threshold"] <= np.float32(0.1)
     assert certificate["delta"] == 0.05
     assert certificate["test"]["n_accepted"] == 4
     assert certificate["test"]["selective_risk"] == 0.25
@@ -384,7 +446,7 @@ def test_calibration_plans_are_the_planners():
     calibration = binary(margins, [0, 0, 0, 1, 0, 0, 0, 0, 0, 1], selection=margins)
     record = evaluation_record(calibration, TEST, config, score="softmax_response")
     plan = guarantees.calibration_size(
-        target_risk=0.2, delta=0.05, expected_risk=0.125, coverage=0.8
+        target_risk=0.2, delta=0.05 / 2, expected_risk=0.125, coverage=0.8
     )
     common = {"coverage": 0.8, "expected_risk": 0.125}
     assert record["scores"]["softmax_response"]["calibration_plans"] == [

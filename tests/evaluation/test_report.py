@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 
 from sync_jax.config import default_config
 from sync_jax.errors import InputError
-from sync_jax.evaluation import report
+from sync_jax.evaluation import comparison, report
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import evaluation_record
 from sync_jax.guarantees import Certificate
 from sync_jax.metrics import Interval
 from sync_jax.scores import SCORES
+from tests.evaluation import test_comparison
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +71,7 @@ SCORE_FIELDS = {
     **dict.fromkeys(("normalised_aurc", "augrc", "excess_augrc")),
     **dict.fromkeys(("failure_auroc", "fpr_at_95_tpr")),
     "bootstrap_95": {"aurc", "augrc", "failure_auroc"},
+    "thresholds_on": None,
     "rank_based": {"coverage", "selective_risk"},
     "coverage_at_risk": {"risk", "coverage"},
     "deployed": DEPLOYED_FIELDS,
@@ -77,9 +80,13 @@ SCORE_FIELDS = {
     "class_certificates": CERTIFICATE_FIELDS | {"predicted_class"},
     "calibration_plans": {"target_risk", "coverage", "expected_risk", "n_calibration", "power"},
 }
-OF_TWO_SCORES = {"bootstrap_95", "certificates", "class_certificates", "calibration_plans"}
+OF_TWO_SCORES = {
+    *("bootstrap_95", "thresholds_on", "deployed", "operating_point"),
+    *("certificates", "class_certificates", "calibration_plans"),
+}
 FIELDS = {
     "schema": None,
+    "recommended": CERTIFICATE_FIELDS | {"score", "calibration_plan"},
     "config": set(default_config()),
     "environment": {"date", "python", "jax", "sync_jax", "platform", "devices"},
     "training": {"steps", "seconds"},
@@ -98,6 +105,7 @@ def test_fields_are_the_schemas_and_no_others(written):
         return set(value) if isinstance(value, dict) else None
 
     content, _ = written[False]
+    assert list(content)[:2] == ["schema", "recommended"]
     assert {name: fields(value) for name, value in content.items()} == FIELDS
     for name, score in content["scores"].items():
         expected = SCORE_FIELDS | {"parameters": {"p"} if name == "max_logit_pnorm" else set()}
@@ -110,24 +118,118 @@ def test_fields_are_the_schemas_and_no_others(written):
         assert words.issuperset(names)
 
 
-def test_a_feasible_certificate_is_shown_with_what_it_gives_on_test(written, capsys):
-    content, folder = written[True]
+def printed(content, folder, capsys):
     report.show_report(content, folder)
-    shown = capsys.readouterr().out
-    certificate = content["scores"]["selection"]["certificates"][-4]
-    assert (certificate["method"], certificate["target_risk"]) == ("sgr", 0.05)
-    assert certificate["feasible"]
-    row = next(line for line in shown.splitlines() if line.split()[:2] == ["g", "5"])
-    assert row.split()[2:5] == [f"{100 * certificate['test']['coverage']:.2f}", ":", "0.00"]
-    assert "Calibration examples for one threshold at 80 % coverage by g" in shown
+    return capsys.readouterr().out
+
+
+def test_the_report_leads_with_the_recommended_certificate(written, capsys):
+    """Feasible for the perfect network; 300 calibration images don't do for the fair one."""
+    content, folder = written[True]
+    found = content["recommended"]
+    assert (found["score"], found["method"]) == ("log_odds", "sgr_fixed_sequence")
+    assert (found["target_risk"], found["feasible"]) == (0.05, True)
+    assert found.items() >= content["scores"]["softmax_response"]["certificates"][0].items()
+    first = " ".join(printed(content, folder, capsys).split())
+    threshold = re.match(
+        r"Answer when the log odds are at least ([\d.]+): at most 5 % wrong with 95 % confidence; "
+        r"answers ([\d.]+) %",
+        first,
+    )
+    assert np.float32(threshold[1]) == np.float32(found["threshold"])
+    assert threshold[2] == f"{100 * found['test']['coverage']:.1f}"
+
+    content, folder = written[False]
+    found = content["recommended"]
+    assert not found["feasible"]
+    plan = found["calibration_plan"]
+    assert plan["expected_risk"] <= 0.025
+    assert plan["n_calibration"] > 300
+    first = " ".join(printed(content, folder, capsys).split())
+    assert first.startswith(
+        "No threshold of the log odds is certified for at most 5 % wrong with 95 % confidence. "
+        f"About {plan['n_calibration']:,} calibration images would do four times in five, for "
+        f"{100 * plan['coverage']:.0f} % coverage; there are 300. ({found['reason']})"
+    )
+
+
+def test_certificates_are_shown_with_what_they_give_on_test(written, capsys):
+    content, folder = written[True]
+    shown = printed(content, folder, capsys)
+    rows = [line.split() for line in shown.splitlines()]
+    sgr, joint = (content["scores"]["selection"]["certificates"][k] for k in (1, 5))
+    assert (sgr["method"], sgr["target_risk"], sgr["feasible"]) == ("sgr", 0.05, True)
+    assert joint["method"] == "conformal_risk_control"
+    of_sgr = [row[4:] for row in rows if row[:4] == ["logit", "of", "g", "SGR"]]
+    (row,) = (row for row in of_sgr if row[0] != "+")  # which is the hybrid's
+    assert row[:3] == [f"{100 * sgr['test']['coverage']:.2f}", ":", "0.00"]
+    assert "Calibration examples for one threshold at 80 % coverage by g" in " ".join(shown.split())
+
+
+def test_the_joint_risk_on_average_has_a_table_without_a_delta(written, capsys):
+    content, folder = written[False]
+    shown = printed(content, folder, capsys)
+    before, _, after = shown.partition("Answered and wrong, on average (CRC)")
+    assert "at delta 0.05" in before
+    table = after.split("\n\n")[0]
+    assert "CRC" not in before
+    assert "delta" not in table
+    test = content["scores"]["selection"]["certificates"][5]["test"]
+    share = test["n_errors"] / 300  # of all examples
+    assert share != test["selective_risk"]
+    assert f"{100 * test['coverage']:.2f} : {100 * share:.2f}" in table
+
+
+def test_at_80_columns_no_number_is_cut(tmp_path, monkeypatch, capsys):
+    """Of long labels, ensembles and comparisons, piped and in a terminal."""
+    label = "an own score with a long label, and a wordwhichisverylongindeed"
+    monkeypatch.setitem(SCORES, "selection", dataclasses.replace(SCORES["selection"], label=label))
+    monkeypatch.chdir(tmp_path)
+    for method, power in ("sync", 1.0), ("sync", 2.0), ("ce", 1.0):
+        for seed in (0, 1):
+            run = Path(f"{method}-{power}-{seed}")
+            options = {"seed": seed, "seconds": 123456.7, "loss__prior_power": power}
+            test_comparison.make_run(run, method, **options)
+            test_comparison.predictions(seed, 2.0).save(run / "predictions_calibration.npz")
+    comparison.ensemble(["ce-*"], Path("e"))
+    record = comparison.compare(["*-*"], Path("c"))
+    report.show_report(report.read_report(Path("sync-1.0-0")), Path("sync-1.0-0"))
+    piped = capsys.readouterr().out
+    monkeypatch.setattr(rich.console.Console, "is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    comparison.show(record, Path("c"))
+    report.show_report(report.read_report(Path("sync-1.0-0")), Path("sync-1.0-0"))
+    in_terminal = re.sub("\x1b\\[.*?m", "", capsys.readouterr().out)
+    headings, rows = comparison.table(record)
+    for shown in (piped, in_terminal):
+        assert "…" not in shown
+        assert [line for line in shown.splitlines() if len(line) > 80] == []
+        for row in rows:
+            for heading, (text, _) in zip(headings[1:], row[1:], strict=True):
+                assert text in shown or heading not in comparison.CONSOLE_COLUMNS
+        assert "123457 ± 0" in shown
+
+
+def test_where_every_prediction_is_wrong_no_warning_is_given(tmp_path, capsys):
+    test, held_out = (predictions(seed) for seed in (1, 0))
+    for part in (test, held_out):
+        part.labels[:] = (part.predicted + 1) % 4
+    record = evaluation_record(held_out, test, default_config(), score="selection")
+    record["training"] = {"steps": 12, "seconds": 3.5}
+    shown = printed(report.write_report(record, test, default_config(), tmp_path), tmp_path, capsys)
+    assert "At no coverage is the error low enough for any number of" in shown
+    assert "Test accuracy 0.00 %" in shown
+    assert (tmp_path / "risk_coverage.png").exists()
 
 
 def test_tables_show_both_protocols_and_the_certificates(written, capsys):
     content, folder = written[False]
-    report.show_report(content, folder)
-    shown = capsys.readouterr().out
-    for words in ("rank-based SR", "rank-based g", "deployed SR", "deployed g", "infeasible"):
-        assert words in shown
+    shown = printed(content, folder, capsys)
+    (at,) = (k for k, line in enumerate(shown.splitlines()) if "rank-based" in line)
+    headings = [line.split() for line in shown.splitlines()[at : at + 2]]
+    assert headings[0] == ["coverage", "rank-based", "rank-based", "deployed", "deployed"]
+    assert headings[1] == ["%", "SR", "g", "SR", "covers", "%", "g", "covers", "%"]
+    assert "infeasible" in shown
     row = next(line for line in shown.splitlines() if line.split()[:1] == ["70"])
     entry = {
         name: {
@@ -135,7 +237,7 @@ def test_tables_show_both_protocols_and_the_certificates(written, capsys):
             "deployed": score["deployed"][9]["selective_risk"],
             "coverage": score["deployed"][9]["coverage"],
         }
-        for name, score in content["scores"].items()
+        for name, score in report.main_scores(content).items()
     }
     sr, g = entry["softmax_response"], entry["selection"]
     values = (sr["rank"], g["rank"], sr["deployed"], sr["coverage"], g["deployed"], g["coverage"])
