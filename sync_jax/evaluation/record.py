@@ -44,14 +44,18 @@ def summary(predictions: Predictions) -> dict[str, Any]:
     return record
 
 
+@metrics.unchecked()  # the errors are those of the predictions, however they are ranked
 def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     """The metrics of the calibration split that are logged while training."""
     values = summary(predictions)
-    values["aurc"] = metrics.aurc(predictions.confidence("softmax_response"), predictions.wrong)
+    values["aurc"] = metrics.aurc(
+        predictions.confidence("softmax_response"), loss=predictions.wrong
+    )
     names = ("accuracy", "negative_log_likelihood", "aurc", "mean_selection")
     return {name: values[name] for name in names if name in values}
 
 
+@metrics.unchecked()
 def evaluation_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
@@ -84,7 +88,11 @@ def evaluation_record(
         record["scores"][name] |= guarantee_record(held_out, ranked[name], config)
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
-            metrics.aurc, *ranked[score][:2], *ranked["softmax_response"][:2]
+            metrics.aurc,
+            confidence_a=ranked[score].confidence,
+            loss_a=ranked[score].wrong,
+            confidence_b=ranked["softmax_response"].confidence,
+            loss_b=ranked["softmax_response"].wrong,
         )
         record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
     return record
@@ -107,24 +115,27 @@ def ranking_record(
         "label": score.label,
         "parameters": parameters,
         "aurc": {
-            convention: metrics.aurc(confidence, wrong, convention=convention)
+            convention: metrics.aurc(confidence, loss=wrong, convention=convention)
             for convention in ("mean", "fd_shifts", "torch_uncertainty")
         },
         "excess_aurc": {
-            convention: metrics.excess_aurc(confidence, wrong, convention=convention)
+            convention: metrics.excess_aurc(confidence, loss=wrong, convention=convention)
             for convention in ("mean", "fd_shifts")
         },
-        "normalised_aurc": metrics.normalised_aurc(confidence, wrong),
-        "augrc": metrics.augrc(confidence, wrong),
-        "excess_augrc": metrics.excess_augrc(confidence, wrong),
-        "failure_auroc": metrics.failure_auroc(confidence, 1 - wrong),
-        "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, 1 - wrong),
+        "normalised_aurc": metrics.normalised_aurc(confidence, loss=wrong),
+        "augrc": metrics.augrc(confidence, loss=wrong),
+        "excess_augrc": metrics.excess_augrc(confidence, loss=wrong),
+        "failure_auroc": metrics.failure_auroc(confidence, correct=1 - wrong),
+        "fpr_at_95_tpr": metrics.fpr_at_tpr(confidence, correct=1 - wrong),
         "rank_based": [
-            {"coverage": c, "selective_risk": metrics.selective_risk(confidence, wrong, coverage=c)}
-            for c in coverages
+            {
+                "coverage": coverage,
+                "selective_risk": metrics.selective_risk(confidence, loss=wrong, coverage=coverage),
+            }
+            for coverage in coverages
         ],
         "coverage_at_risk": [
-            {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, wrong, risk=risk)}
+            {"risk": risk, "coverage": metrics.coverage_at_risk(confidence, loss=wrong, risk=risk)}
             for risk in config.evaluation.target_risks
         ],
         "deployed": [calibrated(coverage) for coverage in coverages],
@@ -136,7 +147,7 @@ def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
     """The score's arguments with the least AURC on the calibration split, the first of several."""
 
     def area(parameters: Mapping[str, Any]) -> float:
-        return metrics.aurc(calibration.confidence(score, **parameters), calibration.wrong)
+        return metrics.aurc(calibration.confidence(score, **parameters), loss=calibration.wrong)
 
     best = min(score.choices, key=area) if len(score.choices) > 1 else score.choices[0]
     return dict(best)
@@ -147,14 +158,14 @@ def guarantee_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> d
 
     Intervals and certificates cost time, and of a dozen scores none could be chosen by them.
     """
-    intervals = {
-        "aurc": (metrics.aurc, test.wrong),
-        "augrc": (metrics.augrc, test.wrong),
-        "failure_auroc": (metrics.failure_auroc, 1 - test.wrong),
+    intervals: dict[str, tuple[Any, dict[str, Any]]] = {
+        "aurc": (metrics.aurc, {"loss": test.wrong}),
+        "augrc": (metrics.augrc, {"loss": test.wrong}),
+        "failure_auroc": (metrics.failure_auroc, {"correct": 1 - test.wrong}),
     }
     bootstrap = {}
     for name, (metric, values) in intervals.items():
-        interval = metrics.bootstrap_interval(metric, test.confidence, values)
+        interval = metrics.bootstrap_interval(metric, test.confidence, **values)
         bootstrap[name] = [interval.lower, interval.upper]
     return {
         "bootstrap_95": bootstrap,
@@ -169,14 +180,14 @@ def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[
 
     Each holds by itself: the best of several has not the confidence of one.
     """
-    split = calibration.confidence, 1 - calibration.wrong
+    split: dict[str, Any] = {"confidence": calibration.confidence, "correct": 1 - calibration.wrong}
     found = []
     for risk in config.evaluation.target_risks:
         asked = {"target_risk": risk, "delta": config.evaluation.delta}
-        found.append(guarantees.sgr(*split, **asked))
+        found.append(guarantees.sgr(**split, **asked))
         for procedure in ("bonferroni", "fixed_sequence"):
-            found.append(guarantees.learn_then_test(*split, **asked, procedure=procedure))
-        found.append(guarantees.conformal_risk_control(*split, alpha=risk))
+            found.append(guarantees.learn_then_test(**split, **asked, procedure=procedure))
+        found.append(guarantees.conformal_risk_control(**split, alpha=risk))
     return [
         {**each.to_dict(), "test": _on_test(test.confidence, test.wrong, each.threshold)}
         for each in found
@@ -192,8 +203,8 @@ def class_certificates(
         found = guarantees.group_certificates(
             guarantees.learn_then_test,
             calibration.confidence,
-            1 - calibration.wrong,
-            calibration.predicted,
+            correct=1 - calibration.wrong,
+            groups=calibration.predicted,
             target_risk=risk,
             delta=config.evaluation.delta,
             names=range(test.num_classes),
@@ -218,7 +229,7 @@ def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str,
     threshold = metrics.threshold_for_coverage(confidence, coverage=coverage)
     seen = {
         "coverage": coverage,
-        "expected_risk": metrics.deployed(confidence, wrong, threshold=threshold).risk,
+        "expected_risk": metrics.deployed(confidence, loss=wrong, threshold=threshold).risk,
     }
     rows = []
     for risk in config.evaluation.target_risks:
@@ -234,7 +245,7 @@ def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str,
 
 def _on_test(confidence: np.ndarray, wrong: np.ndarray, threshold: float | None) -> dict[str, Any]:
     """Coverage, risk and counts of accepting confidence >= threshold; None accepts nothing."""
-    result = metrics.deployed(confidence, wrong, threshold=threshold)
+    result = metrics.deployed(confidence, loss=wrong, threshold=threshold)
     return {
         "threshold": result.threshold,
         "coverage": result.coverage,

@@ -36,6 +36,7 @@ CERTIFICATE_LABELS = {
 }
 
 
+@metrics.unchecked()
 def write_report(
     record: dict[str, Any], test: Predictions, config: ConfigDict, workdir: Path
 ) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:
     axes = new_axes(7, 4.5)
     for color, (name, ranked) in zip(("C0", "C1"), curves.items(), strict=False):
         score, wrong = record["scores"][name], ranked.wrong
-        curve = metrics.risk_coverage_curve(ranked.confidence, wrong)
+        curve = metrics.risk_coverage_curve(ranked.confidence, loss=wrong)
         label = f"{label_of(record, name)}, AURC x1000 = {1000 * score['aurc']['mean']:.2f}"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=color, label=label)
         point = score["operating_point"]

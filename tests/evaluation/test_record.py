@@ -270,18 +270,18 @@ def test_rank_based_by_hand(record):
 
 
 def test_deployed_by_hand(record):
-    """Thresholds are calibration confidences; coverage and risk are those of the test split."""
+    """Thresholds lie between calibration confidences; coverage and risk are of the test split."""
     rows = record["scores"]["softmax_response"]["deployed"]
     # 100, 75, 50 and 20 % of five calibration examples: 5, 4, 3, 1 of them.
-    margins = [0.2, 0.8, 1.5, 3.5]
+    margins = [(0.2, 0.2), (0.8, 0.2), (1.5, 0.8), (3.5, 2.5)]  # the lowest accepted, and the next
     expected = {
-        "threshold": [response(margin) for margin in margins],
+        "threshold": [(response(low) + response(below)) / 2 for low, below in margins],
         "target_coverage": [1.0, 0.75, 0.5, 0.2],
-        "n_accepted": [4, 4, 3, 1],
+        "n_accepted": [4, 4, 3, 2],
         "n_errors": [1, 1, 1, 0],
-        "coverage": [1.0, 1.0, 0.75, 0.25],
+        "coverage": [1.0, 1.0, 0.75, 0.5],
         "selective_risk": [1 / 4, 1 / 4, 1 / 3, 0.0],
-        "n_rejected": [0, 0, 1, 3],
+        "n_rejected": [0, 0, 1, 2],
         "n_rejected_errors": [0, 0, 0, 1],
     }
     assert rows[0].keys() == expected.keys()
@@ -290,7 +290,7 @@ def test_deployed_by_hand(record):
     # 80 % of five: the second least confident.
     point = record["scores"]["selection"]["operating_point"]
     assert point["target_coverage"] == 0.8
-    assert point["threshold"] == 0.5  # sigmoid of 0
+    assert point["threshold"] == pytest.approx((0.5 + response(-2)) / 2)  # sigmoid of 0, and of -2
     assert (point["n_accepted"], point["n_errors"], point["coverage"]) == (3, 0, 0.75)
 
 
@@ -336,7 +336,7 @@ def test_class_certificates_pay_for_their_number():
 def test_intervals_are_those_of_the_bootstrap(record):
     score = record["scores"]["softmax_response"]
     interval = metrics.bootstrap_interval(
-        metrics.aurc, TEST.confidence("softmax_response"), TEST.wrong
+        metrics.aurc, TEST.confidence("softmax_response"), loss=TEST.wrong
     )
     assert score["bootstrap_95"]["aurc"] == [interval.lower, interval.upper]
     difference = record["aurc_minus_softmax_response"]
@@ -415,7 +415,9 @@ def test_the_order_of_the_norm_is_chosen_on_calibration_data():
     predictions = Predictions({"logits": logits.astype(np.float32)}, labels, np.arange(400))
     p = fit_parameters(predictions, score=SCORES["max_logit_pnorm"])["p"]
     areas = {
-        order: metrics.aurc(predictions.confidence("max_logit_pnorm", p=order), predictions.wrong)
+        order: metrics.aurc(
+            predictions.confidence("max_logit_pnorm", p=order), loss=predictions.wrong
+        )
         for order in (None, *range(1, 11))
     }
     assert p is not None
