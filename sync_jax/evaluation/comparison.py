@@ -231,10 +231,11 @@ def comparison(rows: dict[str, tuple[list[FinishedRun], str]]) -> dict[str, Any]
     entries = [_row(label, score, runs, coverages) for label, (runs, score) in rows.items()]
     entries.sort(key=lambda row: row["mean"]["aurc"])
     # The same seed: the same resamples of the test examples for every run.
-    resampled = {
-        label: np.mean([metrics.bootstrap_values(metrics.aurc, *x.of(score)) for x in runs], axis=0)
-        for label, (runs, score) in rows.items()
-    }
+    resampled = {}
+    for label, (members, score) in rows.items():
+        ranked = [run.of(score) for run in members]
+        values = [metrics.bootstrap_values(metrics.aurc, c, loss=wrong) for c, wrong in ranked]
+        resampled[label] = np.mean(values, axis=0)
     differences = []
     for a, b in itertools.combinations(entries, 2):
         interval = metrics.percentile_interval(
@@ -386,7 +387,8 @@ def plot(
     axes = reports.new_axes(8, 5)
     for i, label in enumerate(row["label"] for row in record["rows"]):
         runs, score = rows[label]
-        risks = [metrics.selective_risk(*run.of(score), coverage=GRID) for run in runs]
+        ranked = [run.of(score) for run in runs]
+        risks = [metrics.selective_risk(c, loss=wrong, coverage=GRID) for c, wrong in ranked]
         std = 100 * np.nan_to_num(_std(np.array(risks)))
         mean = 100 * np.mean(risks, axis=0)
         style = "-" if score == "softmax_response" else "--"

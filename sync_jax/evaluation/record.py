@@ -44,6 +44,7 @@ def summary(predictions: Predictions) -> dict[str, Any]:
     return record
 
 
+@metrics.unchecked()  # the errors are those of the predictions, however they are ranked
 def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     """The metrics of the calibration split that are logged while training."""
     values = summary(predictions)
@@ -54,6 +55,7 @@ def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     return {name: values[name] for name in names if name in values}
 
 
+@metrics.unchecked()
 def evaluation_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
@@ -95,7 +97,11 @@ def evaluation_record(
     record["recommended"] |= best | {"calibration_plan": plan}
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
-            metrics.aurc, *ranked[score][:2], *ranked["softmax_response"][:2]
+            metrics.aurc,
+            confidence_a=ranked[score].confidence,
+            loss_a=ranked[score].wrong,
+            confidence_b=ranked["softmax_response"].confidence,
+            loss_b=ranked["softmax_response"].wrong,
         )
         record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
     return record
@@ -149,14 +155,14 @@ def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
 
 def bootstrap_intervals(test: Ranked) -> dict[str, list[float]]:
     """95 % intervals. They cost time: the softmax response and the method's own score have them."""
-    of = {
-        "aurc": (metrics.aurc, test.wrong),
-        "augrc": (metrics.augrc, test.wrong),
-        "failure_auroc": (metrics.failure_auroc, 1 - test.wrong),
+    of: dict[str, tuple[Any, dict[str, Any]]] = {
+        "aurc": (metrics.aurc, {"loss": test.wrong}),
+        "augrc": (metrics.augrc, {"loss": test.wrong}),
+        "failure_auroc": (metrics.failure_auroc, {"correct": 1 - test.wrong}),
     }
     intervals = {}
     for name, (metric, values) in of.items():
-        interval = metrics.bootstrap_interval(metric, test.confidence, values)
+        interval = metrics.bootstrap_interval(metric, test.confidence, **values)
         intervals[name] = [interval.lower, interval.upper]
     return intervals
 
