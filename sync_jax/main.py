@@ -1,15 +1,26 @@
 """Trains, calibrates and evaluates a selective classifier, and writes its report.
 
-  python -m sync_jax.main --config=fashion_mnist
-  python -m sync_jax.main --config=fashion_mnist --config.method=ce --config.seed=1
-  python -m sync_jax.main --mode=compare --runs='runs/fashion_mnist-*'
+Train on Fashion-MNIST, in about two minutes on two CPU cores:
+  python -m sync_jax.main --config=quickstart
+Train on your own pictures, in one folder per class:
+  python -m sync_jax.main --config=image_folder --config.data.folder=pictures
+Go on with a training that was stopped: give the same command again.
+  python -m sync_jax.main --config=quickstart
+Make the report of a finished run anew:
+  python -m sync_jax.main --mode=evaluate --workdir=runs/quickstart-sync-seed0
+Train every combination of some values, and compare them:
+  python -m sync_jax.main --config=quickstart --mode=sweep --vary=seed=0,1,2
+Compare finished runs in one table:
+  python -m sync_jax.main --mode=compare --runs='runs/quickstart-*'
 
-A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
-config or input (nothing is written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
+--helpshort lists all modes and options, docs/quickstart.md explains them.
+
+Exit status: 0 done, 1 training failed, 2 bad config or input (nothing is
+written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
 import io
-import itertools
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +29,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sync_jax.runtime.config_file import ConfigFile
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.memory import keep_freed_memory
 
@@ -30,6 +42,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
+flags.FLAGS["config"].parser = ConfigFile()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -39,12 +52,12 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods"],
+    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods", "help"],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of a finished run anew, with other "
     "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
     "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
-    "methods, scores and backbones with their options.",
+    "methods, scores and backbones with their options. help: show the commands that are needed most.",
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."
@@ -104,6 +117,9 @@ def main(arguments: list[str]) -> None:
 
 def _do() -> None:
     mode = _MODE.value
+    if mode == "help" or len(sys.argv) == 1:
+        print((__doc__ or "").strip())
+        return
     if mode == "methods":
         from sync_jax import listing
 
@@ -129,8 +145,6 @@ def _do() -> None:
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=quickstart", 2)
-    if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
-        _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
     from sync_jax import trainer
     from sync_jax.runtime import processes
     from sync_jax.runtime.console import say
@@ -152,7 +166,8 @@ def _do_together(mode: str, config: ConfigDict) -> None:
     from sync_jax.data import loading, registry
     from sync_jax.runtime import compilation_cache, sharding
 
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    name = Path(file.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}-{config.method}-seed{config.seed}")
     sharding.check_devices()
     if mode in ("train", "sweep") and (
@@ -174,79 +189,33 @@ def _do_together(mode: str, config: ConfigDict) -> None:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line, and ends the program with one line where that fails."""
-    arguments = _with_config_paths(arguments)
+    given = [x for x in arguments if re.match("--?config(=|$)", x)]
+    if len(given) > 1:
+        _stop(f"--config is given {len(given)} times ({' '.join(given)}); name one", 2)
     try:
         rest = flags.FLAGS(arguments)
-    except flags.Error as error:
-        # config_flags puts a whole traceback into some messages; its last line says it all.
-        message = str(error)
-        if "Traceback" in message:
-            message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
-        _stop(message, 2)
-    except (Exception, SystemExit) as error:  # config_flags raises what it likes, a file anything
-        if isinstance(error, SystemExit) and {"--help", "--helpshort", "--helpfull"} & {*arguments}:
-            sys.exit(0)  # absl has printed the help
+    except SystemExit:  # absl has printed the help
+        sys.exit(0)
+    except Exception as error:  # config_flags raises what it likes
         _stop(_explain(arguments, error), 2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate
     return rest
 
 
-def _explain(arguments: list[str], error: BaseException) -> str:
-    """What is wrong with --config or one of its overrides."""
+def _explain(arguments: list[str], error: Exception) -> object:
+    """What is wrong with an option, or with an override of the config."""
     from sync_jax.config import FIELDS, unknown_field
-    from sync_jax.errors import suggestion
+    from sync_jax.errors import InputError
 
-    file = _config_file(arguments)
-    if not Path(file.partition(":")[0]).is_file():
-        known = _installed_configs()
-        return (
-            f"--config={file} is no file and no known config"
-            f"{suggestion(Path(file).stem, known)}; choose from {', '.join(known)}, or name a file"
-        )
+    if isinstance(error, flags.Error | InputError):
+        return error
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("-")
         field = path.removeprefix("config.")
         if field != path and field not in FIELDS and not field.startswith(("model.", "loss.")):
             return unknown_field(field)
-    return f"--config={file} cannot be used: {type(error).__name__}: {error}"
-
-
-def _installed_configs() -> dict[str, Path]:
-    """Returns the configs that come with sync_jax, by name: in the package or in its checkout."""
-    package = Path(__file__).parent
-    folder = package / "configs"  # of a wheel; setup.py puts it there
-    if not folder.is_dir():
-        folder = package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
-
-
-def _with_config_paths(arguments: list[str]) -> list[str]:
-    """Replaces the name of an installed config by its path, as in --config=quickstart."""
-    known = _installed_configs()
-
-    def found(value: str) -> str:
-        name, colon, rest = value.partition(":")
-        return value if name not in known or Path(name).is_file() else f"{known[name]}{colon}{rest}"
-
-    replaced = arguments[:1]
-    for before, argument in itertools.pairwise(arguments):
-        option, equals, value = argument.partition("=")
-        if before in ("-config", "--config"):
-            argument = found(argument)
-        elif equals and option in ("-config", "--config"):
-            argument = f"{option}={found(value)}"
-        replaced.append(argument)
-    return replaced
-
-
-def _config_file(arguments: list[str]) -> str:
-    """The value of --config, in either spelling; flags.FLAGS does not know it while it parses."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and option == "config":
-            return value if equals else following
-    return ""
+    return f"an option cannot be used: {type(error).__name__}: {error}"
 
 
 def _stop(message: object, status: int) -> NoReturn:

@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sync_jax import errors, train
+from sync_jax import errors, main, train
 from sync_jax.runtime import sharding
 from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
@@ -92,6 +93,28 @@ def test_help_names_the_flags_the_modes_and_the_command():
     shown = result.stdout + result.stderr
     assert result.returncode == 0
     assert "sync_jax: " not in shown  # how an error's line begins
-    assert "python -m sync_jax.main --config=fashion_mnist" in shown
     for word in ("--config", "--workdir", "--mode", "prepare", "evaluate", "Exit status"):
         assert word in shown
+
+
+def test_without_arguments_six_commands_are_shown_and_jax_is_not_imported(capsys, monkeypatch):
+    code = (
+        "import sys; from tests.command_line import run\n"
+        "assert run() == run('--mode=help') == 0 and 'jax' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    lines, again = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert lines == again
+    assert max(map(len, lines)) <= 80
+    start = "  python -m sync_jax.main "
+    commands = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    assert len(commands) == 6
+    done = []
+    monkeypatch.setattr(main, "_do", lambda: done.append(1))
+    for line in commands:  # the flags exist, and so do the configs
+        assert run(*shlex.split(line)) == 0, line
+    assert len(done) == 6
+    assert capsys.readouterr().err == ""

@@ -54,6 +54,9 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         refuse_differences(config, read_config(path), workdir)
     elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
         refuse_differences(config, notes["config"], workdir)
+    for path in workdir.glob("*.*"):  # a run writes all of these
+        if path.suffix in (".json", ".jsonl", ".npz", ".png") and path.is_dir():
+            raise InputError(f"{path} is a folder; move it away, or name another --workdir")
 
 
 def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:

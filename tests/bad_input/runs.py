@@ -38,6 +38,15 @@ CASES = {
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
     ),
     "config.json is a folder": Bad(DONE, "config.json cannot be read", folder("config.json")),
+    **{
+        f"{name} is a folder, {mode}": Bad(
+            [*DONE, f"--mode={mode}"], f"runs/done/{name} is a folder; move", folder(name)
+        )
+        for mode, name in [
+            *(("train", "report.json"), ("evaluate", "report.json")),
+            *(("train", "nonfinite.jsonl"), ("evaluate", "risk_coverage.png")),
+        ]
+    },
     "the lock is a folder": Bad(
         [*TRAIN, "--workdir=begun"],
         "workdir=begun cannot be written: Is a directory",
