@@ -57,7 +57,7 @@ _MODE = flags.DEFINE_enum(
     "and report. evaluate: make the report of a finished run anew, with other "
     "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
     "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
-    "methods, scores and backbones with their options. help: show the commands that are needed most.",
+    "methods, scores and backbones with their options. help: show the most needed commands.",
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."

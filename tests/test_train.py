@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sync_jax import errors, steps, train
-from sync_jax.config import to_json
+from sync_jax.config import default_config, to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
@@ -78,7 +78,13 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-    assert "Selective error" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Selective error" in shown
+    assert (
+        0
+        <= shown.index("40 calibration images can certify no error rate of 1 %")
+        < shown.index("step 4/")
+    )
 
 
 def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):
@@ -106,6 +112,17 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 def test_the_test_split_is_read_once_and_last(finished):
     reads = json.loads((finished / "reads.json").read_text())
     assert reads == [["train", False], ["test", True]]
+
+
+def test_what_no_calibration_split_of_a_size_can_certify_is_said():
+    """Without an error 59 examples prove 5 % at delta 0.05, for 0.95^59 < 0.05 < 0.95^58."""
+    config = default_config()
+    assert train.beyond_proof(config, 299) == ""
+    assert "rate of 1 % (299 without an error are needed) at" in train.beyond_proof(config, 298)
+    assert "2 % (149 without an error are needed) at" in train.beyond_proof(config, 59)
+    assert "5 % (59 without an error are needed) at" in train.beyond_proof(config, 58)
+    config.evaluation.delta = 0.5
+    assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
 
 
 def test_a_finished_run_says_so_and_trains_no_more(finished, data_dir, capsys, monkeypatch):
