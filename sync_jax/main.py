@@ -162,14 +162,17 @@ def _do() -> None:
 
 def _do_together(mode: str, config: ConfigDict) -> None:
     """Does what all processes do, once they have met."""
-    from sync_jax import train
+    from sync_jax import train, trainer
     from sync_jax.data import loading, registry
     from sync_jax.runtime import compilation_cache, sharding
+    from sync_jax.runtime.console import say
 
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     name = Path(file.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}-{config.method}-seed{config.seed}")
     sharding.check_devices()
+    for line in trainer.choose_network(config, workdir) if mode in ("train", "evaluate") else ():
+        say(line)
     if mode in ("train", "sweep") and (
         complaint := compilation_cache.use(config.process.compilation_cache)
     ):

@@ -200,6 +200,7 @@ def fit(job: Job, start: Start) -> Fitted:
             unlogged=start.unlogged,
             indices=indices,
             processes=processes,
+            advice=trainer.advice,
         ) as log,  # fmt: skip
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from sync_jax import errors, main, train
-from sync_jax.runtime import sharding
+from sync_jax.runtime import processes, sharding
 from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
 from tests.command_line import QUICKSTART, ROOT, run
@@ -31,6 +31,7 @@ def test_a_run_with_the_default_folder(folder, monkeypatch, capsys):
     for name in ("config.json", "metrics.jsonl", "report.json", "risk_coverage.png"):
         assert (folder / "runs" / "quickstart-sync-seed3" / name).stat().st_size > 0
     shown = capsys.readouterr()
+    assert re.search(r"^about \d+ seconds? of training left$", shown.out, re.MULTILINE)
     line = r"step 8/18 .*loss .*accuracy .*mean g .*coverage .*images/s .*s left"
     assert re.search(line, shown.out)
     assert re.search(r"epoch 1\.0 .*calibration accuracy .*mean g", shown.out)
@@ -85,6 +86,19 @@ def test_exit_statuses(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_and_evaluate", fails)
     assert run(QUICKSTART) == status
     assert capsys.readouterr().err.startswith(f"sync_jax: {line}")
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_auto_is_replaced_when_the_processes_have_met(mode, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(processes, "initialize", lambda *given, **more: done.append("met"))
+    monkeypatch.setattr(jax, "default_backend", lambda: done.append("looked") or "cpu")
+    name = "train_and_evaluate" if mode == "train" else "evaluate_finished"
+    monkeypatch.setattr(train, name, lambda config, workdir: done.append(config.model.to_dict()))
+    assert run("--config=image_folder", "--config.model.width=8", f"--mode={mode}") == 0
+    assert done[:2] == ["met", "looked"]
+    assert (done[-1]["name"], done[-1]["width"]) == ("cnn", 8)
+    assert "config.model.name=auto: cnn, without an accelerator\n" in capsys.readouterr().out
 
 
 def test_help_names_the_flags_the_modes_and_the_command():

@@ -50,13 +50,19 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
             "another --workdir"
         )
-    if has_config:
-        refuse_differences(config, read_config(path), workdir)
-    elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
-        refuse_differences(config, notes["config"], workdir)
+    if (saved := saved_config(workdir)) is not None:
+        refuse_differences(config, saved, workdir)
     for path in workdir.glob("*.*"):  # a run writes all of these
         if path.suffix in (".json", ".jsonl", ".npz", ".png") and path.is_dir():
             raise InputError(f"{path} is a folder; move it away, or name another --workdir")
+
+
+def saved_config(workdir: Path) -> dict[str, Any] | None:
+    """The config of the run in a folder, from a checkpoint where config.json was lost, or None."""
+    if (workdir / "config.json").exists():
+        return read_config(workdir / "config.json")
+    notes = latest_notes(workdir / "checkpoints")
+    return None if notes is None else notes["config"]
 
 
 def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
