@@ -32,6 +32,7 @@ from ml_collections import ConfigDict, config_flags
 from sync_jax.runtime.config_file import ConfigFile
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.memory import keep_freed_memory
+from sync_jax.runtime.signals import ending_at_ctrl_c
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -103,8 +104,6 @@ def main(arguments: list[str]) -> None:
     except OSError as error:  # what no one expected: a disk that is full, a folder that vanished
         where = error.filename or f"a file of --workdir={_WORKDIR.value or 'runs'}"
         _stop(f"{where} cannot be used: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from what was saved", 130)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
             raise
@@ -234,7 +233,5 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # or tables could not be printed as ASCII
             stream.reconfigure(errors="backslashreplace")
-    try:
+    with ending_at_ctrl_c():
         app.run(main, flags_parser=parse_flags)
-    except KeyboardInterrupt:  # before main's own
-        _stop("interrupted", 130)

@@ -76,7 +76,6 @@ def test_on_a_read_only_disk_nothing_is_begun_anew_and_nothing_lost(folder):
         (OSError(28, "No space left on device", "f"), 1, "f cannot be used: No space left on dev"),
         (errors.NonFiniteError("step 3: loss=nan"), 1, "training stopped at step 3: loss=nan"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "a device's memory is full (RESOU"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
     ],
 )
 def test_exit_statuses(error, status, line, monkeypatch, capsys):
