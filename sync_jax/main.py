@@ -53,12 +53,13 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods", "help"],
+    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "check", "methods", "help"],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of a finished run anew, with other "
     "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
-    "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
-    "methods, scores and backbones with their options. help: show the most needed commands.",
+    "one table of the --runs. ensemble: evaluate the mean of their probabilities. check: say "
+    "whether the options and the config are good, without data or devices. methods: list methods, "
+    "scores and backbones with their options. help: show the most needed commands.",
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."
@@ -139,7 +140,7 @@ def _do() -> None:
         return
     if _RUNS.value or _MIXED.value or _SCORES.value:
         _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
-    if _VARY.value and mode != "sweep":
+    if _VARY.value and mode not in ("sweep", "check"):
         _stop("--vary belongs to --mode=sweep", 2)
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
@@ -150,6 +151,13 @@ def _do() -> None:
     from sync_jax.runtime.signals import ending_at_sigterm
 
     left_out = trainer.resolve(config)
+    if mode == "check":
+        from sync_jax import sweep
+
+        for _, run in sweep.combinations(config, _VARY.value, name="") if _VARY.value else ():
+            trainer.resolve(run)
+        say("the options and the config are good")
+        return
     processes.initialize(
         _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=config.process.wait_seconds
     )

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from sync_jax import errors, main, train
+from sync_jax.data import registry
 from sync_jax.runtime import processes, sharding
 from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
@@ -98,6 +99,30 @@ def test_auto_is_replaced_when_the_processes_have_met(mode, monkeypatch, capsys)
     assert done[:2] == ["met", "looked"]
     assert (done[-1]["name"], done[-1]["width"]) == ("cnn", 8)
     assert "config.model.name=auto: cnn, without an accelerator\n" in capsys.readouterr().out
+
+
+def test_check_looks_at_options_and_config_and_at_nothing_else(folder, monkeypatch, capsys):
+    def touched(*arguments, **options):
+        raise AssertionError("a device, a process or data")
+
+    for owner, name in [
+        *((jax, x) for x in ("devices", "local_devices", "default_backend", "process_index")),
+        *((processes, "initialize"), (registry, "dataset"), (sharding, "make_mesh")),
+    ]:
+        monkeypatch.setattr(owner, name, touched)
+    good = ["--config=image_folder", "--config.data.folder=nowhere", "--config.model.width=8"]
+    vary = ["--mode=sweep", "--vary=seed=0,1", "--vary=method=ce,sync"]
+    assert run(*good, "--mode=check") == run(*good, *vary, "--mode=check") == 0
+    assert capsys.readouterr().out == 2 * "the options and the config are good\n"
+    for bad, message in {
+        "--config.train.epoch=3": "config.train.epoch is no field (did you mean 'train.epochs'?)",
+        "--config.model.widht=8": "has no option 'widht' (did you mean 'width'?)",
+        "--vary=loss.alpha=2.0": "config.loss.alpha=2.0 must be",
+        "--workdir=gs://bucket/run": "--workdir=gs://bucket/run must be a path",
+    }.items():
+        assert run(*good, bad, "--mode=check") == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["configs"]
 
 
 def test_help_names_the_flags_the_modes_and_the_command():
