@@ -60,7 +60,7 @@ FIELDS: dict[str, Option] = {
     "data.grey": Option(0.0, "[0, 1]", "probability of losing the colours"),
     "data.perspective": Option(0.0, "[0, 1]", "probability of a change of perspective"),
     "data.posterise": Option(0.0, "[0, 1]", "probability of keeping 2 bits a channel"),
-    "model.name": Option("cnn", "", "a name in models.BACKBONES, or package.module:NAME"),
+    "model.name": Option("cnn", "", "a name in models.BACKBONES, auto, or package.module:NAME"),
     "model.dtype": Option("float32", ("float32", "bfloat16"), "of the network's arithmetic"),
     "model.pretrained": Option("", "", "a .safetensors or .pth file with torchvision's names"),
     "loss.entropy_weight": Option(0.0, "[0, inf)", "of the probabilities' entropy (+EM)"),
@@ -221,8 +221,8 @@ def from_saved(saved: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def get_config(run: str) -> ConfigDict:
-    """The config of a run's folder, as --config of --mode=evaluate where none is given.
+def config_of_run(run: str) -> ConfigDict:
+    """Reads the config of a run's folder, which --mode=evaluate takes where none is given.
 
     What the folder names is not imported: InputError for names of modules.
     """

@@ -21,6 +21,7 @@ from sync_jax.errors import InputError, TerminatedError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
+from sync_jax.guarantees.binomial import fewest_accepted
 from sync_jax.methods import METHODS
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
@@ -57,7 +58,27 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     with prepared(config, registry.dataset(config.data), workdir, processes) as job:
+        if line := beyond_proof(config, len(job.calibration_part.labels)):
+            processes.print(line)
         finish(job, fit(job, begin(job)))
+
+
+def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
+    """One line on the target risks that no calibration split of this size can certify, or ''."""
+    delta = config.evaluation.delta
+    needed = {risk: fewest_accepted(risk, delta) for risk in config.evaluation.target_risks}
+    beyond = [
+        f"{100 * risk:g} % ({n:,} without an error are needed)"
+        for risk, n in needed.items()
+        if n > calibration_size
+    ]
+    if not beyond:
+        return ""
+    return (
+        f"{calibration_size:,} calibration images can certify no error rate of "
+        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}, whatever is trained; "
+        "config.data.calibration_size holds out more"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +208,7 @@ def fit(job: Job, start: Start) -> Fitted:
             unlogged=start.unlogged,
             indices=indices,
             processes=processes,
+            advice=trainer.advice,
         ) as log,  # fmt: skip
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from sync_jax import errors, steps, train
-from sync_jax.config import to_json
+from sync_jax.config import default_config, to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
@@ -23,9 +24,9 @@ from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import Progress, read_metrics
-from sync_jax.runtime.workdir import owned
+from sync_jax.runtime.workdir import check_workdir, owned, prepare_workdir
 from sync_jax.steps import Metrics
-from sync_jax.trainer import Trainer
+from sync_jax.trainer import Trainer, choose_network
 from tests import tiny
 
 
@@ -81,7 +82,13 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-    assert "Selective error" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Selective error" in shown
+    assert (
+        0
+        <= shown.index("40 calibration images can certify no error rate of 1 %")
+        < shown.index("step 4/")
+    )
 
 
 def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):
@@ -109,6 +116,64 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 def test_the_test_split_is_read_once_and_last(finished):
     reads = json.loads((finished / "reads.json").read_text())
     assert reads == [["train", False], ["test", True]]
+
+
+def test_what_no_calibration_split_of_a_size_can_certify_is_said():
+    """Without an error 59 examples prove 5 % at delta 0.05, for 0.95^59 < 0.05 < 0.95^58."""
+    config = default_config()
+    assert train.beyond_proof(config, 299) == ""
+    assert "rate of 1 % (299 without an error are needed) at" in train.beyond_proof(config, 298)
+    assert "2 % (149 without an error are needed) at" in train.beyond_proof(config, 59)
+    assert "5 % (59 without an error are needed) at" in train.beyond_proof(config, 58)
+    config.evaluation.delta = 0.5
+    assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
+
+
+def test_auto_takes_what_the_machine_can_train_and_stays_with_it(data_dir, tmp_path, monkeypatch):
+    def chosen(workdir, backend, **changes):
+        config = tiny.config(data_dir, model__name="auto", **changes)
+        assert config.model.name == "auto"
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: backend)
+            lines = choose_network(config, workdir)
+        check_workdir(config, workdir)
+        assert choose_network(config, workdir) == []
+        return config, lines
+
+    on_cpu, lines = chosen(tmp_path / "cpu", "cpu")
+    assert lines == ["config.model.name=auto: cnn, without an accelerator"]
+    assert (on_cpu.model.name, on_cpu.model.width) == ("cnn", tiny.OVERRIDES["model.width"])
+    on_gpu, lines = chosen(tmp_path / "gpu", "gpu")
+    assert lines[1:] == ["config.model.features is no option of resnet18, and is left out"]
+    assert (on_gpu.model.name, on_gpu.model.width) == ("resnet18", on_cpu.model.width)
+    assert chosen(tmp_path / "new", "cpu", model__pretrained="w.pth")[0].model.name == "resnet18"
+    # Begun on one kind of machine, and resumed on the other.
+    prepare_workdir(on_cpu, tmp_path / "cpu")
+    prepare_workdir(on_gpu, tmp_path / "gpu")
+    assert chosen(tmp_path / "cpu", "gpu")[0].model.name == "cnn"
+    config, lines = chosen(tmp_path / "gpu", "cpu")
+    assert config.to_dict() == on_gpu.to_dict()
+    assert lines[0].endswith(f"resnet18, with which the run in {tmp_path / 'gpu'} began")
+    with pytest.raises(InputError, match=r"model.name is 'resnet18' there and 'cnn' here"):
+        check_workdir(on_cpu, tmp_path / "gpu")
+    with pytest.raises(InputError, match=r"config.seed is 0 there and 1 here"):
+        chosen(tmp_path / "cpu", "gpu", seed=1)
+    with pytest.raises(InputError, match="has no option 'widht'"):
+        tiny.config(data_dir, model__name="auto", model__widht=8)
+
+
+def test_a_long_training_on_cpus_names_a_faster_network(data_dir):
+    """By the FLOP of both; 3 x 3 convolutions of 64 channels on all pixels take far more."""
+
+    def trainer(name, width):
+        config = tiny.config(data_dir, model__name=name, model__width=width)
+        return tiny.trainer(config, sharding.make_mesh())
+
+    slow = trainer("resnet18", 64)
+    assert slow.advice(300.0) == ""
+    pattern = r" \(--config.model.name=cnn: about [4-7] hours\)"
+    assert re.fullmatch(pattern, slow.advice(1e6))
+    assert trainer("resnet18", 1).advice(1e6) == ""  # faster than the cnn of its own width
 
 
 def test_a_finished_run_says_so_and_trains_no_more(finished, data_dir, capsys, monkeypatch):

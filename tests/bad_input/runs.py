@@ -41,6 +41,7 @@ CASES = {
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
     ),
     "report.json is a folder": Bad(EVALUATE, "report.json is no plain file", folder("report.json")),
+    "config.json is a folder": Bad(DONE, "config.json is no plain file", folder("config.json")),
     "the lock is a folder": Bad(
         [*TRAIN, "--workdir=begun"],
         "begun/.lock is no plain file; move it away",

@@ -280,11 +280,11 @@ def test_deployed_by_hand(record):
         assert low < row["threshold"] == np.float32(row["threshold"]) <= high
     expected = {
         "target_coverage": [1.0, 0.75, 0.5, 0.2],
-        "n_accepted": [4, 4, 3, 2],
+        "n_accepted": [4, 4, 3, 1],
         "n_errors": [1, 1, 1, 0],
-        "coverage": [1.0, 1.0, 0.75, 0.5],
+        "coverage": [1.0, 1.0, 0.75, 0.25],
         "selective_risk": [1 / 4, 1 / 4, 1 / 3, 0.0],
-        "n_rejected": [0, 0, 1, 2],
+        "n_rejected": [0, 0, 1, 3],
         "n_rejected_errors": [0, 0, 0, 1],
     }
     assert rows[0].keys() == expected.keys() | {"threshold"}
