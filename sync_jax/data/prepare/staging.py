@@ -41,7 +41,7 @@ class Prepared:
         self.key = self.name  # of the lock and of temporary folders
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
-        self._held = False
+        self._held, self._without_digests = False, set[Path]()
 
     def is_prepared(self) -> bool:
         """See `Dataset.is_prepared`."""
@@ -116,7 +116,10 @@ class Prepared:
                 has = digests.read(folder)["files"]
                 digests.write(folder, {x: p for x, p in files_in(folder).items() if x not in has})
 
-        if not known() and (problem := self._make(add)):
+        if folder in self._without_digests or known():
+            return
+        if problem := self._make(add):
+            self._without_digests.add(folder)
             self._say(f"{problem}; {folder} has no digests, and is used as it is")
 
     def _make(self, make: Callable[[], None]) -> str:
