@@ -53,6 +53,7 @@ def main() -> None:
         metrics.failure_auroc,
         metrics.fpr_at_tpr,
         functools.partial(guarantees.sgr, target_risk=0.1, delta=0.05),
+        functools.partial(guarantees.sgr_fixed_sequence, target_risk=0.1, delta=0.05),
         functools.partial(guarantees.learn_then_test, target_risk=0.1, delta=0.05),
         functools.partial(guarantees.conformal_risk_control, alpha=0.1),
     )
@@ -64,13 +65,13 @@ def main() -> None:
     )
     cases = {"np.sort": lambda: np.sort(confidence)}
     for functions, arguments in (
-        (ranking, (confidence, wrong)),
-        (detection, (confidence, 1 - wrong)),
-        (probabilistic, (probabilities, labels)),
+        (ranking, {"confidence": confidence, "loss": wrong}),
+        (detection, {"confidence": confidence, "correct": 1 - wrong}),
+        (probabilistic, {"probabilities": probabilities, "labels": labels}),
     ):
         for function in functions:
             name = getattr(function, "func", function).__name__
-            cases[name] = functools.partial(function, *arguments)
+            cases[name] = functools.partial(function, **arguments)
     print(f"{N:,} examples, {platform.machine()}, Python {platform.python_version()}")
     print(f"{'':30}{'min':>8}{'median':>8}{'max':>8}")
     for name, case in cases.items():

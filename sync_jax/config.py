@@ -49,7 +49,7 @@ FIELDS: dict[str, Option] = {
     # host; auto: the first of these that has room.
     "data.placement": Option("auto", ("auto", "device", "disk", "host")),
     "data.workers": Option(0, "[0, 256]", "host: processes that decode; 0: threads of this one"),
-    "data.calibration_size": Option(6000, _SIZE, "held out of the training split; 0: a tenth"),
+    "data.calibration_size": Option(6000, _SIZE, "held out of train; 0: a tenth, or your folder"),
     "data.split_seed": Option(0, _SEED, "of that hold-out, so that runs of all seeds share it"),
     "data.crop_padding": Option(2, "[0, 64]", "pixels of padding before a random crop; 0: none"),
     "data.flip": Option(True, "", "mirror left to right at random"),

@@ -39,12 +39,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods"],
+    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods", "clean"],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of a finished run anew, with other "
     "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
     "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
-    "methods, scores and backbones with their options.",
+    "methods, scores and backbones with their options. clean: list what --config.data.data_dir "
+    "holds, or remove what --remove names.",
+)
+_REMOVE = flags.DEFINE_list(
+    "remove", [], "clean: prepared data sets and downloads to remove, as --mode=clean lists them."
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."
@@ -109,7 +113,7 @@ def _do() -> None:
 
         print(listing.describe())
         return
-    from sync_jax.config import check_path
+    from sync_jax.config import check_path, default_config, validate
 
     for name, path in [("--workdir", _WORKDIR.value), *(("--runs", x) for x in _RUNS.value)]:
         check_path(name, path or "")
@@ -126,11 +130,21 @@ def _do() -> None:
         _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
     if _VARY.value and mode != "sweep":
         _stop("--vary belongs to --mode=sweep", 2)
+    if _REMOVE.value and mode != "clean":
+        _stop("--remove belongs to --mode=clean", 2)
     config = _CONFIG.value
-    if not flags.FLAGS["config"].present:
+    if mode == "clean" and not flags.FLAGS["config"].present:
+        config = default_config()
+    elif not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=quickstart", 2)
     if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
         _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
+    if mode == "clean":
+        from sync_jax.data.prepare import cache
+
+        validate(config)
+        cache.clean(config.data.data_dir, _REMOVE.value)
+        return
     from sync_jax import trainer
     from sync_jax.runtime import processes
     from sync_jax.runtime.console import say

@@ -20,6 +20,7 @@ from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import fit_parameters, known_scores
 from sync_jax.models import find_backbone
 from sync_jax.runtime import sharding
+from sync_jax.runtime.files import check_plain
 from sync_jax.runtime.processes import Processes
 from sync_jax.scores import Score
 from sync_jax.steps import TrainState
@@ -129,7 +130,8 @@ def fit(
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if workdir is None:
             workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="sync_jax-"))
-        processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
+        check_plain(Path(workdir))
+        processes = Processes(seconds=config.process.wait_seconds)
         job = stack.enter_context(train.prepared(config, dataset, Path(workdir), processes))
         state = train.fit(job, train.begin(job)).state
         held_out = job.trainer.predict(state, job.calibration_part)

@@ -18,7 +18,8 @@ from sync_jax.evaluation.comparison import FREE, compare
 from sync_jax.evaluation.report import read_report
 from sync_jax.options import flatten
 from sync_jax.runtime.console import say
-from sync_jax.runtime.workdir import check_run
+from sync_jax.runtime.processes import Processes
+from sync_jax.runtime.workdir import check_run, check_shared
 from sync_jax.scores import SCORES
 from sync_jax.train import train_and_evaluate
 from sync_jax.trainer import resolve
@@ -32,6 +33,7 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     with their values, such as 'seed=0,1,2'; the folders in `out` begin with `name`, the config's.
     """
     runs = combinations(config, vary, name=name)
+    check_shared(out, Processes(seconds=config.process.wait_seconds))
     for folder, run in runs:
         for line in resolve(run):
             say(line)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sync_jax.config import find_method, to_json
 from sync_jax.data import registry
-from sync_jax.data.info import Dataset
+from sync_jax.data.info import Dataset, few
 from sync_jax.data.loading import known_info, load_data
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
@@ -30,6 +30,7 @@ from sync_jax.runtime.signals import terminated, watchdog
 from sync_jax.runtime.training_log import TrainingLog, read_metrics
 from sync_jax.runtime.workdir import (
     check_run,
+    check_shared,
     check_workdir,
     owned,
     prepare_workdir,
@@ -43,14 +44,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains, or goes on with a run that was stopped, then calibrates, evaluates and reports.
 
     The config has gone through `trainer.resolve`. The folder is made when needed; all processes
-    must see the same one. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
+    must see the same one, or end. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
     predictions_*.npz and, when the run is finished, risk_coverage.png and report.json.
 
     Raises:
         InputError: the data cannot be had or do not fit, or `workdir` holds another experiment.
         FailedError, TerminatedError, WriteError: see `sync_jax.errors`.
     """
-    processes = Processes(seconds=config.process.wait_seconds, name=str(workdir))
+    processes = Processes(seconds=config.process.wait_seconds)
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     with prepared(config, registry.dataset(config.data), workdir, processes) as job:
@@ -79,6 +80,7 @@ def prepared(
     mesh = sharding.make_mesh()
     # What is known of the data is checked before anything is prepared, and again afterwards.
     processes.together("checking the config", lambda: check_dataset(config, dataset.info()))
+    check_shared(workdir, processes)
     placement, train_part, calibration_part = load_data(config, dataset, mesh, workdir, processes)
     info = known_info(dataset)
     check_dataset(config, info)
@@ -113,13 +115,15 @@ def prepared(
 def describe(trainer: Trainer, calibration_size: int) -> str:
     """One line on the training that is about to begin."""
     config, devices, count = trainer.config, trainer.mesh.size, jax.process_count()
+    info = trainer.info
     processes = f" of {count} processes" if count > 1 else ""
     return (
         f"{config.method} on {config.data.name}: {trainer.train_size:,} training and "
-        f"{calibration_size:,} calibration images; {config.model.name} with "
+        f"{calibration_size:,} calibration images of {info.num_classes} classes "
+        f"({few(info.class_names)}); {config.model.name} with "
         f"{trainer.num_parameters:,} parameters; {trainer.total_steps:,} steps of "
         f"{config.train.batch_size} on {devices} {jax.devices()[0].platform.upper()} device"
-        f"{'s' if devices > 1 else ''}{processes}"
+        f"{'s' if devices > 1 else ''}{processes}{info.note and '; '}{info.note}"
     )
 
 
@@ -142,7 +146,9 @@ class Fitted(NamedTuple):
 def begin(job: Job) -> Start:
     """Restores the latest checkpoint, or creates the state before the first step."""
     trainer, processes = job.trainer, job.processes
-    restored = job.checkpoints.restore(trainer.state_like, processes.print)
+    restored = job.checkpoints.restore(
+        trainer.state_like, processes.print, last=trainer.total_steps
+    )
     if restored is not None:
         refuse_differences(trainer.config, restored.notes["config"], job.workdir)
     processes.from_first("writing the config", lambda: prepare_workdir(trainer.config, job.workdir))

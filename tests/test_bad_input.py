@@ -7,6 +7,8 @@ not even root makes a folder.
 import re
 import runpy
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,20 @@ def world(template, monkeypatch: pytest.MonkeyPatch) -> Path:
     return world
 
 
+@pytest.fixture
+def limit() -> Iterator[None]:
+    """A minute, after which a test that hangs fails."""
+
+    def ring(number: int, frame: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def contents(folder: Path) -> dict[str, object]:
     """Every path below, with what files hold and when they were changed; no config's bytecode."""
     return {
@@ -97,6 +113,7 @@ def contents(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("name", BAD)
 def test_one_line_exit_2_nothing_written_and_nothing_lost(name, world, monkeypatch, capsys):
     arguments, message, spoil = BAD[name]

@@ -116,7 +116,7 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(data_dir, tmp_path)
     live(data_dir, broken, "kill:predictions:2")
     cut_power(broken)
     (printed,) = live(data_dir, broken, NONE)
-    assert "is damaged and put aside" in printed
+    assert "is put aside as" in printed
     assert f"resuming at step {TOTAL - 5} of {TOTAL}" in printed
     check_the_same(whole, broken, tiny.config(data_dir, method=METHOD))
 
@@ -134,7 +134,7 @@ def test_two_processes_that_are_stopped_end_with_the_same_bits(data_dir, tmp_pat
     assert 13 <= int(saved.pop()) <= TOTAL - 1
     cut_power(broken)
     printed = live(data_dir, broken, NAN, NAN)
-    assert "is damaged and put aside" in printed[0]
+    assert "is put aside as" in printed[0]
     assert "resuming at step 12" in printed[0]
     assert [(e["step"], e["action"]) for e in noted(broken)] == [(9, "skip")]
     assert noted(whole) == noted(broken)

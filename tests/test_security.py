@@ -219,7 +219,7 @@ def test_a_prepared_folder_names_modules_in_vain():
 
 def test_a_checkpoint_names_modules_in_vain():
     with Checkpoints(Path("c"), keep=2) as checkpoints:
-        checkpoints.save(test_checkpoint.state(1.0), 1)
+        checkpoints.save(test_checkpoint.state(1), 1)
     changed = 0
     for path in Path("c").rglob("*"):
         if path.is_file():
@@ -229,7 +229,7 @@ def test_a_checkpoint_names_modules_in_vain():
             path.write_bytes(hostile)
     assert changed
     with Checkpoints(Path("c"), keep=2) as checkpoints:
-        restored = checkpoints.restore(test_checkpoint.state(0.0))
+        restored = checkpoints.restore(test_checkpoint.state(0))
     assert restored is not None
     assert not Path(MARKER).exists()
 

@@ -16,6 +16,7 @@ from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
 from sync_jax.errors import InputError
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding
@@ -140,6 +141,36 @@ def test_checkpoints_know_their_config(finished, data_dir, tmp_path):
         train.train_and_evaluate(other, tmp_path)
     (tmp_path / "config.json").unlink()
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)  # its own
+
+
+def test_a_checkpoint_under_another_name_is_not_where_the_run_goes_on(
+    finished, data_dir, tmp_path, capsys
+):
+    """One copied beyond the end is not reported as trained, nor is one renamed resumed wrongly."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "report.json", *tmp_path.glob("predictions_*")):
+        path.unlink()
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "12", checkpoints / "200")
+    (checkpoints / "12").rename(checkpoints / "14")
+    shutil.rmtree(checkpoints / "18")
+    # Of fewer epochs the config says more than the steps do, also where config.json is edited.
+    shorter = tiny.config(data_dir, train__epochs=1.0)
+    (tmp_path / "config.json").write_text(to_json(shorter))
+    with pytest.raises(InputError, match=r"config\.train\.epochs is 1\.5 there and 1\.0 here"):
+        train.train_and_evaluate(shorter, tmp_path)
+    assert {path.name for path in checkpoints.iterdir()} == {"6", "14", "200"}
+    (tmp_path / "config.json").unlink()
+    train.train_and_evaluate(tiny.config(data_dir), tmp_path)
+    assert "resuming at step 6 of 18" in capsys.readouterr().out
+    assert {path.name for path in checkpoints.iterdir()} == {
+        *("6", "12", "18"),
+        *("14.damaged", "200.damaged"),
+    }
+    found, expected = (
+        Predictions.load(folder / "predictions_test.npz") for folder in (tmp_path, finished)
+    )
+    np.testing.assert_array_equal(found.outputs["logits"], expected.outputs["logits"])
 
 
 def test_evaluate_recomputes_for_another_delta_without_training(finished, data_dir, tmp_path):

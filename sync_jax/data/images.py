@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from sync_jax.errors import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Not all kinds that Pillow knows: it would hand PostScript to Ghostscript, which executes it.
 _KINDS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_OPENING = threading.Lock()  # the filters of warnings are all threads'
 _MOST_PIXELS = 150_000_000  # of a picture; decoded it takes three bytes each or more
 
 
@@ -49,7 +52,11 @@ def decode(source: Path | bytes) -> Image.Image:
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=_KINDS) as image:
+        with _OPENING, warnings.catch_warnings():
+            # Pillow's limit is lower than ours, and its warning names no picture.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=_KINDS)
+        with image:
             if image.width * image.height > _MOST_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels are too many")
             image.load()

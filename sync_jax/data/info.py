@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from sync_jax.runtime.console import say
+
+_FEW = 5  # names in a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,11 @@ class DatasetInfo:
     std: tuple[float, ...]
     num_train: int
     num_test: int  # 0: there is no test split
+    num_calibration: int = 0  # 0: the calibration part is held out of the training split
     scale: float = 255.0
     stored_shape: tuple[int, ...] = ()  # of an image in device memory; (): `image_shape`
     squares_bytes: int | None = None  # yet to be written for encoded pictures; None: arrays
+    note: str = ""  # a line on splits that are not what their names suggest
 
     def __post_init__(self) -> None:
         """Fills in `stored_shape`."""
@@ -32,9 +36,26 @@ class DatasetInfo:
             object.__setattr__(self, "stored_shape", self.image_shape)
 
     @property
+    def splits(self) -> dict[str, int]:
+        """The sizes of the official splits that there are."""
+        sizes = {"train": self.num_train, "calibration": self.num_calibration}
+        return {split: size for split, size in (sizes | {"test": self.num_test}).items() if size}
+
+    @property
     def bytes_per_example(self) -> int:
         """Device memory of an example: bytes of images, float32 of features."""
         return math.prod(self.stored_shape) * (4 if len(self.stored_shape) == 1 else 1)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return f"{', '.join(names[:_FEW])}{', ...' if len(names) > _FEW else ''}"
+
+
+def contents(class_names: Sequence[str], splits: Mapping[str, int], note: str = "") -> str:
+    """Describes classes and splits in a line."""
+    sizes = ", ".join(f"{size:,} for {split}" for split, size in splits.items())
+    return f"{len(class_names)} classes ({few(class_names)}): {sizes}{note and '; '}{note}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +117,7 @@ class Dataset(Protocol):
         Arrays are the caller's own.
 
         Args:
-            split: "train" or "test".
+            split: one of `DatasetInfo.splits`.
             decode: decode encoded pictures whenever they are sliced. Otherwise squares are read,
                 which are made first where they are missing. Arrays are the same either way.
         """

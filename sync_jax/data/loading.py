@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sync_jax.data import host
-from sync_jax.data.info import Dataset, DatasetInfo
+from sync_jax.data.info import Dataset, DatasetInfo, contents
 from sync_jax.data.placement import Placement, choose
 from sync_jax.data.resident import ResidentSplit, epoch_constants, put_on_devices
-from sync_jax.data.splits import Part, calibration_size, load_train_and_calibration
+from sync_jax.data.splits import Part, load_train_and_calibration, part_sizes
 from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
@@ -23,10 +23,10 @@ from sync_jax.runtime.processes import Processes
 
 def prepare(config: ConfigDict, dataset: Dataset) -> None:
     """Obtains and prepares a config's dataset, with squares where this run would need them."""
-    if (known := dataset.info()) is not None:
-        check_sizes(config, known)
     dataset.prepare()
-    if known_info(dataset).squares_bytes is None:
+    info = known_info(dataset)
+    say(f"{info.name}: {contents(info.class_names, info.splits, info.note)}")
+    if info.squares_bytes is None:
         return
     placement = decide(config, dataset, sharding.make_mesh())
     if not placement.decoded:
@@ -77,8 +77,12 @@ def decide(
 
 def check_sizes(config: ConfigDict, info: DatasetInfo) -> None:
     """Raises an InputError where the config does not fit the size of the dataset."""
-    held_out = calibration_size(config.data, info.num_train)
-    train_size = info.num_train - held_out
+    if info.num_calibration and config.data.calibration_size:
+        raise InputError(
+            f"config.data.calibration_size={config.data.calibration_size}: {info.name} has a "
+            f"calibration split of {info.num_calibration} examples, which is used whole; use 0"
+        )
+    train_size, held_out = part_sizes(config.data, info)
     if train_size < info.num_classes or held_out < info.num_classes:
         raise InputError(
             f"config.data.calibration_size={config.data.calibration_size}: {info.name} has "

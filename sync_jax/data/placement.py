@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sync_jax.data.info import DatasetInfo
-from sync_jax.data.splits import calibration_size
+from sync_jax.data.splits import part_sizes
 from sync_jax.errors import InputError
 
 _SHARE = 0.5  # of the free memory that images may take: the rest is the network's
@@ -41,8 +41,7 @@ def choose(section: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Placement:
     'auto' takes the devices where the images fit into half of their free memory, else the disk
     where the squares are there or fit, else the host.
     """
-    count = info.num_train - calibration_size(section, info.num_train)
-    needed = count * info.bytes_per_example
+    needed = max(part_sizes(section, info)[0], 0) * info.bytes_per_example
     free = free_memory(mesh)
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     sizes = (
@@ -86,11 +85,11 @@ def free_memory(mesh: Mesh) -> float:
 
 
 def _free_disk(folder: str) -> int:
-    """Bytes free on the disk of a folder that need not be there yet."""
+    """Bytes free on the disk of a folder that need not be there yet; 0 where none may write."""
     path = os.path.abspath(os.path.expanduser(folder))
     while not os.path.exists(path):
         path = os.path.dirname(path)
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(path).free if os.access(path, os.W_OK) else 0
 
 
 def _giga(count: float) -> str:

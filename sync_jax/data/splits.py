@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.data.info import Dataset, Images
+from sync_jax.data.info import Dataset, DatasetInfo, Images
 
 _ROWS = 4096  # moved at once
 
@@ -19,27 +19,42 @@ class Part:
     index: np.ndarray
 
 
-def calibration_size(section: ConfigDict, num_train: int) -> int:
-    """The size of the calibration part; 0 in the `data` section stands for a tenth."""
-    size: int = section.calibration_size
-    return size or round(num_train / 10)
+def part_sizes(section: ConfigDict, info: DatasetInfo) -> tuple[int, int]:
+    """The sizes of the training and the calibration part.
+
+    The calibration part is an official split where there is one. Otherwise it is held out of the
+    training split, and 0 in the `data` section stands for a tenth.
+    """
+    if info.num_calibration:
+        return info.num_train, info.num_calibration
+    held_out: int = section.calibration_size or round(info.num_train / 10)
+    return info.num_train - held_out, held_out
 
 
 def load_train_and_calibration(
     dataset: Dataset, section: ConfigDict, *, decode: bool = False
 ) -> tuple[Part, Part]:
-    """Divides the official training split: to train on, and to choose thresholds on."""
+    """Reads the examples to train on, and those to choose thresholds on: see `part_sizes`."""
+    info = dataset.info()
+    assert info is not None
+    if info.num_calibration:
+        train, calibration = (_whole(dataset, x, decode) for x in ("train", "calibration"))
+        return train, calibration
     images, labels = dataset.load("train", decode=decode)
     kept, held_out = stratified_split(
-        labels, holdout=calibration_size(section, len(labels)), seed=section.split_seed
+        labels, holdout=part_sizes(section, info)[1], seed=section.split_seed
     )
-    train, calibration = _divided(images, kept, held_out)
-    return Part(train, labels[kept], kept), Part(calibration, labels[held_out], held_out)
+    to_train, to_calibrate = _divided(images, kept, held_out)
+    return Part(to_train, labels[kept], kept), Part(to_calibrate, labels[held_out], held_out)
 
 
 def load_test(dataset: Dataset, *, decode: bool = False) -> Part:
     """Reads the official test split. Do it once, when nothing is left to decide."""
-    images, labels = dataset.load("test", decode=decode)
+    return _whole(dataset, "test", decode)
+
+
+def _whole(dataset: Dataset, split: str, decode: bool) -> Part:
+    images, labels = dataset.load(split, decode=decode)
     return Part(images, labels, np.arange(len(labels)))
 
 

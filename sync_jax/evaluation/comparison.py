@@ -27,7 +27,7 @@ from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import label_of, read_report, strict
 from sync_jax.options import find, flatten
 from sync_jax.runtime.console import printable, say
-from sync_jax.runtime.files import write_text
+from sync_jax.runtime.files import check_plain, write_text
 from sync_jax.scores import SCORES, Score
 
 # What may differ between the rows of a table: the methods with what belongs to them, the seed, and
@@ -146,6 +146,7 @@ def writing(out: Path) -> Iterator[None]:
     """Makes a folder, and names it in an InputError where something in it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_plain(out)
         yield
     except OSError as error:
         raise InputError(f"--workdir={out} cannot be written: {error.strerror}") from error
@@ -166,6 +167,7 @@ def load_runs(patterns: Sequence[str], scores: Sequence[str] = ()) -> list[Finis
     runs = []
     defaults = dict(flatten(default_config().to_dict()))
     for folder in folders:
+        check_plain(folder)
         if (report := read_report(folder)) is None:
             raise InputError(f"{folder} holds no finished run: it has no report.json")
         test = Predictions.load(folder / "predictions_test.npz")
@@ -229,10 +231,11 @@ def comparison(rows: dict[str, tuple[list[FinishedRun], str]]) -> dict[str, Any]
     entries = [_row(label, score, runs, coverages) for label, (runs, score) in rows.items()]
     entries.sort(key=lambda row: row["mean"]["aurc"])
     # The same seed: the same resamples of the test examples for every run.
-    resampled = {
-        label: np.mean([metrics.bootstrap_values(metrics.aurc, *x.of(score)) for x in runs], axis=0)
-        for label, (runs, score) in rows.items()
-    }
+    resampled = {}
+    for label, (members, score) in rows.items():
+        ranked = [run.of(score) for run in members]
+        values = [metrics.bootstrap_values(metrics.aurc, c, loss=wrong) for c, wrong in ranked]
+        resampled[label] = np.mean(values, axis=0)
     differences = []
     for a, b in itertools.combinations(entries, 2):
         interval = metrics.percentile_interval(
@@ -384,7 +387,8 @@ def plot(
     axes = reports.new_axes(8, 5)
     for i, label in enumerate(row["label"] for row in record["rows"]):
         runs, score = rows[label]
-        risks = [metrics.selective_risk(*run.of(score), coverage=GRID) for run in runs]
+        ranked = [run.of(score) for run in runs]
+        risks = [metrics.selective_risk(c, loss=wrong, coverage=GRID) for c, wrong in ranked]
         std = 100 * np.nan_to_num(_std(np.array(risks)))
         mean = 100 * np.mean(risks, axis=0)
         style = "-" if score == "softmax_response" else "--"

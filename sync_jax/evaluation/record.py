@@ -44,6 +44,7 @@ def summary(predictions: Predictions) -> dict[str, Any]:
     return record
 
 
+@metrics.unchecked()  # the errors are those of the predictions, however they are ranked
 def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     """The metrics of the calibration split that are logged while training."""
     values = summary(predictions)
@@ -54,6 +55,7 @@ def calibration_metrics(predictions: Predictions) -> dict[str, float]:
     return {name: values[name] for name in names if name in values}
 
 
+@metrics.unchecked()
 def evaluation_record(
     calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
 ) -> dict[str, Any]:
@@ -95,7 +97,11 @@ def evaluation_record(
     record["recommended"] |= best | {"calibration_plan": plan}
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
-            metrics.aurc, *ranked[score][:2], *ranked["softmax_response"][:2]
+            metrics.aurc,
+            confidence_a=ranked[score].confidence,
+            loss_a=ranked[score].wrong,
+            confidence_b=ranked["softmax_response"].confidence,
+            loss_b=ranked["softmax_response"].wrong,
         )
         record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
     return record
@@ -149,14 +155,14 @@ def fit_parameters(calibration: Predictions, *, score: Score) -> dict[str, Any]:
 
 def bootstrap_intervals(test: Ranked) -> dict[str, list[float]]:
     """95 % intervals. They cost time: the softmax response and the method's own score have them."""
-    of = {
-        "aurc": (metrics.aurc, test.wrong),
-        "augrc": (metrics.augrc, test.wrong),
-        "failure_auroc": (metrics.failure_auroc, 1 - test.wrong),
+    of: dict[str, tuple[Any, dict[str, Any]]] = {
+        "aurc": (metrics.aurc, {"loss": test.wrong}),
+        "augrc": (metrics.augrc, {"loss": test.wrong}),
+        "failure_auroc": (metrics.failure_auroc, {"correct": 1 - test.wrong}),
     }
     intervals = {}
     for name, (metric, values) in of.items():
-        interval = metrics.bootstrap_interval(metric, test.confidence, values)
+        interval = metrics.bootstrap_interval(metric, test.confidence, **values)
         intervals[name] = [interval.lower, interval.upper]
     return intervals
 
@@ -191,19 +197,15 @@ def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[
     Each holds by itself: the best of several has not the confidence of one. The first is that of
     the hybrid, which is feasible most often, at the first target.
     """
-    confidence, correct = calibration.confidence, 1 - calibration.wrong
+    split: dict[str, Any] = {"confidence": calibration.confidence, "correct": 1 - calibration.wrong}
     found = []
     for risk in config.evaluation.target_risks:
-        asked: dict[str, Any] = {
-            "correct": correct,
-            "target_risk": risk,
-            "delta": config.evaluation.delta,
-        }
-        found.append(guarantees.sgr_fixed_sequence(confidence, **asked))
-        found.append(guarantees.sgr(confidence, **asked))
+        asked = {"target_risk": risk, "delta": config.evaluation.delta}
+        found.append(guarantees.sgr_fixed_sequence(**split, **asked))
+        found.append(guarantees.sgr(**split, **asked))
         for procedure in ("bonferroni", "holm", "fixed_sequence"):
-            found.append(guarantees.learn_then_test(confidence, **asked, procedure=procedure))
-        found.append(guarantees.conformal_risk_control(confidence, correct=correct, alpha=risk))
+            found.append(guarantees.learn_then_test(**split, **asked, procedure=procedure))
+        found.append(guarantees.conformal_risk_control(**split, alpha=risk))
     return [
         {**each.to_dict(), "test": _on_test(test.confidence, test.wrong, each.threshold)}
         for each in found

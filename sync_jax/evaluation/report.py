@@ -50,6 +50,7 @@ class Table(NamedTuple):
     keys: int = 1
 
 
+@metrics.unchecked()
 def write_report(
     record: dict[str, Any], test: Predictions, config: ConfigDict, workdir: Path
 ) -> dict[str, Any]:

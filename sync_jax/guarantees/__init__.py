@@ -1,12 +1,12 @@
 """Thresholds that come with a proof: selective risk bounded from a calibration split.
 
-Each method takes `confidence` [n] (higher = more confident; infinities allowed) and `correct`
-[n] (1 where the prediction is right, 0 where it is wrong) of a calibration split that nothing
-else has seen, and a risk to stay below; `target_risk`, `alpha` and `delta`, the chance that the
-promise fails, are in (0, 1). It returns a `Certificate`: accept confidence >= threshold, and the
-promise that goes with it. Where no threshold meets the target the certificate says `feasible=False`
-and why; it never carries a threshold whose bound exceeds it. Invalid arguments raise ValueError,
-which names them.
+Each method takes `confidence` [n] (higher = more confident; infinities allowed) and `correct=` [n]
+(1 where the prediction is right, 0 where it is wrong) of a calibration split that nothing else has
+seen, and a risk to stay below; `target_risk`, `alpha` and `delta`, the chance that the promise
+fails, are in (0, 1). It returns a `Certificate`: accept confidence >= threshold, and the promise
+that goes with it. Where no threshold meets the target the certificate says `feasible=False` and
+why; it never carries a threshold whose bound exceeds it. Invalid arguments raise ValueError, which
+names them.
 
 A threshold lies above the next confidence that is not accepted, at most at the lowest accepted one,
 and is a float32 (a float16, of float16 confidences) wherever one lies there: float32 confidences

@@ -13,12 +13,14 @@ from numpy.typing import ArrayLike
 from sync_jax.guarantees.binomial import clopper_pearson_upper, fewest_accepted
 from sync_jax.guarantees.calibration import calibration_split, probability
 from sync_jax.guarantees.certificate import Certificate, certificate
+from sync_jax.metrics.arguments import by_keyword
 
 _SEARCHED = ", by a union bound that takes the thresholds visited for fixed in advance"
 _STEPPED = ", by a step-down that takes the thresholds tested for fixed in advance"
 _MONOTONE = ", provided that errors are no likelier where confidence is higher"
 
 
+@by_keyword
 def sgr(
     confidence: ArrayLike, correct: ArrayLike, *, target_risk: float, delta: float
 ) -> Certificate:
@@ -65,6 +67,7 @@ def sgr(
     )
 
 
+@by_keyword
 def learn_then_test(
     confidence: ArrayLike,
     correct: ArrayLike,
@@ -163,6 +166,7 @@ def learn_then_test(
     )
 
 
+@by_keyword
 def sgr_fixed_sequence(
     confidence: ArrayLike, correct: ArrayLike, *, target_risk: float, delta: float
 ) -> Certificate:
@@ -172,9 +176,9 @@ def sgr_fixed_sequence(
     default slack) a small one that the search steps over. Both methods' assumptions are needed.
     """
     method, half = "sgr_fixed_sequence", probability(delta, "delta") / 2
-    search = sgr(confidence, correct, target_risk=target_risk, delta=half)
+    search = sgr(confidence, correct=correct, target_risk=target_risk, delta=half)
     sequence = learn_then_test(
-        confidence, correct, target_risk=target_risk, delta=half, procedure="fixed_sequence"
+        confidence, correct=correct, target_risk=target_risk, delta=half, procedure="fixed_sequence"
     )
     best = max(search, sequence, key=lambda each: each.coverage)  # SGR's bound, if they tie
     if best.bound is None:
@@ -184,6 +188,7 @@ def sgr_fixed_sequence(
     return dataclasses.replace(best, method=method, delta=2 * half, promise=promise)
 
 
+@by_keyword
 def conformal_risk_control(
     confidence: ArrayLike, correct: ArrayLike, *, alpha: float
 ) -> Certificate:
@@ -218,6 +223,7 @@ def conformal_risk_control(
     )
 
 
+@by_keyword
 def group_certificates(
     method: Callable[..., Certificate],
     confidence: ArrayLike,
@@ -254,7 +260,8 @@ def group_certificates(
         raise ValueError(f"groups holds {unknown[:5]}, which names lacks")
     options |= {"target_risk": target_risk, "delta": delta / len(wanted)}
     found = {
-        name: method(scores[group == name], right[group == name], **options) for name in present
+        name: method(scores[group == name], correct=right[group == name], **options)
+        for name in present
     }
     without_example = certificate(
         found[present[0]].method,

@@ -11,6 +11,10 @@ functions
 - `coverage`: share of the examples that are accepted; as an argument in (0, 1],
 - `risk`: mean loss of the accepted.
 
+A loss and correctness are easily exchanged, so pass them as `loss=` and `correct=`; by position is
+deprecated. Where the confidence clearly ranks errors first, a UserWarning says so, but not inside
+`with unchecked():`.
+
 **Invalid input** (empty, NaN, of different shapes, out of range) raises ValueError, which names the
 argument. **Undefined values** (an AUROC without errors, the risk of nothing) are NaN and never
 raise.
@@ -29,6 +33,7 @@ selective risk at coverage k/n. Neither JAX nor the rest of sync_jax is needed:
 `from sync_jax.metrics import aurc`.
 """
 
+from sync_jax.metrics.arguments import unchecked as unchecked
 from sync_jax.metrics.bootstrap import Interval as Interval
 from sync_jax.metrics.bootstrap import bootstrap_interval as bootstrap_interval
 from sync_jax.metrics.bootstrap import bootstrap_values as bootstrap_values

@@ -1,6 +1,8 @@
 """Bootstrap intervals of any metric, for one method and for the difference of two."""
 
 import dataclasses
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sync_jax.metrics import selection
+from sync_jax.metrics.arguments import NAMES, by_keyword, unchecked
 from sync_jax.metrics.sample import FloatArray, Sample, vector
 
 # Resamples are evaluated in blocks of about this many examples: some ten arrays of 8 MB at a time.
@@ -34,11 +37,13 @@ _VECTORISED = (
 )
 
 
+@by_keyword
 def bootstrap_interval(
     metric: Callable[..., float],
     confidence: ArrayLike,
-    loss: ArrayLike,
+    loss: ArrayLike | None = None,
     *,
+    correct: ArrayLike | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -51,29 +56,35 @@ def bootstrap_interval(
     Args:
         metric: a metric of this package that returns a float, which is evaluated on many resamples
             at once; or any other `metric(confidence, loss, **options)`, called once per resample.
+            An argument of the name `loss` or `correct` is passed by keyword.
         confidence: [n].
-        loss: [n], or `correct` for a metric that takes it.
+        loss: [n], for a metric that takes a loss.
+        correct: [n], for a metric that takes it.
         level: nominal coverage in (0, 1).
         resamples: number of resamples of n examples, at least 1.
         seed: of the resampling; same seed, same interval.
         **options: keyword arguments of the metric, such as coverage=0.9. One number, not an array.
     """
-    estimate = float(metric(confidence, loss, **options))
-    confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
-    order = np.lexsort((loss, -confidence))  # the interval, too, must not depend on the input order
-    values = bootstrap_values(
-        metric, confidence[order], loss[order], resamples=resamples, seed=seed, **options
+    call, name, values = _named(metric, loss, correct, **options)
+    estimate = float(call(confidence, values))
+    confidence, values = vector(confidence, "confidence"), vector(values, name)
+    order = np.lexsort((values, -confidence))  # the interval must not depend on the input order
+    resampled = _resampled(
+        metric, call, confidence[order], values[order], resamples=resamples, seed=seed
     )
-    return percentile_interval(estimate, values, level=level)
+    return percentile_interval(estimate, resampled, level=level)
 
 
+@by_keyword
 def paired_bootstrap_interval(
     metric: Callable[..., float],
     confidence_a: ArrayLike,
-    loss_a: ArrayLike,
-    confidence_b: ArrayLike,
-    loss_b: ArrayLike,
+    loss_a: ArrayLike | None = None,
+    confidence_b: ArrayLike = (),
+    loss_b: ArrayLike | None = None,
     *,
+    correct_a: ArrayLike | None = None,
+    correct_b: ArrayLike | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -85,27 +96,29 @@ def paired_bootstrap_interval(
     0 says that the methods differ. Arguments as in `bootstrap_interval`, index by index the same
     examples in a and b.
     """
-    estimate = float(metric(confidence_a, loss_a, **options)) - float(
-        metric(confidence_b, loss_b, **options)
-    )
-    confidence_a, loss_a = vector(confidence_a, "confidence_a"), vector(loss_a, "loss_a")
-    confidence_b, loss_b = vector(confidence_b, "confidence_b"), vector(loss_b, "loss_b")
+    call, name, a = _named(metric, loss_a, correct_a, "_a", **options)
+    _, _, b = _named(metric, loss_b, correct_b, "_b", **options)
+    estimate = float(call(confidence_a, a)) - float(call(confidence_b, b))
+    confidence_a, a = vector(confidence_a, "confidence_a"), vector(a, f"{name}_a")
+    confidence_b, b = vector(confidence_b, "confidence_b"), vector(b, f"{name}_b")
     if confidence_a.size != confidence_b.size:
         raise ValueError(
             f"confidence_b has {confidence_b.size} examples but confidence_a {confidence_a.size}"
         )
-    order = np.lexsort((loss_b, confidence_b, loss_a, confidence_a))
-    options |= {"resamples": resamples, "seed": seed}
-    values = bootstrap_values(metric, confidence_a[order], loss_a[order], **options)
-    values -= bootstrap_values(metric, confidence_b[order], loss_b[order], **options)
+    order = np.lexsort((b, confidence_b, a, confidence_a))
+    asked: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    values = _resampled(metric, call, confidence_a[order], a[order], **asked)
+    values -= _resampled(metric, call, confidence_b[order], b[order], **asked)
     return percentile_interval(estimate, values, level=level)
 
 
+@by_keyword
 def bootstrap_values(
     metric: Callable[..., float],
     confidence: ArrayLike,
-    loss: ArrayLike,
+    loss: ArrayLike | None = None,
     *,
+    correct: ArrayLike | None = None,
     resamples: int = 1000,
     seed: int = 0,
     **options: Any,
@@ -116,23 +129,63 @@ def bootstrap_values(
     values are paired, and `percentile_interval` makes intervals of them. Arguments as in
     `bootstrap_interval`; unlike its result, this one depends on the order of the examples.
     """
-    metric(confidence, loss, **options)  # checks the arguments
+    call, name, values = _named(metric, loss, correct, **options)
+    call(confidence, values)  # checks the arguments
+    confidence, values = vector(confidence, "confidence"), vector(values, name)
+    return _resampled(metric, call, confidence, values, resamples=resamples, seed=seed)
+
+
+def _named(
+    metric: Callable[..., float], loss: Any, correct: Any, suffix: str = "", **options: Any
+) -> tuple[Callable[[Any, Any], Any], str, Any]:
+    """The metric as a function of (confidence, values), the values' name and the values."""
+    if (loss is None) == (correct is None):
+        raise ValueError(f"pass either loss{suffix} or correct{suffix}")
+    name, values = ("loss", loss) if correct is None else ("correct", correct)
+    try:
+        taken = [each for each in inspect.signature(metric).parameters if each in NAMES]
+    except (TypeError, ValueError):  # a function of C has none
+        taken = []
+    if taken and name not in taken:
+        if name == "correct":
+            raise ValueError(f"the metric takes loss{suffix}=, not correct{suffix}=")
+        warnings.warn(
+            f"the metric takes correct: pass it as correct{suffix}=, not as loss{suffix}",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        name = "correct"
+    if taken:
+        return lambda c, x: metric(c, **{name: x}, **options), name, values
+    return lambda c, x: metric(c, x, **options), name, values
+
+
+def _resampled(
+    metric: Callable[..., float],
+    call: Callable[[Any, Any], Any],
+    confidence: FloatArray,
+    values: FloatArray,
+    *,
+    resamples: int,
+    seed: int,
+) -> FloatArray:
+    """The values of `call`, which is `metric` with its options, on resamples: [resamples]."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    confidence, loss = vector(confidence, "confidence"), vector(loss, "loss")
     n, rng = confidence.size, np.random.default_rng(seed)
     block = max(1, _BLOCK // n)
-    values: list[Any] = []
+    found: list[Any] = []
     for done in range(0, resamples, block):
         rows = min(block, resamples - done)
         index = rng.integers(n, size=(rows, n))
-        if metric in _VECTORISED:
-            cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
-            counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
-            values.append(metric(Sample(confidence, loss, counts), loss, **options))
-        else:
-            values.append([float(metric(confidence[i], loss[i], **options)) for i in index])
-    return np.concatenate(values)
+        with unchecked():
+            if metric in _VECTORISED:
+                cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
+                counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
+                found.append(call(Sample(confidence, values, counts), values))
+            else:
+                found.append([float(call(confidence[i], values[i])) for i in index])
+    return np.concatenate(found)
 
 
 def percentile_interval(estimate: float, values: ArrayLike, *, level: float = 0.95) -> Interval:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import xlogy
 
+from sync_jax.metrics.arguments import by_keyword
 from sync_jax.metrics.sample import (
     FloatArray,
     IntArray,
@@ -39,6 +40,7 @@ class RiskCoverageCurve:
     loss_sum: FloatArray  # total loss of the accepted: the number of errors, where it is 0/1
 
 
+@by_keyword
 def risk_coverage_curve(confidence: ArrayLike, loss: ArrayLike) -> RiskCoverageCurve:
     """Risk-coverage curve at every distinct confidence (El-Yaniv & Wiener 2010)."""
     groups = group_ties(loss_sample(confidence, loss))
@@ -56,6 +58,7 @@ def risk_coverage_curve(confidence: ArrayLike, loss: ArrayLike) -> RiskCoverageC
 def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: float) -> float: ...
 @overload
 def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLike) -> Any: ...
+@by_keyword
 def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLike) -> Any:
     """Mean loss e_k of the k = ceil(n * coverage) most confident examples.
 
@@ -67,6 +70,7 @@ def selective_risk(confidence: ArrayLike, loss: ArrayLike, *, coverage: ArrayLik
     return number(expected_risks(group_ties(sample))[..., rank - 1])
 
 
+@by_keyword
 def coverage_at_risk(confidence: ArrayLike, loss: ArrayLike, *, risk: float) -> float:
     """Largest coverage k/n with selective risk e_k <= risk, at least 0; 0 where there is none.
 
@@ -82,6 +86,7 @@ def coverage_at_risk(confidence: ArrayLike, loss: ArrayLike, *, risk: float) -> 
     return number(np.where(met.any(axis=-1), n - np.argmax(met[..., ::-1], axis=-1), 0) / n)
 
 
+@by_keyword
 def aurc(confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve; lower is better.
 
@@ -112,6 +117,7 @@ def aurc(confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "me
     raise ValueError(f"convention {convention!r} is none of mean, fd_shifts, torch_uncertainty")
 
 
+@by_keyword
 def excess_aurc(
     confidence: ArrayLike, loss: ArrayLike, *, convention: Convention = "mean"
 ) -> float:
@@ -126,7 +132,7 @@ def excess_aurc(
     sample = loss_sample(confidence, loss)
     if convention not in ("mean", "fd_shifts"):
         raise ValueError(f"convention {convention!r} defines no excess AURC: mean or fd_shifts")
-    area = aurc(confidence, loss, convention=convention)
+    area = aurc(confidence, loss=loss, convention=convention)
     best = expected_risks(group_ties(sample.best()))
     if convention == "mean":
         return number(area - best.mean(axis=-1))
@@ -137,6 +143,7 @@ def excess_aurc(
     return number(area - (best.sum(axis=-1) + (best[..., 0] - best[..., -1]) / 2) / n)
 
 
+@by_keyword
 def normalised_aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
     """Excess AURC over that of a random ranking: 0 is perfect, 1 is random, NaN where they agree.
 
@@ -148,9 +155,10 @@ def normalised_aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
     best, random = best_risks.mean(axis=-1), best_risks[..., -1]
     # Equal losses leave no room but rounding between the best ranking and a random one.
     room = np.where(random - best > 1e-12 * random, random - best, 0.0)
-    return number(ratio(aurc(confidence, loss) - best, room))
+    return number(ratio(aurc(confidence, loss=loss) - best, room))
 
 
+@by_keyword
 def augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
     """Area under the generalised risk-coverage curve, e_k * k/n over k/n (Traub et al. 2024).
 
@@ -163,11 +171,14 @@ def augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
     return number((total.sum(axis=-1) - total[..., -1] / 2) / total.shape[-1] ** 2)
 
 
+@by_keyword
 def excess_augrc(confidence: ArrayLike, loss: ArrayLike) -> float:
     """AUGRC minus that of the best ranking of the same losses (r^2/2 for a 0/1 loss of mean r)."""
-    return augrc(confidence, loss) - augrc(loss_sample(confidence, loss).best(), loss)
+    best = loss_sample(confidence, loss).best()
+    return augrc(confidence, loss=loss) - augrc(best, loss=loss)
 
 
+@by_keyword
 def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Chance that a correct example is more confident than a wrong one, ties counting half.
 
@@ -182,6 +193,7 @@ def failure_auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
     return number(ratio((right * (wrong_below + wrong / 2)).sum(axis=-1), n_right * n_wrong))
 
 
+@by_keyword
 def fpr_at_tpr(confidence: ArrayLike, correct: ArrayLike, *, tpr: float = 0.95) -> float:
     """Share of the wrong examples accepted where at least `tpr` of the correct ones are.
 
@@ -212,6 +224,7 @@ class Deployed:
     loss_sum: float  # total loss of the accepted
 
 
+@by_keyword
 def deployed(confidence: ArrayLike, loss: ArrayLike, *, threshold: float | None) -> Deployed:
     """Coverage and risk of accepting confidence >= threshold, chosen on other data.
 
@@ -262,6 +275,7 @@ class ThresholdTable:
     risk: FloatArray  # n_errors / n_accepted; NaN where nothing is accepted
 
 
+@by_keyword
 def threshold_table(
     confidence: ArrayLike, loss: ArrayLike, *, thresholds: ArrayLike | None = None
 ) -> ThresholdTable:

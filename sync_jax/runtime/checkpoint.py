@@ -19,6 +19,7 @@ from jax import Array
 from sync_jax.errors import FailedError, InputError, WriteError
 from sync_jax.runtime.console import one_line
 from sync_jax.runtime.hashing import mix
+from sync_jax.runtime.orbax_log import orbax_log
 from sync_jax.runtime.processes import Processes
 
 T = TypeVar("T")
@@ -49,7 +50,10 @@ class Checkpoints:
         self, folder: Path, *, keep: int, keep_best: int = 0, best_metric: str = "",
         processes: Processes | None = None,
     ):  # fmt: skip
-        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`."""
+        """Opens a folder; keeps the latest, and those with the highest scores `best_metric`.
+
+        What Orbax says of its failures goes to orbax.log beside the folder.
+        """
         self._folder = folder.absolute()
         self._best_metric, self._processes = best_metric, processes or Processes()
 
@@ -61,6 +65,7 @@ class Checkpoints:
             ]
             return scores, sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
+        orbax_log.open(self._folder.with_name("orbax.log"))
         # Before Orbax opens, which clears half-written checkpoints away.
         scores, self._half_written = self._processes.from_first("the checkpoints' scores", look)
         self._scores: dict[int, float] = dict(scores)
@@ -85,8 +90,9 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """Copies the state and writes it in the background; waits for an earlier save first.
 
-        The state, a tree of arrays, may be donated once this returns. Notes are of JSON's types. A
-        higher score is better; None is the worst. Nothing is written if that step is saved already.
+        The state, a tree of arrays whose `step` is that many, may be donated once this returns.
+        Notes are of JSON's types. A higher score is better; None is the worst. Nothing is written
+        if that step is saved already.
         WriteError if this or the earlier one cannot be written; those before are intact.
         """
         if step == self.latest_step():
@@ -106,11 +112,14 @@ class Checkpoints:
         )
         self._guarded(lambda: self._manager.save(step, args=args))
 
-    def restore(self, like: Any, log: Callable[[str], None] = print) -> Restored | None:
+    def restore(
+        self, like: Any, log: Callable[[str], None] = print, *, last: int | None = None
+    ) -> Restored | None:
         """Reads the latest checkpoint that is whole; puts those after it aside, by name.
 
         `like` gives shapes, dtypes and shardings; devices and processes may be others than those
-        that saved. `log` gets a line on each checkpoint that is damaged, or was half written.
+        that saved. `log` gets a line on each checkpoint that is damaged, renamed, of a step after
+        the `last` of the training, or was half written.
         InputError if there are checkpoints and none can be used: all are left as they are.
         FailedError if one cannot be read for want of memory or the like.
         """
@@ -120,6 +129,9 @@ class Checkpoints:
             log(f"checkpoint {half} was half written when its process ended, and is removed")
         damaged: dict[int, str] = {}
         for step in steps:
+            if last is not None and step > last:
+                damaged[step] = f"the training ends at step {last}"
+                continue
             restored = self._attempt(like, step)
             if isinstance(restored, Restored):
                 if damaged:
@@ -131,7 +143,7 @@ class Checkpoints:
         reasons = "; ".join(f"{self._folder / str(step)}: {damaged[step]}" for step in steps)
         raise InputError(
             f"no checkpoint can be restored, and none is overwritten ({reasons}); to begin anew, "
-            f"move {self._folder} away"
+            f"move {self._folder} away{orbax_log.hint()}"
         )
 
     def _steps(self) -> list[int]:
@@ -141,7 +153,7 @@ class Checkpoints:
         except OSError as error:
             raise FailedError(f"{self._folder} cannot be read: {error.strerror}") from error
         steps = [int(name) for name in names if name.isascii() and name.isdecimal()]
-        return sorted(steps, reverse=True)
+        return sorted({step for step in steps if str(step) in names}, reverse=True)
 
     def _attempt(self, like: Any, step: int) -> Restored | str:
         """Reads a checkpoint, or says why it cannot be used; on all processes alike."""
@@ -171,9 +183,7 @@ class Checkpoints:
     def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
         """Reads this process's parts of the state, without waiting for another, and the notes."""
         folder = self._folder / str(step)
-        about = json.loads((folder / _ABOUT / "metadata").read_text())
-        if about["digest"] != _digest(about):
-            raise ValueError("its notes are not what was saved")
+        about = _read_about(folder)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=self._processes.index,
             active_processes={self._processes.index},
@@ -195,7 +205,7 @@ class Checkpoints:
                 path = self._folder / str(step)
                 names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
                 name = next(name for name in names if not path.with_name(name).exists())
-                log(f"checkpoint {path} is damaged and put aside as {name}: {reason}")
+                log(f"checkpoint {path} is put aside as {name}: {reason}{orbax_log.hint()}")
                 self._guarded(functools.partial(path.rename, path.with_name(name)))
 
         self._processes.from_first("putting damaged checkpoints aside", rename)
@@ -213,6 +223,7 @@ class Checkpoints:
             raise WriteError(
                 f"{self._folder} cannot be written: {one_line(error)}; earlier "
                 "checkpoints are intact, and the same command goes on from the last"
+                f"{orbax_log.hint()}"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -254,14 +265,22 @@ def latest_notes(folder: Path) -> dict[str, Any] | None:
 def _read_abouts(folder: Path) -> dict[int, dict[str, Any]]:
     """Fingerprints, notes and scores of the checkpoints in a folder, by their steps."""
     abouts = {}
-    for path in folder.glob(f"*/{_ABOUT}/metadata"):
-        try:
-            about = json.loads(path.read_text())
-            if about["digest"] == _digest(about):
-                abouts[int(path.parts[-3])] = about
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # it is damaged or put aside, which `restore` finds out
+    for path in folder.glob(f"*/{_ABOUT}"):
+        # What cannot be used is damaged, renamed or put aside, which `restore` finds out.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            abouts[int(path.parent.name)] = _read_about(path.parent)
     return abouts
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Fingerprints, notes and score of a checkpoint; ValueError if it is not of its name's step."""
+    about = json.loads((folder / _ABOUT / "metadata").read_text())
+    if about["digest"] != _digest(about):
+        raise ValueError("its notes are not what was saved")
+    step = about["fingerprints"][".step"][0]  # of one number the first sum is the number itself
+    if str(step) != folder.name:
+        raise ValueError(f"it holds the state after step {step}")
+    return about
 
 
 def fingerprints(state: Any) -> dict[str, list[int]]:

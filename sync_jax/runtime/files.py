@@ -3,18 +3,42 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+from sync_jax.errors import InputError
 
 # Errors of fsync on file systems that do not have it, such as mounted buckets.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
+_FILES = (".json", ".jsonl", ".npz", ".png", ".lock")  # how a run's files end
+
+
 class LockedError(Exception):
     """Another process holds a lock; the message names the process."""
+
+
+def check_plain(workdir: Path) -> None:
+    """Raises InputError where a run's folder holds a FIFO, a socket, a device, or no file for one.
+
+    Opening or reading these may never end. Symbolic links count as what they lead to.
+    """
+    for pattern in ("*", "checkpoints/**"):
+        for name in glob.iglob(pattern, root_dir=workdir, recursive=True, include_hidden=True):
+            try:
+                mode = (workdir / name).stat().st_mode
+            except FileNotFoundError:  # a link to nothing, or another process's
+                continue
+            except OSError as error:
+                raise InputError(f"{workdir / name} cannot be read: {error.strerror}") from error
+            if not (stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not name.endswith(_FILES))):
+                raise InputError(f"{workdir / name} is no plain file; move it away")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -46,6 +70,22 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def hold(folder: Path, *, alone: bool = False) -> int:
+    """Locks a folder, which need not be writable, with others or alone, until the result is closed.
+
+    Raises LockedError where others hold it, or another alone. Without locks, nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LockedError("another process") from None
+    except OSError:
+        pass
+    return descriptor
 
 
 @contextlib.contextmanager

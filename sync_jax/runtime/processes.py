@@ -6,6 +6,7 @@ processes agree over JAX's coordination service instead, which needs no device.
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -30,6 +31,7 @@ T = TypeVar("T")
 _GRACE = 5.0  # seconds for processes to end by themselves, after one failed
 _OUTLAST = 15.0  # seconds for all to hear of a SIGTERM, which may have been to one alone
 _INTERVAL = 1.0  # seconds after which a wait lets signals be handled
+_NUMBERS = itertools.count(1)  # of the exchanges, which are the same on all processes
 
 # The variables that Slurm's srun gives each process; a script under sbatch alone lacks some.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -151,12 +153,12 @@ class Processes:
     `index` is this process's, of `count`; the one that writes logs and reports is the `first`.
     """
 
-    def __init__(self, *, seconds: float = 600.0, name: str = ""):
-        """Each call waits so long for the others; a process with several runs names each."""
+    def __init__(self, *, seconds: float = 600.0):
+        """Each call waits so long for the others."""
         self.index, self.count = jax.process_index(), jax.process_count()
         self.first = self.index == 0
-        self._seconds, self._name, self._calls = seconds, name, 0
-        self._failed = f"sync_jax/{name}/failed"  # the key of an error
+        self.seconds = seconds
+        self._failed = ""  # the key of an error
 
     def print(self, text: str) -> None:
         """Prints a line, once for all processes."""
@@ -172,13 +174,12 @@ class Processes:
         if self.count == 1:
             return [value]
         client: Any = global_state.client
-        self._calls += 1
-        key = f"sync_jax/{self._name}/{self._calls}/{what}"
+        key = f"sync_jax/{next(_NUMBERS)}/{what}"
         client.key_value_set(f"{key}/{self.index}", json.dumps(value))
-        while after_first and _found(client, f"{key}/0", self._seconds) is None:
+        while after_first and _found(client, f"{key}/0", self.seconds) is None:
             # If process 0 dies, JAX ends the others.
             say(f"process {self.index} still waits for process 0: {what}")
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self.seconds
         texts = [
             # Also when the time is over, a process that has come must be found.
             _found(client, f"{key}/{process}", max(deadline - time.monotonic(), 2.0))
@@ -187,7 +188,7 @@ class Processes:
         if missing := [str(process) for process, text in enumerate(texts) if text is None]:
             raise FailedError(
                 f"process {', '.join(missing)} of {self.count} did not come to {what!r} within "
-                f"{self._seconds:g} s; its own log says why"
+                f"{self.seconds:g} s; its own log says why"
             )
         return [json.loads(text or "") for text in texts]
 
@@ -226,6 +227,7 @@ class Processes:
         if self.count == 1:
             yield
             return
+        self._failed = f"sync_jax/{next(_NUMBERS)}/failed"
         over = threading.Event()
         watch = threading.Thread(target=self._end_with_others, args=(over,), daemon=True)
         watch.start()

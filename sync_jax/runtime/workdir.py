@@ -2,6 +2,10 @@
 
 import contextlib
 import errno
+import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,12 @@ from sync_jax.errors import InputError, WriteError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import latest_notes
 from sync_jax.runtime.console import say
-from sync_jax.runtime.files import LockedError, locked, write_text
+from sync_jax.runtime.files import LockedError, check_plain, locked, write_text
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import read_metrics
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+_VISIBLE_WITHIN = 30.0  # seconds in which a network's file system shows a new file to other hosts
 
 
 def check_run(config: ConfigDict, workdir: Path) -> None:
@@ -34,6 +41,7 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be the run's: InputError, naming the fields that differ."""
+    check_plain(workdir)
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
         path, report = workdir / "config.json", workdir / "report.json"
@@ -52,7 +60,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
     if has_config:
         refuse_differences(config, read_config(path), workdir)
-    elif (notes := latest_notes(workdir / "checkpoints")) is not None:  # it was lost
+    # The config may have been lost, or be another's.
+    if (notes := latest_notes(workdir / "checkpoints")) is not None:
         refuse_differences(config, notes["config"], workdir)
 
 
@@ -66,13 +75,54 @@ def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path)
 
 
 def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and saves the resolved config in it; InputError or WriteError otherwise."""
-    try:
+    """Makes the folder and saves the resolved config in it; errors as of `writing`."""
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "config.json", to_json(config))
+
+
+def check_shared(workdir: Path, processes: Processes) -> None:
+    """Raises InputError on all processes if one does not see the same folder as the first.
+
+    The first writes an empty file there, all look for it, and everything is removed again.
+    """
+    if processes.count == 1:
+        return
+    token = workdir / f".shared-{secrets.token_hex(8)}"
+    made = [folder for folder in (workdir, *workdir.parents) if not os.path.exists(folder)]
+
+    def write() -> str:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        return token.name
+
+    try:
+        path = workdir / processes.from_first("the workdir", write)
+        deadline = time.monotonic() + min(_VISIBLE_WITHIN, processes.seconds / 2)
+        while not (seen := os.path.exists(path)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        found = processes.share("a look into the workdir", [seen, socket.gethostname()])
+    finally:
+        if processes.first:
+            with contextlib.suppress(OSError):
+                token.unlink()
+                for folder in made:
+                    folder.rmdir()
+    if blind := [f"process {i} on {host}" for i, (seen, host) in enumerate(found) if not seen]:
+        raise InputError(
+            f"--workdir={workdir} is not one folder for all processes: {', '.join(blind)} cannot "
+            f"see what process 0 on {found[0][1]} writes there; name a folder that all share"
+        )
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Raises an InputError where nothing may be written, a WriteError where writing fails."""
+    try:
+        yield
     except OSError as error:
-        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-        kind = InputError if refused else WriteError
+        kind = InputError if error.errno in _REFUSED else WriteError
         raise kind(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
@@ -80,7 +130,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
 def owned(workdir: Path, processes: Processes) -> Iterator[None]:
     """Holds the lock of the folder, which is made when needed; the first process does, for all.
 
-    InputError if another run holds it, or the folder cannot be written.
+    InputError if another run holds it; errors of `writing`.
     """
 
     def warn() -> None:
@@ -88,15 +138,14 @@ def owned(workdir: Path, processes: Processes) -> Iterator[None]:
 
     def lock() -> None:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(workdir / ".lock", unsupported=warn))
+            with writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(workdir / ".lock", unsupported=warn))
         except LockedError as error:
             raise InputError(
                 f"--workdir={workdir} is in use by {error}; wait for it, stop it, or name another "
                 "--workdir"
             ) from None
-        except OSError as error:
-            raise InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
     with contextlib.ExitStack() as held:
         processes.from_first("the workdir's lock", lock)

@@ -11,12 +11,14 @@ from tests.bad_input.spoil import (
     broken,
     cars,
     cifar100,
+    closed,
     clothes,
     cut,
     cut_food,
     food,
     imagenet,
     label_100,
+    labels_beyond,
     nan_pictures,
     no_files,
     pickled,
@@ -40,7 +42,14 @@ CASES = {
     "pictures of no class": Bad(
         NEW_ALBUM, "has 0 folders of pictures; it must hold one", album({})
     ),
-    "pictures beside each other": Bad(NEW_ALBUM, "has 9 pictures directly in it", album({".": 9})),
+    "pictures beside each other": Bad(
+        NEW_ALBUM, "has 9 pictures in no class folder and 0 folders", album({".": 9})
+    ),
+    "pictures of folds": Bad(
+        NEW_ALBUM,
+        "1, 2 hold folders of the same names, a, b. Splits must be called .*train, training, cal",
+        album({f"{fold}/{name}": 9 for fold in "12" for name in "ab"}),
+    ),
     "an empty class": Bad(
         NEW_ALBUM, "train has no picture of 'bee'; known are .jpg", album({"ant": 20, "bee": 0})
     ),
@@ -63,16 +72,17 @@ CASES = {
     "prepared labels out of range": Bad(
         PREPARED,
         "is damaged: train has labels beyond its classes",
-        lambda monkeypatch: np.save(
-            next(Path("album").rglob("labels_train.npy")), np.full(20, 3, np.int32)
-        ),
+        labels_beyond,
+    ),
+    "a prepared folder that may not be looked into": Bad(
+        PREPARED, "data_dir='.*album' cannot be used: Permission denied .*sync_jax.json", closed
     ),
     "prepared description damaged": Bad(
         PREPARED, "sync_jax.json is damaged", cut("album/**/sync_jax.json")
     ),
     "squares cut short": Bad(
         PREPARED,
-        "squares_12_12/train.npy is damaged .*; delete it",
+        "squares_12_12 is damaged .*train.npy is not as it was prepared.; delete it",
         lambda monkeypatch: (squares(), cut("album/**/train.npy")(monkeypatch)),
     ),
     # Published files.

@@ -9,6 +9,7 @@ from tests.bad_input.case import COMPARE, DONE, EVALUATE, TRAIN, Bad
 from tests.bad_input.spoil import (
     compressed,
     cut,
+    fifo,
     folder,
     nan_first,
     predictions,
@@ -37,11 +38,29 @@ CASES = {
     "checkpoints are a file": Bad(
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
     ),
-    "config.json is a folder": Bad(DONE, "config.json cannot be read", folder("config.json")),
+    "report.json is a folder": Bad(EVALUATE, "report.json is no plain file", folder("report.json")),
     "the lock is a folder": Bad(
         [*TRAIN, "--workdir=begun"],
-        "workdir=begun cannot be written: Is a directory",
+        "begun/.lock is no plain file; move it away",
         lambda monkeypatch: os.makedirs("begun/.lock"),
+    ),
+    "the config is a FIFO": Bad(DONE, "config.json is no plain file", fifo("config.json")),
+    "a checkpoint has a FIFO": Bad(
+        DONE, "about/metadata is no plain file", fifo("checkpoints/9/about/metadata")
+    ),
+    "predictions are a FIFO": Bad(
+        EVALUATE, "test.npz is no plain file", fifo("predictions_test.npz")
+    ),
+    "compare a FIFO": Bad(COMPARE, "done/report.json is no plain file", fifo("report.json")),
+    "an ensemble of a FIFO": Bad(
+        ["--mode=ensemble", "--runs=runs/*", "--workdir=table"],
+        "calibration.npz is no plain file",
+        fifo("predictions_calibration.npz"),
+    ),
+    "a table into a FIFO": Bad(
+        [*COMPARE[:1], "--runs=runs/two", "--workdir=runs/done"],
+        "compare.json.incomplete is no plain file",
+        fifo("compare.json.incomplete"),
     ),
     "config.json of something else": Bad(
         DONE, "config.json cannot be read", write("runs/done/config.json", "[1, 2]")

@@ -1,6 +1,7 @@
 """What can be wrong with files and the machine: each spoils the folder of everything."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from sync_jax import trainer as run_lib
 from sync_jax.data.datasets.cifar import Cifar100
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.datasets.svhn import Svhn
+from sync_jax.data.prepare import digests, staging
 from tests.bad_input.case import PREPARED
 from tests.command_line import run
 from tests.data import idx_files, test_archives
@@ -57,6 +59,15 @@ def folder(patch: Patch, *names: str):
     for path in (Path("runs/done", name) for name in names):
         path.unlink(missing_ok=True)
         path.mkdir()
+
+
+@mistake
+def fifo(patch: Patch, name: str):
+    """A FIFO in a run: whoever opens it waits for ever."""
+    path = Path("runs/done", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
 
 
 @mistake
@@ -240,6 +251,22 @@ def imagenet(patch: Patch, archive: bytes):
 
 def same_seed(content: dict) -> None:
     content["config"]["seed"] = 0
+
+
+def labels_beyond(patch: Patch) -> None:
+    """Labels that were never right: the digests are theirs."""
+    path = next(Path("album").rglob("labels_train.npy"))
+    np.save(path, np.full(20, 3, np.int32))
+    digests.write(path.parent, {path.name: path})
+
+
+def closed(patch: Patch) -> None:
+    """As for a user who may not look into the folder; root may."""
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    patch.setattr(staging, "os", types.SimpleNamespace(**vars(os) | {"stat": refused}))
 
 
 def squares() -> None:

@@ -10,10 +10,11 @@ from PIL import Image
 
 from sync_jax import train
 from sync_jax.config import default_config
-from sync_jax.data import loading, registry
+from sync_jax.data import loading, registry, splits
 from sync_jax.data.datasets import image_folder
 from sync_jax.data.prepare import pictures as prepare_pictures
 from sync_jax.errors import InputError
+from sync_jax.runtime import sharding
 from tests.data import pictures
 from tests.data.pictures import CLASSES, pixels, prepared, write_pictures
 
@@ -44,13 +45,15 @@ def test_preparing_makes_squares_that_only_another_machine_has_memory_for(tmp_pa
     monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 5e3)
     config = default_config()
     config.data.update(section(tmp_path, calibration_size=3))
-    config.train.batch_size = 8
+    config.train.batch_size = 60_000  # of a training, which is not what is asked for
     for placement in ("auto", "device"):
         config.data.placement = placement
         monkeypatch.setattr("sync_jax.data.placement._free_disk", lambda folder: 100)
         loading.prepare(config, registry.dataset(config.data))
-        made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*"))
+        made = sorted(path.name for path in tmp_path.glob("data/**/squares_*/*.npy"))
         assert made == (["test.npy", "train.npy"] if placement == "device" else [])
+    config.data.calibration_size = 60_000
+    loading.prepare(config, registry.dataset(config.data))
 
 
 @pytest.mark.parametrize(("train_name", "test_name"), [("train", "test"), ("Training", "val")])
@@ -67,8 +70,10 @@ def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
     assert dataset.info().num_train == 12  # as the files' names tell
     lines = []
     dataset.prepare(lines.append)
+    note = "; the test split is the folder 'val'" if test_name == "val" else ""
     assert lines[0] == (
-        f"image_folder: 3 classes in {tmp_path / 'pictures'}: 12 for train, 6 for test"
+        f"image_folder: {tmp_path / 'pictures'} has 3 classes (ant, bee, cat & dog): 12 for train, "
+        f"6 for test{note}"
     )
     assert dataset.is_prepared()
     assert_holds(data, "train", written[train_name])
@@ -83,7 +88,8 @@ def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
     assert len(scanned) == 1  # once is enough for a run
     assert (info.class_names, info.num_classes, info.image_shape) == (CLASSES, 3, (12, 12, 3))
     assert (info.stored_shape, info.squares_bytes) == ((12, 12, 3), 0)
-    assert (info.num_train, info.num_test) == (12, 6)
+    assert (info.num_train, info.num_test, info.num_calibration) == (12, 6, 0)
+    assert info.note == note.removeprefix("; ")  # also when it was prepared long ago
     train_pixels = np.stack([image for image, _ in written[train_name]]) / 255
     np.testing.assert_allclose(info.mean, train_pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(info.std, train_pixels.std(axis=(0, 1, 2)), rtol=1e-9)
@@ -91,12 +97,134 @@ def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
     assert lines == [f"image_folder: already prepared in {dataset.folder}"]
 
 
-def test_val_joins_train_where_there_is_a_test(tmp_path):
-    written = write_pictures(tmp_path / "pictures", {"train": 3, "val": 2, "test": 1})
+@pytest.mark.parametrize("name", ["val", "calibration"])
+def test_a_calibration_folder_is_the_calibration_part_whole(tmp_path, monkeypatch, capsys, name):
+    """However the pictures are read; but for one that is broken."""
+    written = write_pictures(tmp_path / "pictures", {"train": 4, name: 3, "test": 2})
+    (tmp_path / "pictures" / name / "bee" / "001.png").write_bytes(b"no picture")
+    del written[name][4]
     data = section(tmp_path)
     dataset, _ = prepared(data)
-    assert_holds(data, "test", written["test"])
-    assert dataset.info().num_train == 15
+    info = dataset.info()
+    assert info.splits == {"train": 12, "calibration": 8, "test": 6}
+    train_pixels = np.stack([image for image, _ in written["train"]]) / 255
+    np.testing.assert_allclose(info.mean, train_pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
+    for decode in (False, True):
+        parts = splits.load_train_and_calibration(dataset, data, decode=decode)
+        for part, split in zip(parts, ("train", name), strict=True):
+            np.testing.assert_array_equal(part.images[:], [image for image, _ in written[split]])
+            np.testing.assert_array_equal(part.labels, [label for _, label in written[split]])
+            np.testing.assert_array_equal(part.index, np.arange(len(written[split])))
+    # What is placed are the twelve training pictures, and squares are made of all.
+    config = default_config()
+    config.data, config.train.batch_size = data, 12
+    monkeypatch.setattr("sync_jax.data.placement.free_memory", lambda mesh: 2 * 12 * 12 * 12 * 3)
+    assert loading.decide(config, dataset, sharding.make_mesh()).on_device
+    loading.prepare(config, dataset)
+    note = "" if name == "calibration" else "; the calibration split is the folder 'val'"
+    assert (
+        "image_folder: 3 classes (ant, bee, cat & dog): 12 for train, 8 for calibration, 6 for "
+        f"test{note}\n"
+    ) in capsys.readouterr().out
+    assert registry.dataset(section(tmp_path, image_size=6)).info().squares_bytes == (
+        26 * 6 * 6 * 3 + 3 * 128
+    )
+    config.data.calibration_size = 3
+    with pytest.raises(InputError, match=r"has a calibration split of 8 .* used whole; use 0"):
+        loading.prepare(config, dataset)
+
+
+def write_tree(folder, *class_folders):
+    """Empty files for pictures, five in each folder."""
+    for path in class_folders:
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        for i in range(5):
+            (folder / path / f"{i}.png").touch()
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        {"train": "train", "test": "val"},
+        {"train": "train", "test": "valid"},
+        {"train": "training", "test": "validation"},
+        {"train": "train", "test": "dev"},
+        {"train": "train", "test": "eval"},
+        {"train": "train_set", "test": "test_set"},
+        {"train": "cars_train", "test": "cars_test"},
+        {"train": "seg_train/seg_train", "test": "seg_test/seg_test"},
+        {"train": "Train", "calibration": "Val", "test": "Test"},
+        {"train": "train", "calibration": "dev", "test": "eval"},
+        {"train": "train", "calibration": "calib", "test": "test"},
+        {"train": "train", "calibration": "cal", "test": "val"},
+    ],
+    ids=lambda folders: " ".join(folders.values()),
+)
+def test_layouts_that_are_understood_and_the_litter_in_them(tmp_path, folders):
+    names = ("ant", "bee")
+    write_tree(tmp_path, *(f"{root}/{name}" for root in folders.values() for name in names))
+    litter = ["__MACOSX/train/ant/0.png", "annotations/ant/0.xml", "annotations/bee/0.xml"]
+    train = folders["train"]
+    litter += [f"{train}/__pycache__/x.pyc", f"{train}/ant/@eaDir/0.png/THUMB.jpg"]
+    litter += [f"{train}/ant/._0.png", f"{train}/bee/Thumbs.db", f"{train}/0.png", "1.png"]
+    for path in litter:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    listing, ignored = image_folder.scan(tmp_path)
+    assert listing.class_names == names
+    assert {
+        split: [(picture.name, picture.label) for picture in found]
+        for split, found in listing.splits.items()
+    } == {
+        split: [(f"{root}/{n}/{i}.png", j) for j, n in enumerate(names) for i in range(5)]
+        for split, root in folders.items()
+    }
+    assert ignored == len(litter)
+    if folders["test"] in ("val", "seg_test/seg_test"):
+        assert f"the test split is the folder {folders['test']!r}" in listing.note
+
+
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ("train/ant train/bee holdout/ant holdout/bee", "beside train .* other names, holdout"),
+        (
+            "train/ant train/bee test/ant test/bee unlabelled/ant unlabelled/bee",
+            "beside test, train lie folders of other names, unlabelled",
+        ),
+        ("train/ant train/bee test/ant test/bee unlabelled", "other names, unlabelled"),
+        ("train test sample", "beside test, train .* other names, sample"),
+        ("a_train/ant a_train/bee a_test/ant a_test/bee a_pred/a_pred", "other names, a_pred"),
+        ("f1/ant f1/bee f2/ant f2/bee f3/ant f3/bee", "f1, f2, f3 .* same names, ant, bee"),
+        ("a/ant a/bee b/bee b/cat", "a, b hold folders of the same names, bee"),
+        ("cats/day cats/night dogs/day dogs/night", "cats, dogs .* same names, day, night"),
+        ("val/ant val/bee test/ant test/bee", "test, val name splits, and none is for training"),
+        ("train/ant train/bee Training/ant Training/bee", "both name the train split"),
+        ("train/ant train/bee val/ant val/bee cal/ant cal/bee test/ant test/bee", "val has no use"),
+    ],
+)
+def test_folders_that_look_like_splits_are_never_taken_for_classes(tmp_path, folders, found):
+    write_tree(tmp_path / "pictures", *folders.split())
+    with pytest.raises(InputError, match=rf"{found}.*calibration.* dev, .*into FOLDER/train/$"):
+        image_folder.scan(tmp_path / "pictures")
+    if found.startswith("cats"):  # the way out
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "train").symlink_to(tmp_path / "pictures")
+        listing, _ = image_folder.scan(tmp_path / "links")
+        assert listing.class_names == ("cats", "dogs")
+        assert {split: len(found) for split, found in listing.splits.items()} == {
+            "train": 16,
+            "test": 4,
+        }
+
+
+@pytest.mark.parametrize(
+    "folders", ["ant/images bee/images", "ant/more bee", "ant/x ant/y bee/z", "train test_tube"]
+)
+def test_what_looks_like_no_split_is_a_class(tmp_path, folders):
+    write_tree(tmp_path, *folders.split())
+    listing, _ = image_folder.scan(tmp_path)
+    assert listing.class_names == tuple(sorted({x.partition("/")[0] for x in folders.split()}))
 
 
 def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
@@ -127,7 +255,7 @@ def test_folders_within_classes_hidden_and_other_files(tmp_path):
     (ant / "notes.txt").write_text("")
     (tmp_path / "pictures" / ".cache").mkdir()
     data = section(tmp_path)
-    assert prepared(data)[1][0].endswith("7 for train, 3 for test; 1 other files ignored")
+    assert prepared(data)[1][0].endswith("7 for train, 3 for test; 2 other files ignored")
     assert pixels(99) in load(data, "train")[0]
 
 
@@ -138,7 +266,7 @@ def test_changed_pictures_are_noticed_and_absent_ones_are_not_needed(tmp_path):
     picture = tmp_path / "pictures" / "train" / "ant" / "000.png"
     Image.fromarray(pixels(77)).save(picture)
     os.utime(picture, ns=(1, 1))
-    with pytest.raises(InputError, match="have changed since they were prepared; delete"):
+    with pytest.raises(InputError, match="have changed since they were prepared, or an earlier"):
         registry.dataset(data).info()
     shutil.rmtree(tmp_path / "pictures")
     assert registry.dataset(data).info().num_train == 6
@@ -150,8 +278,10 @@ def test_a_missing_file_of_records_does_not_shift_the_others(tmp_path, monkeypat
     write_pictures(tmp_path / "pictures", {"train": 3, "test": 1})
     dataset, _ = prepared(section(tmp_path))
     sorted(dataset.folder.glob("*-train.array_record-*"))[0].unlink()
-    with pytest.raises(InputError, match="it has 6 records, not one for each label"):
-        dataset.load("train")
+    for message in ("FileNotFoundError: .*-train", "it has 6 records, not one for each label"):
+        with pytest.raises(InputError, match=message):
+            dataset.load("train")
+        (dataset.folder / "digests.json").unlink()  # as an earlier version left it
     assert not list(dataset.folder.glob("squares_*"))
 
 
@@ -172,7 +302,7 @@ def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, mo
 @pytest.mark.slow
 def test_from_a_folder_to_a_report(tmp_path, capsys):
     """By squares that are read from the disk for each batch; cropped and coloured on the device."""
-    write_pictures(tmp_path / "pictures", {"train": 20, "test": 8})
+    write_pictures(tmp_path / "pictures", {"train": 20, "val": 2, "test": 8})
     config = default_config()
     config.data = section(tmp_path, min_crop_area=0.5, jitter=0.2, crop_padding=1, placement="disk")
     config.model.name, config.model.width, config.model.features = "mlp", 4, 8
@@ -183,5 +313,6 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["calibration"]["n"], report["test"]["n"]) == (6, 24)
     shown = capsys.readouterr().out
-    assert "3 classes" in shown
+    assert "60 training and 6 calibration images of 3 classes (ant, bee, cat & dog); mlp" in shown
+    assert "; the calibration split is the folder 'val'\n" in shown
     assert "images on the disk, read for each batch" in shown

@@ -81,6 +81,13 @@ def test_exif_orientation_is_followed(orientation, turns):
     )
 
 
+def test_of_large_pictures_pillow_says_nothing_without_a_name(monkeypatch):
+    """As of 144 megapixels, where Pillow's limit is 89 and its warning an error of the tests."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    image = pixels(7)
+    np.testing.assert_array_equal(load_square(encoded(Image.fromarray(image)), 12), image)
+
+
 def test_what_is_no_picture_says_why():
     good = encoded(Image.fromarray(pixels(6, 64, 64)), "JPEG")
     for data, message in (

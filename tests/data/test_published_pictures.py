@@ -116,7 +116,7 @@ def test_imagenet_comes_back_from_every_layout_in_the_same_order(tmp_path, image
     data = section("imagenet100", tmp_path)
     dataset, lines = prepared(data)
     assert lines[1:3] == [
-        "imagenet100: 100 classes: 200 for train, 100 for test",
+        f"imagenet100: 100 classes ({', '.join(WNIDS[:5])}, ...): 200 for train, 100 for test",
         "imagenet100: published are 126,689 and 5,000",
     ]
     assert_holds(data, "train", imagenet[0]["train"])

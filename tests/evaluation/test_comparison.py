@@ -106,9 +106,9 @@ def test_differences_are_the_paired_bootstraps(folder, compared):
     for label, pattern in labels.items():
         tests = [Predictions.load(path / "predictions_test.npz") for path in folder.glob(pattern)]
         ranked = [(test.confidence("softmax_response"), test.wrong) for test in tests]
-        estimate[label] = np.mean([metrics.aurc(*each) for each in ranked])
+        estimate[label] = np.mean([metrics.aurc(c, loss=wrong) for c, wrong in ranked])
         values[label] = np.mean(
-            [metrics.bootstrap_values(metrics.aurc, *x) for x in ranked], axis=0
+            [metrics.bootstrap_values(metrics.aurc, c, loss=wrong) for c, wrong in ranked], axis=0
         )
     a, b = difference["a"], difference["b"]
     assert difference["estimate"] == pytest.approx(estimate[a] - estimate[b])

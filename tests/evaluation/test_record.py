@@ -398,7 +398,7 @@ def test_class_certificates_pay_for_their_number():
 def test_intervals_are_those_of_the_bootstrap(record):
     score = record["scores"]["softmax_response"]
     interval = metrics.bootstrap_interval(
-        metrics.aurc, TEST.confidence("softmax_response"), TEST.wrong
+        metrics.aurc, TEST.confidence("softmax_response"), loss=TEST.wrong
     )
     assert score["bootstrap_95"]["aurc"] == [interval.lower, interval.upper]
     difference = record["aurc_minus_softmax_response"]
@@ -477,7 +477,9 @@ def test_the_order_of_the_norm_is_chosen_on_calibration_data():
     predictions = Predictions({"logits": logits.astype(np.float32)}, labels, np.arange(400))
     p = fit_parameters(predictions, score=SCORES["max_logit_pnorm"])["p"]
     areas = {
-        order: metrics.aurc(predictions.confidence("max_logit_pnorm", p=order), predictions.wrong)
+        order: metrics.aurc(
+            predictions.confidence("max_logit_pnorm", p=order), loss=predictions.wrong
+        )
         for order in (None, *range(1, 11))
     }
     assert p is not None

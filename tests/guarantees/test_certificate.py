@@ -39,12 +39,13 @@ def test_certificates_are_consistent_and_independent_of_the_input_order(
 ):
     options = {"target_risk": target_risk, "delta": delta}
     confidence, correct = (np.array(column) for column in zip(*data, strict=True))
-    certificate = METHODS[method](confidence, correct, **options)
+    certificate = METHODS[method](confidence, correct=correct, **options)
     check_counts(certificate, confidence, correct)
     assert Certificate.from_dict(json.loads(dumps(certificate))) == certificate
     shuffled = list(data)
     random.shuffle(shuffled)
-    again = METHODS[method](*(np.array(c) for c in zip(*shuffled, strict=True)), **options)
+    confidence, correct = (np.array(column) for column in zip(*shuffled, strict=True))
+    again = METHODS[method](confidence, correct=correct, **options)
     assert repr(again) == repr(certificate)
     if certificate.feasible and "fixed_sequence" not in method:
         tests = {"sgr": len(data).bit_length(), "bonferroni": 1, "holm": 1}[method]
@@ -53,7 +54,9 @@ def test_certificates_are_consistent_and_independent_of_the_input_order(
 
 
 def test_infinite_thresholds_survive_strict_json():
-    certificate = sgr([math.inf] * 50 + [0.0] * 50, [1] * 50 + [0] * 50, target_risk=0.2, delta=0.1)
+    certificate = sgr(
+        [math.inf] * 50 + [0.0] * 50, correct=[1] * 50 + [0] * 50, target_risk=0.2, delta=0.1
+    )
     assert certificate.threshold == math.inf
     fields = json.loads(dumps(certificate))
     assert fields["threshold"] == "Infinity"
@@ -62,18 +65,20 @@ def test_infinite_thresholds_survive_strict_json():
 
 def test_integers_and_big_endian_numbers_are_welcome():
     confidence, correct = example()
-    expected = sgr(confidence, correct, target_risk=0.1, delta=0.1)
-    assert sgr(confidence.astype(">f8"), correct, target_risk=0.1, delta=0.1) == expected
+    expected = sgr(confidence, correct=correct, target_risk=0.1, delta=0.1)
+    assert sgr(confidence.astype(">f8"), correct=correct, target_risk=0.1, delta=0.1) == expected
     integers = (confidence * 1000).astype(np.int32)
-    certificate = sgr(integers, correct, target_risk=0.1, delta=0.1)
-    assert certificate == sgr(integers.astype(float), correct, target_risk=0.1, delta=0.1)
+    certificate = sgr(integers, correct=correct, target_risk=0.1, delta=0.1)
+    assert certificate == sgr(integers.astype(float), correct=correct, target_risk=0.1, delta=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target_risk", [0.01, 1e-9, 1e-17, 1e-200])
 def test_what_cannot_be_certified_is_infeasible_and_says_why(method, target_risk):
-    hopeless = METHODS[method](np.arange(20), np.arange(20) % 2, target_risk=0.01, delta=0.05)
-    few = METHODS[method](np.arange(20), np.ones(20), target_risk=target_risk, delta=0.05)
+    hopeless = METHODS[method](
+        np.arange(20), correct=np.arange(20) % 2, target_risk=0.01, delta=0.05
+    )
+    few = METHODS[method](np.arange(20), correct=np.ones(20), target_risk=target_risk, delta=0.05)
     for certificate in (hopeless, few):
         assert not certificate.feasible
         assert "Nothing is promised" in certificate.promise
@@ -89,7 +94,8 @@ def test_what_cannot_be_certified_is_infeasible_and_says_why(method, target_risk
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
-    certificate = METHODS[method](*example(), target_risk=0.1, delta=0.1)
+    confidence, correct = example()
+    certificate = METHODS[method](confidence, correct=correct, target_risk=0.1, delta=0.1)
     start = (
         "With probability at least 1 - 0.1 over the draw of the calibration split, the selective "
     )
@@ -103,7 +109,7 @@ def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
     assert ("provided that errors are no" in certificate.promise) == ("fixed_sequence" in method)
     assert certificate.promise.count(".") <= 4  # one sentence, and decimal points
     assert (certificate.target_risk, certificate.delta) == (0.1, 0.1)
-    tiny = METHODS[method](np.zeros(2000), np.ones(2000), target_risk=0.1, delta=1e-20)
+    tiny = METHODS[method](np.zeros(2000), correct=np.ones(2000), target_risk=0.1, delta=1e-20)
     assert tiny.promise.startswith("With probability at least 1 - 1e-20 over")
     with pytest.raises(dataclasses.FrozenInstanceError):
         certificate.threshold = 0.0
@@ -113,7 +119,7 @@ def test_a_promise_names_its_probability_its_randomness_and_its_bound(method):
 def test_stricter_wishes_cost_coverage(method):
     confidence, correct = example(5000)
     coverage = [
-        METHODS[method](confidence, correct, target_risk=r, delta=d).coverage
+        METHODS[method](confidence, correct=correct, target_risk=r, delta=d).coverage
         for r, d in [(0.04, 0.001), (0.04, 0.1), (0.08, 0.1), (0.5, 0.1)]
     ]
     assert coverage == sorted(coverage)
@@ -141,11 +147,13 @@ BAD_INPUT = [
 def test_bad_input_is_refused_by_name(confidence, correct, message):
     for method in METHODS.values():
         with pytest.raises(ValueError, match=message):
-            method(confidence, correct, target_risk=0.1, delta=0.1)
+            method(confidence, correct=correct, target_risk=0.1, delta=0.1)
     with pytest.raises(ValueError, match=message):
-        conformal_risk_control(confidence, correct, alpha=0.1)
+        conformal_risk_control(confidence, correct=correct, alpha=0.1)
     with pytest.raises(ValueError, match=message):
-        group_certificates(sgr, confidence, correct, [0, 1], target_risk=0.1, delta=0.1)
+        group_certificates(
+            sgr, confidence, correct=correct, groups=[0, 1], target_risk=0.1, delta=0.1
+        )
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, math.nan])
@@ -156,4 +164,4 @@ def test_probabilities_out_of_range_are_refused_by_name(name, value):
         with pytest.raises(ValueError, match=f"{name} must lie"):
             method(confidence=[0.5, 1.0], correct=[0, 1], **options)
     with pytest.raises(ValueError, match="alpha must lie"):
-        conformal_risk_control([0.5, 1.0], [0, 1], alpha=value)
+        conformal_risk_control([0.5, 1.0], correct=[0, 1], alpha=value)

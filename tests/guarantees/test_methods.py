@@ -16,6 +16,7 @@ from sync_jax.guarantees import (
     sgr,
     sgr_fixed_sequence,
 )
+from sync_jax.metrics import unchecked
 from tests.guarantees.examples import LTT, METHODS, check_counts, dumps, example
 
 
@@ -41,7 +42,7 @@ def sgr_by_the_paper(confidence, correct, target, delta):
 def test_sgr_is_algorithm_1(seed):
     """Same K, same bound; the search may end elsewhere, where its midpoints round differently."""
     confidence, correct = example(1500, seed)
-    certificate = sgr(confidence, correct, target_risk=0.1, delta=0.05)
+    certificate = sgr(confidence, correct=correct, target_risk=0.1, delta=0.05)
     threshold, bound = sgr_by_the_paper(confidence, correct, 0.1, 0.05)
     check_counts(certificate, confidence, correct)
     n_paper = (confidence >= threshold).sum()
@@ -59,7 +60,7 @@ def test_sgr_is_algorithm_1(seed):
 def test_sgr_finds_the_threshold_of_a_clean_step():
     """200 right answers above 200 wrong ones: every further example is an error."""
     confidence, correct = np.arange(400), np.arange(400) >= 200
-    certificate = sgr(confidence, correct, target_risk=0.05, delta=0.1)
+    certificate = sgr(confidence, correct=correct, target_risk=0.05, delta=0.1)
     share = 0.1 / 9  # ceil(log2(401)) tests
     allowed = max(k for k in range(50) if clopper_pearson_upper(k, 200 + k, share) <= 0.05)
     assert certificate.n_errors == allowed
@@ -68,7 +69,7 @@ def test_sgr_finds_the_threshold_of_a_clean_step():
 
 @pytest.mark.parametrize("n", [255, 256, 257])
 def test_sgr_can_certify_full_coverage(n):
-    certificate = sgr(np.arange(n), np.ones(n), target_risk=0.05, delta=0.1)
+    certificate = sgr(np.arange(n), correct=np.ones(n), target_risk=0.05, delta=0.1)
     assert (certificate.coverage, certificate.threshold) == (1, 0)
     assert certificate.bound == clopper_pearson_upper(0, n, 0.1 / math.ceil(math.log2(n + 1)))
 
@@ -77,7 +78,7 @@ def test_sgr_counts_all_of_a_tie():
     """The right answers of a tie can't be accepted without its wrong ones."""
     confidence = np.r_[np.full(100, 1.0), np.full(100, 0.5)]
     correct = np.r_[np.ones(100), np.ones(50), np.zeros(50)]
-    certificate = sgr(confidence, correct, target_risk=0.1, delta=0.1)
+    certificate = sgr(confidence, correct=correct, target_risk=0.1, delta=0.1)
     assert (certificate.threshold, certificate.n_accepted, certificate.n_errors) == (0.75, 100, 0)
 
 
@@ -85,7 +86,7 @@ def test_bonferroni_on_given_thresholds_by_its_definition():
     confidence, correct = example()
     thresholds = np.linspace(0, 0.9, 10)
     certificate = learn_then_test(
-        confidence, correct, target_risk=0.1, delta=0.1, thresholds=thresholds
+        confidence, correct=correct, target_risk=0.1, delta=0.1, thresholds=thresholds
     )
     rejected = [
         t
@@ -101,14 +102,14 @@ def test_holm_leaves_more_to_the_others_after_every_rejection():
     options = {"target_risk": 0.1, "delta": 0.1, "thresholds": [0, 1]}
     assert stats.binom.cdf(0, 60, 0.1) < 0.05 < stats.binom.cdf(5, 100, 0.1) < 0.1
     confidence, correct = np.arange(100) < 60, ~((np.arange(100) >= 60) & (np.arange(100) < 65))
-    assert LTT["bonferroni"](confidence, correct, **options).threshold == 1
-    certificate = LTT["holm"](confidence, correct, **options)
+    assert LTT["bonferroni"](confidence, correct=correct, **options).threshold == 1
+    certificate = LTT["holm"](confidence, correct=correct, **options)
     assert (certificate.threshold, certificate.n_errors, certificate.bound) == (0, 5, 0.1)
     assert "at most 0.1." in certificate.promise  # thresholds fixed in advance need no proviso
     # With two of the five errors among the 60, neither is below 0.05: nothing is rejected.
     assert 0.05 < stats.binom.cdf(2, 60, 0.1) < 0.1
     correct = ~((np.arange(100) >= 58) & (np.arange(100) < 63))
-    assert not LTT["holm"](confidence, correct, **options).feasible
+    assert not LTT["holm"](confidence, correct=correct, **options).feasible
 
 
 @given(
@@ -120,7 +121,7 @@ def test_holm_by_its_definition_never_covers_less_than_bonferroni(data, target, 
     confidence, correct = (np.array(column) for column in zip(*data, strict=True))
     thresholds = np.arange(10)
     options = {"target_risk": target, "delta": delta, "thresholds": thresholds}
-    holm = LTT["holm"](confidence, correct, **options)
+    holm = LTT["holm"](confidence, correct=correct, **options)
     p = np.array([
         stats.binom.cdf((~correct[confidence >= t]).sum(), (confidence >= t).sum(), target)
         for t in thresholds
@@ -131,9 +132,9 @@ def test_holm_by_its_definition_never_covers_less_than_bonferroni(data, target, 
             break
         rejected.append(thresholds[i])
     assert holm.threshold == min(rejected, default=None)
-    assert holm.coverage >= LTT["bonferroni"](confidence, correct, **options).coverage
+    assert holm.coverage >= LTT["bonferroni"](confidence, correct=correct, **options).coverage
     options["thresholds"] = None
-    ranks = [LTT[name](confidence, correct, **options) for name in ("bonferroni", "holm")]
+    ranks = [LTT[name](confidence, correct=correct, **options) for name in ("bonferroni", "holm")]
     assert ranks[0].coverage <= ranks[1].coverage
     assert ranks[0].feasible == ranks[1].feasible
 
@@ -143,11 +144,11 @@ def test_the_hybrid_takes_the_larger_coverage_of_two_at_half_of_delta():
     for seed in range(20):
         confidence, correct = example(1500, seed)
         found = {
-            "sgr": sgr(confidence, correct, **half),
-            "sequence": LTT["fixed_sequence"](confidence, correct, **half),
+            "sgr": sgr(confidence, correct=correct, **half),
+            "sequence": LTT["fixed_sequence"](confidence, correct=correct, **half),
         }
         best = max(found, key=lambda name: found[name].coverage)
-        hybrid = sgr_fixed_sequence(confidence, correct, target_risk=0.05, delta=0.1)
+        hybrid = sgr_fixed_sequence(confidence, correct=correct, target_risk=0.05, delta=0.1)
         check_counts(hybrid, confidence, correct)
         same = "threshold", "n_accepted", "bound"
         assert [getattr(hybrid, k) for k in same] == [getattr(found[best], k) for k in same]
@@ -156,13 +157,14 @@ def test_the_hybrid_takes_the_larger_coverage_of_two_at_half_of_delta():
     assert chosen == {"sgr", "sequence"}
 
 
+@unchecked()
 def test_fixed_sequence_stops_at_the_first_failure():
     """0.8 passes, 0.6 fails, 0.4 would pass: Bonferroni may take it, the sequence may not."""
     confidence = np.r_[np.full(100, 0.8), np.full(20, 0.6), np.full(2000, 0.4)]
     correct = np.r_[np.ones(100), np.zeros(20), np.ones(2000)]
     options = {"target_risk": 0.1, "delta": 0.05, "thresholds": [0.4, 0.8, 0.6]}
-    assert LTT["fixed_sequence"](confidence, correct, **options).threshold == 0.8
-    assert LTT["bonferroni"](confidence, correct, **options).threshold == 0.4
+    assert LTT["fixed_sequence"](confidence, correct=correct, **options).threshold == 0.8
+    assert LTT["bonferroni"](confidence, correct=correct, **options).threshold == 0.4
 
 
 def test_fixed_sequence_starts_where_enough_are_accepted():
@@ -172,18 +174,18 @@ def test_fixed_sequence_starts_where_enough_are_accepted():
     confidence, correct = np.arange(100), np.ones(100)
     for n in (needed - 1, needed):
         certificate = LTT["fixed_sequence"](
-            confidence[:n], correct[:n], target_risk=0.1, delta=0.05
+            confidence[:n], correct=correct[:n], target_risk=0.1, delta=0.05
         )
         assert certificate.feasible == (n == needed)
     # 46 accepted may hold one error, 61 two; but a start may not take more than half.
     for slack, n, feasible in [(0, 200, False), (1, 200, True), (2, 122, True), (2, 91, False)]:
         certificate = LTT["fixed_sequence"](
-            np.arange(n), np.arange(n) < n - 1, target_risk=0.1, delta=0.05, slack=slack
+            np.arange(n), correct=np.arange(n) < n - 1, target_risk=0.1, delta=0.05, slack=slack
         )
         assert certificate.feasible == feasible  # the most confident example is wrong
     # Thresholds that accept fewer are passed over, not failed.
     certificate = LTT["fixed_sequence"](
-        confidence, correct, target_risk=0.1, delta=0.05, thresholds=[99, 90, 50, 0]
+        confidence, correct=correct, target_risk=0.1, delta=0.05, thresholds=[99, 90, 50, 0]
     )
     assert certificate.coverage == 1
 
@@ -192,7 +194,7 @@ def test_fixed_sequence_starts_where_enough_are_accepted():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(procedure, dtype):
     confidence, correct = example(dtype=dtype)
-    certificate = LTT[procedure](confidence, correct, target_risk=0.1, delta=0.1)
+    certificate = LTT[procedure](confidence, correct=correct, target_risk=0.1, delta=0.1)
     check_counts(certificate, confidence, correct)
     assert certificate.feasible
     # Holm and a fixed sequence promise the target, not their last bound.
@@ -202,7 +204,7 @@ def test_rank_candidates_accept_strictly_above_an_example_in_its_own_dtype(proce
 
 @pytest.mark.parametrize("procedure", LTT)
 def test_all_right_is_certified_at_full_coverage(procedure):
-    certificate = LTT[procedure](np.arange(300), np.ones(300), target_risk=0.05, delta=0.1)
+    certificate = LTT[procedure](np.arange(300), correct=np.ones(300), target_risk=0.05, delta=0.1)
     # The sequence accepts the lowest seen; where nothing is assumed, all that may come.
     least = 0 if procedure == "fixed_sequence" else np.finfo(np.float32).min
     assert (certificate.coverage, certificate.threshold) == (1, least)
@@ -215,7 +217,7 @@ def test_heavy_ties_at_the_top(method):
     confidence, correct = example(4000, dtype=np.float32)
     confidence[::2], correct[::2] = 1.0, True
     correct[:20:2] = False
-    certificate = METHODS[method](confidence, correct, target_risk=0.02, delta=0.1)
+    certificate = METHODS[method](confidence, correct=correct, target_risk=0.02, delta=0.1)
     check_counts(certificate, confidence, correct)
     assert certificate.feasible
     assert certificate.n_accepted >= 2000
@@ -233,7 +235,7 @@ def test_heavy_ties_at_the_top(method):
 )
 def test_bad_options_of_learn_then_test_are_refused_by_name(option, message):
     with pytest.raises(ValueError, match=message):
-        learn_then_test([0.5, 1.0], [0, 1], target_risk=0.1, delta=0.1, **option)
+        learn_then_test([0.5, 1.0], correct=[0, 1], target_risk=0.1, delta=0.1, **option)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_bad_options_of_learn_then_test_are_refused_by_name(option, message):
 def test_the_reason_of_learn_then_test_is_that_of_its_procedure(options, reason):
     """The 40 most confident are right, all others wrong: too few where a sequence starts."""
     certificate = learn_then_test(
-        np.arange(200), np.arange(200) >= 160, target_risk=0.1, delta=0.05, **options
+        np.arange(200), correct=np.arange(200) >= 160, target_risk=0.1, delta=0.05, **options
     )
     assert not certificate.feasible
     assert reason in certificate.reason
@@ -263,7 +265,7 @@ def test_the_reason_of_learn_then_test_is_that_of_its_procedure(options, reason)
 def test_conformal_risk_control_by_its_definition(data, alpha):
     confidence, correct = (np.array(column) for column in zip(*data, strict=True))
     n = confidence.size
-    certificate = conformal_risk_control(confidence, correct, alpha=alpha)
+    certificate = conformal_risk_control(confidence, correct=correct, alpha=alpha)
     check_counts(certificate, confidence, correct)
     meets = [
         t
@@ -278,11 +280,11 @@ def test_conformal_risk_control_by_its_definition(data, alpha):
 
 
 def test_conformal_risk_control_says_how_many_examples_it_needs():
-    certificate = conformal_risk_control(np.arange(98), np.ones(98), alpha=0.01)
+    certificate = conformal_risk_control(np.arange(98), correct=np.ones(98), alpha=0.01)
     assert not certificate.feasible
     assert "at least 99" in certificate.reason
-    assert conformal_risk_control(np.arange(99), np.ones(99), alpha=0.01).feasible
-    wrong_on_top = conformal_risk_control(np.arange(150), np.arange(150) < 149, alpha=0.01)
+    assert conformal_risk_control(np.arange(99), correct=np.ones(99), alpha=0.01).feasible
+    wrong_on_top = conformal_risk_control(np.arange(150), correct=np.arange(150) < 149, alpha=0.01)
     assert "most confident" in wrong_on_top.reason
 
 
@@ -291,13 +293,13 @@ def test_groups_are_certified_alone_at_their_share_of_delta(method):
     confidence, correct = example(3000)
     groups = np.array(["cat", "dog", "eel"])[np.arange(3000) % 3]
     certificates = group_certificates(
-        METHODS[method], confidence, correct, groups, target_risk=0.1, delta=0.1
+        METHODS[method], confidence, correct=correct, groups=groups, target_risk=0.1, delta=0.1
     )
     assert list(certificates) == ["cat", "dog", "eel"]
     for name, certificate in certificates.items():
         inside = groups == name
         assert certificate == METHODS[method](
-            confidence[inside], correct[inside], target_risk=0.1, delta=0.1 / 3
+            confidence[inside], correct=correct[inside], target_risk=0.1, delta=0.1 / 3
         )
         assert certificate.feasible
 
@@ -307,8 +309,8 @@ def test_groups_without_examples_pay_and_are_infeasible():
     certificates = group_certificates(
         learn_then_test,
         confidence,
-        correct,
-        np.zeros(500, int),
+        correct=correct,
+        groups=np.zeros(500, int),
         names=range(10),
         target_risk=0.2,
         delta=0.1,
@@ -327,10 +329,10 @@ def test_groups_without_examples_pay_and_are_infeasible():
 def test_groups_that_cannot_be_are_refused():
     options = {"target_risk": 0.1, "delta": 0.1}
     with pytest.raises(ValueError, match=r"groups holds \[3\]"):
-        group_certificates(sgr, [1, 2], [1, 1], [0, 3], names=[0, 1, 2], **options)
+        group_certificates(sgr, [1, 2], correct=[1, 1], groups=[0, 3], names=[0, 1, 2], **options)
     with pytest.raises(ValueError, match="groups has shape"):
-        group_certificates(sgr, [1, 2], [1, 1], [0], **options)
+        group_certificates(sgr, [1, 2], correct=[1, 1], groups=[0], **options)
     with pytest.raises(ValueError, match="groups contains NaN"):
-        group_certificates(sgr, [1, 2], [1, 1], [0, np.nan], **options)
+        group_certificates(sgr, [1, 2], correct=[1, 1], groups=[0, np.nan], **options)
     with pytest.raises(ValueError, match="conformal_risk_control promises an average"):
-        group_certificates(conformal_risk_control, [1, 2], [1, 1], [0, 1], **options)
+        group_certificates(conformal_risk_control, [1, 2], correct=[1, 1], groups=[0, 1], **options)

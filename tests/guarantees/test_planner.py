@@ -84,7 +84,7 @@ def test_a_plan_delivers_its_certificates(coverage):
     n, draws = plan.n_calibration, 1000
     options = {"target_risk": 0.1, "delta": 0.1, "thresholds": [1 - coverage]}
     hits = sum(
-        learn_then_test(rng.random(n), rng.random(n) > 0.06, **options).feasible
+        learn_then_test(rng.random(n), correct=rng.random(n) > 0.06, **options).feasible
         for _ in range(draws)
     )
     assert abs(hits / draws - plan.power) < 3 * math.sqrt(plan.power * (1 - plan.power) / draws)

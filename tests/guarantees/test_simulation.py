@@ -23,6 +23,7 @@ from sync_jax.guarantees import (
     sgr,
     sgr_fixed_sequence,
 )
+from sync_jax.metrics import unchecked
 from tests.guarantees.examples import LTT
 
 DRAWS = 2000
@@ -111,11 +112,12 @@ def splits(population, n, draws):
     return [population.draw(rng, n) for _ in range(draws)]
 
 
+@unchecked()
 def violations(method, population, n, *, target_risk=TARGET, delta=0.1, draws=DRAWS):
     """How often a certificate's threshold has a true risk above its bound."""
     count = 0
     for confidence, correct in splits(population, n, draws):
-        certificate = method(confidence, correct, target_risk=target_risk, delta=delta)
+        certificate = method(confidence, correct=correct, target_risk=target_risk, delta=delta)
         if certificate.feasible:
             assert certificate.bound <= certificate.target_risk
             count += population.risk(certificate.threshold) > certificate.bound
@@ -163,8 +165,8 @@ def test_the_hybrid_certifies_where_its_search_and_bonferroni_seldom_do():
     population = Population((0.6, 0.33, 0.07), (0.2, 0.1, 0.004))
     given = {
         name: sum(
-            METHODS[name](*split, target_risk=0.02, delta=0.05).feasible
-            for split in splits(population, 6000, 200)
+            METHODS[name](confidence, correct=correct, target_risk=0.02, delta=0.05).feasible
+            for confidence, correct in splits(population, 6000, 200)
         )
         for name in ("sgr", "bonferroni", "hybrid with a fixed sequence")
     }
@@ -187,10 +189,11 @@ def test_conformal_joint_risk_is_at_most_alpha_on_average(population, n):
     assert mean <= 0.1 + 3 * standard_error
 
 
+@unchecked()
 def mean_joint_risk(alpha, population, n):
     risks = np.zeros(DRAWS)
     for i, (confidence, correct) in enumerate(splits(population, n, DRAWS)):
-        certificate = conformal_risk_control(confidence, correct, alpha=alpha)
+        certificate = conformal_risk_control(confidence, correct=correct, alpha=alpha)
         if certificate.feasible:
             risks[i] = population.joint_risk(certificate.threshold)
     return risks.mean(), risks.std() / math.sqrt(DRAWS)
@@ -206,6 +209,7 @@ GROUP_METHODS = {
 }
 
 
+@unchecked()
 def group_violations(name, *, delta=0.1):
     """Returns the share of draws in which any group breaks its promise."""
     method, n = GROUP_METHODS[name]
@@ -216,8 +220,8 @@ def group_violations(name, *, delta=0.1):
         certificates = group_certificates(
             method,
             confidence,
-            correct,
-            np.repeat(np.arange(GROUPS), n),
+            correct=correct,
+            groups=np.repeat(np.arange(GROUPS), n),
             target_risk=target,
             delta=delta,
         )
@@ -292,7 +296,7 @@ def test_ties_broken_in_favour_of_right_answers_are_caught():
     """A sort on (confidence, correct) counts the first of a tie; the threshold accepts all."""
 
     def broken(confidence, correct, **options):
-        certificate = sgr(confidence + 1e-9 * correct, correct, **options)
+        certificate = sgr(confidence + 1e-9 * correct, correct=correct, **options)
         if not certificate.feasible:
             return certificate
         return dataclasses.replace(certificate, threshold=round(certificate.threshold, 6))

@@ -18,10 +18,10 @@ LOSS_METRICS = (
 CORRECT_METRICS = (metrics.failure_auroc, metrics.fpr_at_tpr)
 
 # Most confident first: right, wrong, right, wrong; e_k = 0, 1/2, 1/3, 1/2.
-HAND = ([0.9, 0.7, 0.4, 0.1], [0, 1, 0, 1])
+HAND = {"confidence": [0.9, 0.7, 0.4, 0.1], "loss": [0, 1, 0, 1]}
 
 # A tie of right and wrong in the middle: e_k = 0, 1/4, 1/3, 1/2 in expectation.
-HAND_TIED = ([0.9, 0.5, 0.5, 0.1], [0, 1, 0, 1])
+HAND_TIED = {"confidence": [0.9, 0.5, 0.5, 0.1], "loss": [0, 1, 0, 1]}
 
 # Few distinct confidences, so that most examples tie; infinities and both zeros among them.
 confidences = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 0.25, 0.5, 1.0, math.inf])

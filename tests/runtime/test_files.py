@@ -1,11 +1,13 @@
 import errno
 import fcntl
 import os
+import socket
 import threading
 
 import pytest
 
-from sync_jax.runtime.files import LockedError, flush, locked, write_atomically
+from sync_jax.errors import InputError
+from sync_jax.runtime.files import LockedError, check_plain, flush, locked, write_atomically
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.workdir import owned
 
@@ -66,3 +68,38 @@ def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said(tmp_path, monke
         assert capsys.readouterr().out == (
             f"{tmp_path} cannot be locked there: see that no other run uses it meanwhile\n"
         )
+
+
+def listening(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, listening, lambda path: path.symlink_to("/dev/zero"), os.mkdir],
+    ids=["FIFO", "socket", "link to a device", "folder"],
+)
+def test_what_is_no_plain_file_is_refused_in_a_run_folder(make, tmp_path, monkeypatch):
+    """Whatever its name, and in checkpoints however deep. Links to files and folders are good."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for path in (run, elsewhere / "7" / "state" / "d"):
+        path.mkdir(parents=True)
+    (run / "checkpoints").symlink_to(elsewhere)
+    (run / "config.json").symlink_to(elsewhere / "nothing")
+    (run / "metrics.jsonl").write_text("")
+    (run / "report.json").symlink_to("metrics.jsonl")
+    (run / "own").mkdir()
+    names = [".lock", "config.json.incomplete", "predictions_test.npz", "nonfinite.jsonl"]
+    names += ["checkpoints/7/_CHECKPOINT_METADATA", "checkpoints/7/state/d/1a"]
+    for name in names:
+        check_plain(run)
+        path = run / name
+        monkeypatch.chdir(path.parent)  # a socket's path must be short
+        make(path)
+        if make is os.mkdir and not path.name.endswith((".lock", ".npz", ".jsonl")):
+            check_plain(run)
+        else:
+            with pytest.raises(InputError, match=rf"^{path} is no plain file; move it away$"):
+                check_plain(run)
+        path.rmdir() if make is os.mkdir else path.unlink()

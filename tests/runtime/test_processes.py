@@ -17,6 +17,7 @@ from sync_jax.errors import InputError
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.processes import initialize
+from sync_jax.steps import TrainState
 from tests import processes
 
 MEETING = """
@@ -56,10 +57,10 @@ for function in (processes.together, processes.from_first):
     except errors.InputError as error:
         print("InputError", error)
 print(processes.from_first("c", lambda: [processes.index, "first"]))
-distributed.Processes(seconds=1, name="slow").from_first("the data", lambda: time.sleep(4))
+distributed.Processes(seconds=1).from_first("the data", lambda: time.sleep(4))
 if processes.first:
     try:
-        distributed.Processes(seconds=1, name="again").share("the end")
+        distributed.Processes(seconds=1).share("the end")
     except errors.FailedError as error:
         print("FailedError", error)
 """
@@ -188,6 +189,7 @@ from pathlib import Path
 import jax, numpy as np
 from sync_jax.runtime import sharding
 from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.steps import TrainState
 
 meet()
 mesh, processes = sharding.make_mesh(), distributed.Processes(seconds=60)
@@ -199,7 +201,8 @@ def copied(x):
     return jax.make_array_from_process_local_data(sharding.replicated(mesh), x)
 
 def state(step):
-    return {"copied": copied(one * step), "divided": sharding.from_shares(part * step, mesh)}
+    divided = sharding.from_shares(part * step, mesh)
+    return TrainState(copied(np.int32(step)), copied(one * step), {}, {}, divided)
 
 def opened():
     return Checkpoints(folder, keep=9, processes=processes)
@@ -214,9 +217,9 @@ def reads(self, like, step):  # what only process 1 meets
     if processes.index == 1 and step == 5:
         raise ValueError("torn")
     if processes.index == 1 and step == 4:
-        found["copied"] = copied(one * 4 + 1)
+        found = found.replace(params=copied(one * 4 + 1))
     if step == 3:
-        found["divided"] = sharding.from_shares(part * 3 + processes.index, mesh)
+        found = found.replace(memory=sharding.from_shares(part * 3 + processes.index, mesh))
     if processes.index == 1 and step == failing:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return found, about
@@ -224,7 +227,7 @@ def reads(self, like, step):  # what only process 1 meets
 Checkpoints._read, failing = reads, 0
 with opened() as checkpoints:
     restored = checkpoints.restore(state(0), processes.print)
-    print(restored.step, restored.state["copied"].addressable_data(0))
+    print(restored.step, restored.state.params.addressable_data(0))
 failing = 2
 with opened() as checkpoints:
     try:
@@ -241,10 +244,9 @@ def test_damage_that_one_process_meets_is_met_by_all(tmp_path):
     printed = processes.finish(children)
     assert [child.returncode for child in children] == [0, 0], printed
     lines = [[x for x in text.splitlines() if "[Gloo]" not in x] for text in printed]
-    reasons = {5: "torn", 4: "['copied'] is not what was saved"}
-    reasons[3] = "['divided'] is not what was saved"
+    reasons = {5: "torn", 4: ".params is not what was saved", 3: ".memory is not what was saved"}
     assert lines[0][:-2] == [
-        f"checkpoint {tmp_path}/{step} is damaged and put aside as {step}.damaged: {reason}"
+        f"checkpoint {tmp_path}/{step} is put aside as {step}.damaged: {reason}"
         for step, reason in reasons.items()
     ]
     error = f"{tmp_path}/2 cannot be read now: [Errno 5] Input/output error; the same command"
@@ -253,9 +255,46 @@ def test_damage_that_one_process_meets_is_met_by_all(tmp_path):
     mesh = sharding.make_mesh(jax.devices()[:4])
     divided = jax.device_put(jnp.zeros(4), sharding.batch_sharding(mesh))
     with Checkpoints(tmp_path, keep=9) as checkpoints:
-        restored = checkpoints.restore({"copied": divided, "divided": divided})
+        restored = checkpoints.restore(TrainState(jnp.int32(0), divided, {}, {}, divided))
     assert restored.step == 2
-    chex.assert_trees_all_equal(restored.state["divided"], jnp.arange(2.0, 10.0, 2.0))
+    chex.assert_trees_all_equal(restored.state.memory, jnp.arange(2.0, 10.0, 2.0))
+
+
+APART = """
+from pathlib import Path
+from configs import quickstart
+from sync_jax import sweep, train
+from sync_jax.runtime import workdir
+
+meet()
+config, folder = quickstart.get_config(), Path(sys.argv[4 + int(sys.argv[1])])
+workdir._VISIBLE_WITHIN = 1.0
+for begin in (
+    lambda: train.train_and_evaluate(config, folder),
+    lambda: sweep.sweep(config, ["seed=0,1"], folder, name="x"),
+):
+    try:
+        begin()
+    except errors.InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_one_folder_ends_all_before_the_data_are_read(tmp_path):
+    """Whether it was there before or not; nothing is left in it."""
+    own = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
+    own[1].mkdir(parents=True)
+    children = start(APART, range(2), processes.free_port(), *own)
+    printed = processes.finish(children)
+    assert [child.returncode for child in children] == [0, 0], printed
+    host = socket.gethostname()
+    for folder, text in zip(own, printed, strict=True):
+        assert [x for x in text.splitlines() if "[Gloo]" not in x] == 2 * [
+            f"--workdir={folder} is not one folder for all processes: process 1 on {host} cannot "
+            f"see what process 0 on {host} writes there; name a folder that all share"
+        ]
+    assert set(tmp_path.rglob("*")) == {own[1].parent, own[1]}
 
 
 def test_incomplete_arguments_are_refused():

@@ -1,31 +1,45 @@
 """The user's own pictures: a folder per class.
 
-    folder/<class>/<picture>                 a fifth of each class becomes the test split
-    folder/train/<class>/..., folder/test/<class>/...
-                                             the test split as given; also called val or validation
+    <class>/<picture>                      a fifth of each class becomes the test split
+    train/<class>/..., test/<class>/...    the test split as given
+    train/..., val/...                     val is the test split
+    train/..., val/..., test/...           val is the calibration split, whole
+    train/..., calibration/..., test/...   the same
 
-Where there are train, val and test, val joins train: the calibration split is held out of both.
+Folders that look like splits and are called otherwise are refused, never taken for classes.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from sync_jax.data.images import SUFFIXES
-from sync_jax.data.info import DatasetInfo
+from sync_jax.data.info import DatasetInfo, contents, few
 from sync_jax.data.prepare.archives import Listing, Picture, is_picture
-from sync_jax.data.prepare.pictures import PictureDataset
+from sync_jax.data.prepare.pictures import SPLITS, PictureDataset
 from sync_jax.data.prepare.staging import Log, check_folder, expand
 from sync_jax.data.splits import stratified_split
 from sync_jax.errors import InputError
 
-_TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+# Hugging Face's names of splits, and ours for calibration.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("calibration", "calib", "cal"), "calibration"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_FILLERS = ("set", "data", "dataset", "images", "pictures")  # beside a split's name
+# What programs and file systems leave; hidden folders are left out too.
+_LITTER = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
 _TEST_SHARE = 5  # one in so many, where the tree has no split folders
 
 
@@ -56,6 +70,13 @@ class ImageFolder(PictureDataset):
     def _digest(self) -> str:
         return self._tree[0].digest()
 
+    def info(self) -> DatasetInfo | None:
+        """See `Dataset.info`."""
+        info = super().info()
+        if info is None or not os.path.isdir(self.pictures):
+            return info
+        return dataclasses.replace(info, note=self._tree[0].note)  # earlier versions wrote none
+
     def _expected(self) -> DatasetInfo | None:
         """Upper bounds of the sizes, for a file may turn out to be no picture."""
         if not os.path.isdir(self.pictures):
@@ -68,15 +89,17 @@ class ImageFolder(PictureDataset):
         # The pictures need not be there any more; if they are, they must be the same.
         if os.path.isdir(self.pictures) and self._digest != digest:
             raise InputError(
-                f"the pictures in {self.pictures} have changed since they were prepared; delete "
-                f"{self.folder} to prepare them again, or name another --config.data.data_dir"
+                f"the pictures in {self.pictures} have changed since they were prepared, or an "
+                f"earlier version divided them otherwise; delete {self.folder} to prepare them "
+                "again, or name another --config.data.data_dir"
             )
 
     def _find(self, log: Log) -> Listing:
         listing, others = self._tree
-        counts = ", ".join(f"{len(files):,} for {split}" for split, files in listing.splits.items())
+        counts = {split: len(pictures) for split, pictures in listing.splits.items()}
         ignored = f"; {others:,} other files ignored" if others else ""
-        log(f"{len(listing.class_names)} classes in {self.pictures}: {counts}{ignored}")
+        found = contents(listing.class_names, counts, listing.note)
+        log(f"{self.pictures} has {found}{ignored}")
         return listing
 
     def _absent(self) -> str:
@@ -87,38 +110,35 @@ def scan(folder: Path) -> tuple[Listing, int]:
     """Finds the pictures of a folder; opens none.
 
     Classes are the folders' names, sorted, and pictures are sorted by path. Also returns the number
-    of files that are no pictures by their names.
+    of files that are left out: no pictures by their names, hidden, or in no class folder.
     """
     where = f"config.data.folder={str(folder)!r}"
     check_folder(folder, where)
-    found: dict[str, list[tuple[str, str]]] = {}  # (path, class) by split
-    names, ignored = set(), 0
     try:
-        splits, stray = _split_folders(folder)
-        for split, roots in splits.items():
-            found[split] = []
-            for class_folder in (path for root in roots for path in _folders(root)):
-                names.add(class_folder.name)  # also when it is empty
-                for file in _files(class_folder):
-                    if is_picture(file) and os.path.isfile(file):  # no pipe, no link to nothing
-                        found[split].append((os.path.relpath(file, folder), class_folder.name))
-                    else:
-                        ignored += 1
+        pictures, inside, others = _walk(folder)
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
-    classes = sorted(names)
+    roots = _split_folders(where, pictures, inside)
+    found: dict[str, list[tuple[str, str]]] = {split: [] for split in roots}  # (path, class)
+    for split, root in roots.items():
+        start = root and root + os.sep
+        for path in pictures:
+            name, below, _ = path.removeprefix(start).partition(os.sep)
+            if path.startswith(start) and below:
+                found[split].append((path, name))
+    stray = len(pictures) - sum(map(len, found.values()))
+    classes = sorted({name for root in roots.values() for name in inside[root]})  # also empty ones
     if len(classes) < 2:
-        loose = f"{stray} pictures directly in it and " if stray else ""
+        loose = f"{stray} pictures in no class folder and " if stray else ""
         raise InputError(
             f"{where} has {loose}{len(classes)} folder{'s' * (len(classes) != 1)} of pictures; it "
             "must hold one per class, of two classes or more: FOLDER/<class>/<picture>"
         )
     for split, entries in found.items():
-        empty = sorted(set(classes) - {name for _, name in entries})
-        if empty:
+        if empty := sorted(set(classes) - {name for _, name in entries}):
             raise InputError(
-                f"{where}: {split} has no picture of {', '.join(map(repr, empty[:5]))}"
-                f"{' and others' if len(empty) > 5 else ''}; known are {', '.join(SUFFIXES)}"
+                f"{where}: {roots[split] or split} has no picture of "
+                f"{few([*map(repr, empty)])}; known are {', '.join(SUFFIXES)}"
             )
     label = {name: i for i, name in enumerate(classes)}
     listed = {
@@ -126,36 +146,119 @@ def scan(folder: Path) -> tuple[Listing, int]:
         for split, entries in found.items()
     }
     if "test" not in listed:
-        listed = _hold_out(listed["train"], where)
-    return Listing(tuple(classes), listed), ignored
+        listed |= _hold_out(listed["train"], where)
+    note = "; ".join(
+        f"the {split} split is the folder {root!r}"
+        for split, root in roots.items()
+        if root and not root.lower().startswith(split)
+    )
+    return Listing(tuple(classes), listed, note), others + stray
 
 
-def _split_folders(folder: Path) -> tuple[dict[str, list[Path]], int]:
-    """The folders that hold class folders, by split, and how many pictures lie beside them."""
-    folders = _folders(folder)
-    stray = sum(is_picture(path.name) and not path.is_dir() for path in folder.iterdir())
-    train = [path for path in folders if path.name.lower() in _TRAIN]
-    test = [path for path in folders if path.name.lower() in _TEST]
-    if not train or len(train) + len(test) < len(folders):
-        return {"train": [folder]}, stray
-    if not test:
-        return {"train": train}, stray
-    # Of test and val, test is the test split.
-    chosen = [path for path in test if path.name.lower().startswith("test")] or test
-    rest = [path for path in test if path not in chosen]
-    return {"train": train + rest, "test": chosen}, stray
+def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]], int]:
+    """Lists pictures and, of each folder, the folders in it; counts all other files.
+
+    Paths are relative, the folder's own is "". Links to split and class folders are followed.
+    """
+    pictures: list[str] = []
+    inside: dict[str, list[str]] = {}
+    others = 0
+    for parent, names, files in os.walk(folder, onerror=_stop, followlinks=True):
+        here = os.path.relpath(parent, folder).removeprefix(os.curdir)
+        names.sort()
+        inside[here] = []
+        for name in names:
+            path = os.path.join(parent, name)
+            if name.startswith(".") or name in _LITTER:
+                others += sum(len(files) for _, _, files in os.walk(path))
+            elif not os.path.islink(path) or (
+                here.count(os.sep) == 0 and not os.path.samefile(path, parent)
+            ):
+                inside[here].append(name)
+        names[:] = inside[here]
+        for name in files:
+            path = os.path.join(parent, name)
+            if is_picture(name) and os.path.isfile(path):  # no pipe, no link to nothing
+                pictures.append(os.path.join(here, name))
+            else:
+                others += 1
+    return pictures, inside, others
 
 
-def _folders(root: Path) -> list[Path]:
-    """The folders in one, sorted; hidden ones are none."""
-    return [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+def _stop(error: OSError) -> NoReturn:
+    raise error
 
 
-def _files(class_folder: Path) -> Iterator[str]:
-    """Paths of all files below a folder but hidden ones."""
-    for parent, names, files in os.walk(class_folder):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(files) if name[0] != ".")
+def _split_folders(
+    where: str, pictures: list[str], inside: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Finds the folder of each split; {"train": ""} where the class folders lie at the top."""
+    flat: Counter[str] = Counter()  # pictures directly in a folder
+    deep: dict[str, Counter[str]] = defaultdict(Counter)  # and in the folders in it
+    for path in pictures:
+        top, *rest = path.split(os.sep)
+        if len(rest) > 1:
+            deep[top][rest[0].lower()] += 1
+        elif rest:
+            flat[top] += 1
+    named = _named_splits(inside[""])
+    unknown = [name for name in inside[""] if name not in named and (flat[name] or deep[name])]
+    nested = [name for name in inside[""] if deep[name].total() > flat[name]]
+    if named and (not unknown or len({*named.values()}) > 1 or {*named} & {*nested}):
+        return {
+            split: _unwrapped(name, inside)
+            for split, name in _understood(where, named, unknown).items()
+        }
+    shared = [x for x, n in Counter(x for name in nested for x in deep[name]).items() if n > 1]
+    # Where each holds one folder, as <class>/images/, none is a split: that has two classes.
+    if shared and max(len(deep[name]) for name in nested) > 1:
+        raise _unclear(where, f"{few(nested)} hold folders of the same names, {few(shared)}")
+    return {"train": ""}
+
+
+def _named_splits(names: Sequence[str]) -> dict[str, str]:
+    """The splits that names of sibling folders say: train, Test_set, a_train beside a_test."""
+    said = {}
+    for name in names:
+        words = re.findall(r"[^\W\d_]+", name.lower())
+        rest = tuple(word for word in words if word not in {*_SPLITS, *_FILLERS})
+        splits = [_SPLITS[word] for word in words if word in _SPLITS]
+        if len(splits) == 1:
+            said[name] = splits[0], rest
+    alike = Counter(rest for _, rest in said.values())
+    return {name: split for name, (split, rest) in said.items() if not rest or alike[rest] > 1}
+
+
+def _understood(where: str, named: Mapping[str, str], unknown: Sequence[str]) -> dict[str, str]:
+    """The folder of each split, in their order, from the splits that folders' names say."""
+    folders: dict[str, str] = {}
+    for name, split in named.items():
+        if split in folders:
+            raise _unclear(where, f"{folders[split]} and {name} both name the {split} split")
+        folders[split] = name
+    if unknown:
+        raise _unclear(where, f"beside {few([*named])} lie folders of other names, {few(unknown)}")
+    if "train" not in folders:
+        raise _unclear(where, f"{few([*named])} name splits, and none is for training")
+    if "val" in folders and {"calibration", "test"} <= folders.keys():
+        raise _unclear(where, f"{folders['val']} has no use beside calibration and test")
+    if "val" in folders:
+        folders["calibration" if "test" in folders else "test"] = folders.pop("val")
+    return {split: folders[split] for split in SPLITS if split in folders}
+
+
+def _unclear(where: str, problem: str) -> InputError:
+    return InputError(
+        f"{where}: {problem}. Splits must be called by names that are understood: "
+        f"{', '.join(_SPLITS)}. Rename them, or move what is none; but if these folders are "
+        "classes, put them, or links to them, into FOLDER/train/"
+    )
+
+
+def _unwrapped(name: str, inside: Mapping[str, Sequence[str]]) -> str:
+    """A folder's path, or that of the one folder in it of its own name, as archives unpack."""
+    inner = os.path.join(name, name)
+    return inner if inside[name] == [name] and inside[inner] else name
 
 
 def _hold_out(pictures: list[Picture], where: str) -> dict[str, list[Picture]]:

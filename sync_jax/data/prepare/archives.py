@@ -43,10 +43,11 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The pictures of the "train" and "test" splits, in the order in which they are to be kept."""
+    """The pictures of each split, in the order in which they are to be kept."""
 
     class_names: tuple[str, ...]
-    splits: Mapping[str, Sequence[Any]]
+    splits: Mapping[str, Sequence[Any]]  # "train", "test" and, where one is given, "calibration"
+    note: str = ""  # see `DatasetInfo.note`
 
     def digest(self) -> str:
         """Digest of all names, labels, places, sizes and times of change."""

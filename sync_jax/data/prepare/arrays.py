@@ -48,6 +48,7 @@ class ArrayDataset(Prepared):
         """See `Dataset.load`."""
         del decode
         self._require(split)
+        self._verify(split)
         with damage(self.folder):
             return _read_split(ArrayBuilder(self.INFO, data_dir=self.root), split)
 

@@ -26,15 +26,17 @@ from PIL import Image
 from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 
 from sync_jax.data.images import BadImageError, Layout, decode, square
-from sync_jax.data.info import DatasetInfo, Pictures
+from sync_jax.data.info import DatasetInfo, Pictures, contents
 from sync_jax.data.prepare.archives import Listing, Picture
 from sync_jax.data.prepare.records import (
     DecodedPictures,
+    DecodedSquares,
     Records,
     Squares,
     make_squares,
     missing_bytes,
     open_squares,
+    squares_path,
 )
 from sync_jax.data.prepare.staging import (
     Log,
@@ -44,7 +46,6 @@ from sync_jax.data.prepare.staging import (
     check_folder,
     damage,
     disk_errors,
-    exclusive,
     expand,
     incomplete_prefix,
     progress_bar,
@@ -52,10 +53,11 @@ from sync_jax.data.prepare.staging import (
     tfds_info,
 )
 from sync_jax.errors import InputError
-from sync_jax.runtime.console import printable, say
+from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_text
 
 INFO, BAD_FILES = "sync_jax.json", "bad_files.txt"
+SPLITS = ("train", "calibration", "test")  # not every dataset has a calibration split
 SHARD = 1024  # pictures in a file: of ImageNet's, 110 MB
 # ImageNet's mean and deviation, which the field's codes use for the published datasets.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,16 +84,17 @@ class PictureDataset(Prepared):
     def info(self) -> DatasetInfo | None:
         """See `Dataset.info`."""
         path = self.folder / INFO
-        if not path.is_file():
+        if not self.is_prepared():
             return self._expected()
         with damage(path):
             known = json.loads(path.read_text())
             info = self._describe(
                 tuple(known["class_names"]),
-                {split: known[f"num_{split}"] for split in ("train", "test")},
+                {x: known[f"num_{x}"] for x in SPLITS if f"num_{x}" in known},
                 tuple(known["mean"]),
                 tuple(known["std"]),
             )
+            info = dataclasses.replace(info, note=known.get("note", ""))  # of earlier versions none
             digest = known["digest"]
         self._check_source(digest)
         return info
@@ -113,6 +116,7 @@ class PictureDataset(Prepared):
             std=std,
             num_train=counts["train"],
             num_test=counts["test"],
+            num_calibration=counts.get("calibration", 0),
             stored_shape=(stored, stored, 3),
             squares_bytes=missing_bytes(self.folder, self.layout, counts),
         )
@@ -126,27 +130,35 @@ class PictureDataset(Prepared):
 
     def load(self, split: str, *, decode: bool = False) -> tuple[Pictures, np.ndarray]:
         """See `Dataset.load`."""
-        self._require(split)
-        info, both = self.info(), {x: Records(self.folder, x) for x in ("train", "test")}
+        self._require()
+        self._verify(*((split,) if decode else ()))
+        info = self.info()
         assert info is not None
-        labels = both[split].labels()
+        self._require(split, info.splits)
+        every = {x: Records(self.folder, x) for x in info.splits}
+        labels = every[split].labels()
         if labels.max() >= info.num_classes:
             raise InputError(
                 f"{self.folder} is damaged: {split} has labels beyond its classes; delete it"
             )
         rows = np.arange(len(labels))
         if decode:
-            return DecodedPictures(rows, self.layout.size, both[split], self.layout), labels
+            return DecodedPictures(rows, self.layout.size, every[split], self.layout), labels
         if info.squares_bytes:
-            for records in both.values():
+            self._verify(*every)
+            for records in every.values():
                 records[0]  # where they cannot be opened nothing is written
-            with exclusive(self.root, self.key, self._say):
-                for records in both.values():
-                    make_squares(records, self.layout, log=self._say)
-        return Squares(rows, self.layout.size, open_squares(both[split], self.layout)), labels
 
-    def _say(self, line: str) -> None:
-        say(f"{self.name}: {line}")
+            def make() -> None:
+                for records in every.values():
+                    make_squares(records, self.layout, log=self._say)
+
+            if problem := self._make(make):
+                self._say(f"{problem}; without squares, pictures are decoded each time")
+                return DecodedSquares(rows, self.layout.size, every[split], self.layout), labels
+        path = squares_path(self.folder, self.layout, split)
+        self._verify_files(path.parent, lambda name: name == path.name)
+        return Squares(rows, self.layout.size, open_squares(every[split], self.layout)), labels
 
     def _build(self, source: Listing, log: Log) -> None:
         with disk_errors(self.root):
@@ -204,8 +216,7 @@ class PublishedPictures(PictureDataset):
         with disk_errors(self.root):
             listing = self.find(folder, log)
         counts = {split: len(pictures) for split, pictures in listing.splits.items()}
-        line = ", ".join(f"{count:,} for {split}" for split, count in counts.items())
-        log(f"{len(listing.class_names)} classes: {line}")
+        log(contents(listing.class_names, counts))
         if counts != {"train": self.NUM_TRAIN, "test": self.NUM_TEST}:
             log(f"published are {self.NUM_TRAIN:,} and {self.NUM_TEST:,}")
         return listing
@@ -342,8 +353,8 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             "class_names": [_text(name) for name in self._listing.class_names],
             "mean": mean.tolist(),
             "std": np.sqrt(np.maximum(squares - mean**2, 1e-6)).tolist(),
-            "num_train": counts["train"],
-            "num_test": counts["test"],
+            **{f"num_{split}": count for split, count in counts.items()},
+            "note": _text(self._listing.note),
             "bad_files": len(bad),
             "digest": self._digest,
         }

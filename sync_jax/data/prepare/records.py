@@ -21,6 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import Pictures
+from sync_jax.data.prepare import digests
 from sync_jax.data.prepare.staging import Log, check_disk, damage, progress_bar
 from sync_jax.errors import InputError
 from sync_jax.runtime.files import flush
@@ -92,6 +93,14 @@ class DecodedPictures(Pictures):
         return centre(image, self.size)
 
 
+class DecodedSquares(DecodedPictures):
+    """The same as `Squares`, decoded when they are asked for: where no file of them can be made."""
+
+    def uncut(self) -> "DecodedSquares":
+        """See `Pictures.uncut`."""
+        return dataclasses.replace(self, size=self.layout.stored)
+
+
 @dataclasses.dataclass(frozen=True)
 class Squares(Pictures):
     """The middles of rows of a memory-mapped array `[m, stored, stored, 3]`."""
@@ -160,6 +169,7 @@ def make_squares(records: Records, layout: Layout, *, log: Log) -> None:
             note.write_text(str(stop))
             progress.update(task, completed=stop)
     flush(temporary)
+    digests.write(target.parent, {target.name: temporary})
     temporary.replace(target)
     note.unlink()
     flush(target.parent)

@@ -6,12 +6,14 @@ data_dir/incomplete-*/          a preparation in progress, or what is left of a 
 """
 
 import contextlib
+import errno
 import io
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +22,10 @@ import rich.progress
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from sync_jax.data.prepare import digests
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import one_line, say
-from sync_jax.runtime.files import flush, locked
+from sync_jax.runtime.files import LockedError, flush, hold, locked
 
 Log = Callable[[str], None]
 
@@ -38,11 +41,15 @@ class Prepared:
         self.key = self.name  # of the lock and of temporary folders
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
+        self._held = False
 
     def is_prepared(self) -> bool:
         """See `Dataset.is_prepared`."""
         # A finished preparation is moved here in one step, its files already on the disk.
-        return os.path.isfile(self.folder / self.LAST)
+        last = self.folder / self.LAST
+        with disk_errors(self.root), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(last)  # or a folder that this user may not look into would be prepared again
+        return os.path.isfile(last)
 
     def prepare(self, log: Log = say) -> None:
         """See `Dataset.prepare`."""
@@ -74,13 +81,56 @@ class Prepared:
         """Says what to do about a dataset that is not prepared."""
         raise NotImplementedError
 
-    def _require(self, split: str = "train") -> None:
-        if split not in ("train", "test"):
-            raise InputError(f"{self.name} has no split {split!r}; choose from train, test")
+    def _require(self, split: str = "train", splits: Iterable[str] = ("train", "test")) -> None:
+        if split not in splits:
+            raise InputError(f"{self.name} has no split {split!r}; choose from {', '.join(splits)}")
         if not self.is_prepared():
             raise InputError(
                 f"{self.name} is not prepared: there is no {self.folder}; {self._absent()}"
             )
+        if not self._held:  # so that --mode=clean leaves it
+            self._held = True
+            with contextlib.suppress(LockedError, OSError):
+                weakref.finalize(self, os.close, hold(self.folder))
+
+    def _verify(self, *splits: str) -> None:
+        """Compares the records of splits, and all that is no record, with their digests."""
+
+        def wanted(name: str) -> bool:
+            return ".array_record" not in name or any(
+                f"-{split}.array_record" in name for split in splits
+            )
+
+        self._verify_files(self.folder, wanted)
+
+    def _verify_files(self, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """Compares files with their digests; first computes those that an earlier version lacks."""
+
+        def known() -> bool:
+            with damage(folder):
+                return digests.verify(folder, wanted)
+
+        def add() -> None:
+            if not known():
+                self._say(f"{folder} was prepared without digests; computing them")
+                digests.write(folder, files_in(folder))
+
+        if not known() and (problem := self._make(add)):
+            self._say(f"{problem}; {folder} has no digests, and is used as it is")
+
+    def _make(self, make: Callable[[], None]) -> str:
+        """Makes something in the prepared folder; returns why this user may not, or ''."""
+        try:
+            with exclusive(self.root, self.key, self._say):
+                make()
+        except InputError as error:
+            if getattr(error.__cause__, "errno", 0) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return str(error)
+        return ""
+
+    def _say(self, line: str) -> None:
+        say(f"{self.name}: {line}")
 
     @property
     def command(self) -> str:
@@ -146,11 +196,21 @@ def damage(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except PermissionError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     except Exception as error:  # TFDS, ArrayRecord and protobuf raise what they like
         raise InputError(
             f"{path} is damaged or cannot be read ({type(error).__name__}: {one_line(error)}); "
             "delete it and prepare again"
         ) from error
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The finished files of a prepared folder, by name."""
+    unfinished = (".incomplete", ".done")
+    names = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    names.pop(digests.FILE, None)
+    return {x: path for x, path in names.items() if x[0] != "." and path.suffix not in unfinished}
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
@@ -192,6 +252,8 @@ def build(dataset: Prepared, make_builder: Callable[[str], Any]) -> Any:
                 f"data.data_dir={str(dataset.root)!r} cannot be written: {one_line(error)}"
             ) from error
         built = Path(builder.data_dir)
+        source = str(dataset.section.folder or dataset.section.source)
+        digests.write(built, files_in(built), source and os.fspath(expand(source)))
         for path in (*built.iterdir(), built):
             flush(path)
         target.parent.mkdir(parents=True, exist_ok=True)
