@@ -197,19 +197,15 @@ def certificates(calibration: Ranked, test: Ranked, config: ConfigDict) -> list[
     Each holds by itself: the best of several has not the confidence of one. The first is that of
     the hybrid, which is feasible most often, at the first target.
     """
-    confidence, correct = calibration.confidence, 1 - calibration.wrong
+    split: dict[str, Any] = {"confidence": calibration.confidence, "correct": 1 - calibration.wrong}
     found = []
     for risk in config.evaluation.target_risks:
-        asked: dict[str, Any] = {
-            "correct": correct,
-            "target_risk": risk,
-            "delta": config.evaluation.delta,
-        }
-        found.append(guarantees.sgr_fixed_sequence(confidence, **asked))
-        found.append(guarantees.sgr(confidence, **asked))
+        asked = {"target_risk": risk, "delta": config.evaluation.delta}
+        found.append(guarantees.sgr_fixed_sequence(**split, **asked))
+        found.append(guarantees.sgr(**split, **asked))
         for procedure in ("bonferroni", "holm", "fixed_sequence"):
-            found.append(guarantees.learn_then_test(confidence, **asked, procedure=procedure))
-        found.append(guarantees.conformal_risk_control(confidence, correct=correct, alpha=risk))
+            found.append(guarantees.learn_then_test(**split, **asked, procedure=procedure))
+        found.append(guarantees.conformal_risk_control(**split, alpha=risk))
     return [
         {**each.to_dict(), "test": _on_test(test.confidence, test.wrong, each.threshold)}
         for each in found
