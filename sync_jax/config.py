@@ -213,6 +213,33 @@ def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def from_saved(saved: dict[str, Any]) -> ConfigDict:
+    """A saved config, of this version or 0.1; a field that it lacks has its default."""
+    config = default_config()
+    config.update_from_flattened_dict(upgraded(saved))
+    return config
+
+
+def get_config(run: str) -> ConfigDict:
+    """The config of a run's folder, as --config of --mode=evaluate where none is given.
+
+    What the folder names is not imported: InputError for names of modules.
+    """
+    path = Path(run, "config.json")
+    try:
+        config = from_saved(read_config(path))
+        names = {"method": config.method, "model.name": config.model.name}
+        names["evaluation.scores"] = ",".join(config.evaluation.scores)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no config of a run: {error}") from error
+    if foreign := [f"--config.{field}={name}" for field, name in names.items() if ":" in name]:
+        raise InputError(
+            f"{path} names modules, which are imported only if you name them: give --config and "
+            f"{' '.join(foreign)}"
+        )
+    return config
+
+
 def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """Fields in which a config and a saved one are different experiments, one phrase each."""
     theirs, ours = upgraded(saved), dict(flatten(json.loads(to_json(config))))

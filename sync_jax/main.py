@@ -178,7 +178,7 @@ def _do_together(mode: str, config: ConfigDict) -> None:
     elif mode == "train":
         train.train_and_evaluate(config, workdir)
     elif mode == "evaluate":
-        train.evaluate_finished(config, workdir)
+        train.evaluate(config, workdir)
     else:
         from sync_jax import sweep
 
@@ -188,7 +188,7 @@ def _do_together(mode: str, config: ConfigDict) -> None:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line, and ends the program with one line where that fails."""
-    arguments = _with_config_paths(arguments)
+    arguments = _with_run_config(_with_config_paths(arguments))
     try:
         rest = flags.FLAGS(arguments)
     except flags.Error as error:
@@ -209,8 +209,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def _explain(arguments: list[str], error: BaseException) -> str:
     """What is wrong with --config or one of its overrides."""
     from sync_jax.config import FIELDS, unknown_field
-    from sync_jax.errors import suggestion
+    from sync_jax.errors import InputError, suggestion
 
+    if isinstance(error, InputError):
+        return str(error)
     file = _config_file(arguments)
     if not Path(file.partition(":")[0]).is_file():
         known = _installed_configs()
@@ -254,11 +256,20 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     return replaced
 
 
-def _config_file(arguments: list[str]) -> str:
+def _with_run_config(arguments: list[str]) -> list[str]:
+    """Adds the run's own config to --mode=evaluate of a --workdir without a --config."""
+    mode, workdir = (_config_file(arguments, option) for option in ("mode", "workdir"))
+    if mode != "evaluate" or not workdir or _config_file(arguments):
+        return arguments
+    own = Path(__file__).with_name("config.py")
+    return [arguments[0], f"--config={own}:{workdir}", *arguments[1:]]
+
+
+def _config_file(arguments: list[str], name: str = "config") -> str:
     """The value of --config, in either spelling; flags.FLAGS does not know it while it parses."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and option == "config":
+        if argument.startswith("-") and option == name:
             return value if equals else following
     return ""
 

@@ -21,7 +21,7 @@ from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.workdir import check_run, check_shared
 from sync_jax.scores import SCORES
-from sync_jax.train import train_and_evaluate
+from sync_jax.train import has_predictions, train_and_evaluate
 from sync_jax.trainer import resolve
 
 
@@ -38,7 +38,11 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
         for line in resolve(run):
             say(line)
         check_run(run, out / folder)
-    done = [folder for folder, _ in runs if read_report(out / folder) is not None]
+    done = [
+        folder
+        for folder, _ in runs
+        if read_report(out / folder) is not None and has_predictions(out / folder)
+    ]
     say(
         f"{len(runs)} runs in {out}, each a training of its own: "
         f"{len(done)} finished, {len(runs) - len(done)} to do"

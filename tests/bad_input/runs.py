@@ -33,7 +33,9 @@ CASES = {
         "holds another experiment: config.seed is 1 there and 0 here",
     ),
     "workdir of an ensemble": Bad(
-        DONE, "holds a report and no config.json, as an ensemble", remove("runs/done/config.json")
+        DONE,
+        "a report or predictions and no config.json, as an ens",
+        remove("runs/done/config.json"),
     ),
     "checkpoints are a file": Bad(
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
