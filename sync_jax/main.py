@@ -41,8 +41,9 @@ _MODE = flags.DEFINE_enum(
     "train",
     ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods", "clean"],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
-    "and report. evaluate: make the report of a finished run anew, with other "
-    "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
+    "and report. evaluate: make the report of the finished run in --workdir anew, with other "
+    "--config.evaluation.* values; it needs no --config. "
+    "sweep: train every combination of the --vary values. compare: "
     "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
     "methods, scores and backbones with their options. clean: list what --config.data.data_dir "
     "holds, or remove what --remove names.",

@@ -1,3 +1,4 @@
+import importlib
 import re
 import subprocess
 import sys
@@ -7,10 +8,14 @@ import jax
 import pytest
 
 from sync_jax import errors, train
+from sync_jax.config import to_json
+from sync_jax.data import registry
+from sync_jax.evaluation.report import read_report
 from sync_jax.runtime import sharding
 from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
 from tests.command_line import QUICKSTART, ROOT, run
+from tests.test_bad_input import finished_run
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,49 @@ def test_on_a_read_only_disk_nothing_is_begun_anew_and_nothing_lost(folder):
         f"sync_jax: --workdir={workdir} cannot be written: Read-only file system\n"
     )
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_evaluate_takes_the_runs_own_config_and_no_data(folder, monkeypatch, capsys):
+    """Nor are they needed to compare runs, or to combine them."""
+    runs = [folder / "one", folder / "two"]
+    for seed, path in enumerate(runs):
+        finished_run(tiny.config(folder / "moved", seed=seed, method="ce"), path)
+    monkeypatch.setattr(registry, "dataset", None)
+    monkeypatch.setenv("HOME", "")
+    evaluate = ["--mode=evaluate", f"--workdir={runs[0]}"]
+    assert run(*evaluate, "--config.evaluation.delta=0.2") == 0
+    assert "own config" not in capsys.readouterr().out
+    report = read_report(runs[0])
+    assert report["config"]["evaluation"].pop("delta") == 0.2
+    assert (
+        report["config"]["evaluation"].items()
+        < read_report(runs[1])["config"]["evaluation"].items()
+    )
+    assert report["config"]["method"] == "ce"
+    # A config that is given says what to evaluate, and not of what.
+    assert run(*evaluate, QUICKSTART, "--config.train.epochs=9") == 0
+    assert "config.method is 'ce' there and 'sync' here" in capsys.readouterr().out
+    found = read_report(runs[0])["config"]
+    assert (found["train"]["epochs"], found["evaluation"]["delta"]) == (1.5, 0.05)
+    for mode in ("compare", "ensemble"):
+        names = f"--runs={runs[0]},{runs[1]}"
+        assert run(f"--mode={mode}", names, f"--workdir={folder / mode}") == 0
+
+
+@pytest.mark.parametrize("field", ["method", "model.name", "evaluation.scores"])
+def test_evaluate_imports_no_module_that_a_run_names(field, folder, monkeypatch, capsys):
+    monkeypatch.setattr(importlib, "import_module", None)  # what options.find calls
+    config = tiny.config(folder)
+    finished_run(config, folder / "run")
+    name = ("os:X",) if field == "evaluation.scores" else "os:X"
+    config.update_from_flattened_dict({field: name})
+    (folder / "run" / "config.json").write_text(to_json(config))
+    evaluate = ["--mode=evaluate", f"--workdir={folder / 'run'}"]
+    assert run(*evaluate) == 2
+    shown = capsys.readouterr().err
+    assert "names modules, which are imported only if you name them: give --config and " in shown
+    assert f"--config.{field}=os:X" in shown
+    assert run(*evaluate, QUICKSTART) == (2 if field == "method" else 0)
 
 
 @pytest.mark.parametrize(
