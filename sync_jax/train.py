@@ -339,8 +339,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
     """Returns True if nothing is left to train or to predict, and shows the report.
 
-    A report that is missing is made from the predictions. Predictions that are missing or damaged
-    are made again if there is a checkpoint.
+    Makes a missing report from the predictions; False if a checkpoint can replace lost predictions.
     """
     check_run(config, workdir)
     report = read_report(workdir)

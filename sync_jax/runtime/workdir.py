@@ -75,16 +75,13 @@ def is_abandoned(config: ConfigDict, workdir: Path) -> bool:
 
     It holds no result, and no checkpoint, not even one that is damaged or was put aside.
     """
-    if not (workdir / "config.json").exists():
+    path = workdir / "config.json"
+    saved = read_config(path) if path.exists() else {}
+    is_ours = {"method", "target_coverage", "checkpoint"} <= saved.keys()  # no other program's
+    if not is_ours or not describe_differences(config, saved):
         return False
-    saved = read_config(workdir / "config.json")
     checkpoints = [x for x in _names(workdir / "checkpoints") if ".orbax-checkpoint-tmp" not in x]
-    return (
-        {"method", "target_coverage", "checkpoint"} <= saved.keys()  # or another program's
-        and bool(describe_differences(config, saved))
-        and not checkpoints
-        and not any(name.startswith(_RESULTS) for name in _names(workdir))
-    )
+    return not checkpoints and not any(x.startswith(_RESULTS) for x in _names(workdir))
 
 
 def _names(folder: Path) -> list[str]:
