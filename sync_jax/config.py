@@ -227,6 +227,8 @@ def config_of_run(run: str) -> ConfigDict:
     What the folder names is not imported: InputError for names of modules.
     """
     path = Path(run, "config.json")
+    if not path.is_file():
+        raise InputError(f"{path} is missing: --workdir={run} holds no run, so give a --config")
     try:
         config = from_saved(read_config(path))
         names = {"method": config.method, "model.name": config.model.name}

@@ -26,6 +26,7 @@ from sync_jax.methods import METHODS
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
 from sync_jax.runtime.console import say
+from sync_jax.runtime.files import check_plain
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
 from sync_jax.runtime.signals import terminated, watchdog
@@ -344,6 +345,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """
     if jax.process_index() > 0:
         return
+    check_plain(workdir)
     for saved in saved_configs(workdir)[:1]:
         if differing := describe_differences(config, saved):
             say(f"{workdir} is evaluated with its own config: {'; '.join(differing)}")

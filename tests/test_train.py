@@ -227,11 +227,12 @@ def test_what_a_training_has_left_is_protected_from_other_experiments(kept, data
     other = tiny.config(data_dir, loss__alpha=0.25)
     (tmp_path / "config.json").write_text(to_json(other) if kept else '{"architectures": []}')
     if kept:
-        (tmp_path / kept).mkdir(parents=True)
+        (tmp_path / kept).parent.mkdir(exist_ok=True)
+        (tmp_path / kept).touch()
     with pytest.raises(InputError, match=r"holds another experiment: .*config\.loss\.alpha is"):
         train.check_workdir(tiny.config(data_dir), tmp_path)
     if kept:
-        (tmp_path / kept).rmdir()
+        (tmp_path / kept).unlink()
         train.check_workdir(tiny.config(data_dir), tmp_path)
 
 

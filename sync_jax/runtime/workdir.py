@@ -42,7 +42,6 @@ def check_run(config: ConfigDict, workdir: Path) -> None:
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be the run's: InputError, naming the fields that differ."""
-    check_plain(workdir)
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
         if not nearest.is_dir():
@@ -50,6 +49,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             raise InputError(
                 f"--workdir={workdir} {'is not a folder' if nearest == workdir else below}"
             )
+        check_plain(workdir)
         has_results = any(name.startswith(_RESULTS) for name in _names(workdir))
         saved = [] if is_abandoned(config, workdir) else saved_configs(workdir)
     except OSError as error:  # a name too long, a folder that is another user's
