@@ -114,7 +114,8 @@ copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet </dev/null; } # FILE
 host() { printf '%q ' bash sync_jax/launch/host.sh "$@"; }                # a command line for the hosts
 
 farewell() {
-  printf '%s\n' "The slice costs money until it is deleted:" "  launch/tpu.sh delete --name=$name --project=$project --zone=$zone"
+  printf '%s\n' "The slice costs money until it is deleted:" \
+    "  launch/tpu.sh delete --name=$name --project=$project --zone=$zone"
 }
 
 create() {

@@ -38,7 +38,6 @@ from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.runtime import sharding
 from sync_jax.runtime.profiling import parse_steps, training_flops
-from sync_jax.runtime.training_log import duration
 from sync_jax.runtime.workdir import saved_configs
 from sync_jax.steps import (
     Batch,
@@ -258,19 +257,16 @@ class Trainer:
             )
 
     def advice(self, seconds: float) -> str:
-        """Names a faster network, with its time by FLOP, where a training on CPUs takes long."""
+        """Names a faster network where a training on CPUs takes long, by their FLOP."""
         section, shape = self.config.model, self.info.image_shape
         if jax.default_backend() != "cpu" or seconds < _LONG or len(shape) < 3:
             return ""
-        small = ConfigDict({"name": ON_CPU, "dtype": section.dtype, "pretrained": ""})
+        section = ConfigDict({"name": ON_CPU, "dtype": section.dtype, "pretrained": ""})
         network = self.settings.network
-        flops, all_flops = (
-            training_flops(x, shape)
-            for x in (network.clone(backbone=make_backbone(small)), network)
-        )
-        if flops > all_flops / 2:
-            return ""
-        return f" (--config.model.name={ON_CPU}: about {duration(seconds * flops / all_flops)})"
+        small = network.clone(backbone=make_backbone(section))
+        times = training_flops(network, shape) / training_flops(small, shape)
+        less = f" (--config.model.name={ON_CPU}: {times:.0f} times less arithmetic)"
+        return less if times >= 2 else ""
 
     @property
     def num_parameters(self) -> int:
