@@ -126,7 +126,7 @@ def test_one_line_exit_2_nothing_written_and_nothing_lost(name, world, monkeypat
     assert re.fullmatch(r"sync_jax: [^\n]+\n", output.err), output.err
     assert re.search(message, output.err), output.err
     # Preparing may have said what it was about to do.
-    assert re.fullmatch(r"(\w+: .+\n)*", output.out)
+    assert re.fullmatch(r"([\w.=]+: .+\n)*", output.out)
     after = contents(world)
     assert after.keys() == before.keys()
     assert after == before

@@ -182,7 +182,9 @@ def test_help_names_the_flags_the_modes_and_the_command():
         assert word in shown
 
 
-def test_without_arguments_six_commands_are_shown_and_jax_is_not_imported(capsys, monkeypatch):
+def test_without_arguments_six_commands_are_shown_and_jax_is_not_imported(
+    folder, capsys, monkeypatch
+):
     code = (
         "import sys; from tests.command_line import run\n"
         "assert run() == run('--mode=help') == 0 and 'jax' not in sys.modules"
@@ -199,6 +201,7 @@ def test_without_arguments_six_commands_are_shown_and_jax_is_not_imported(capsys
     assert len(commands) == 6
     done = []
     monkeypatch.setattr(main, "_do", lambda: done.append(1))
+    prepare_workdir(tiny.config(folder), folder / "runs" / "quickstart-sync-seed0")
     for line in commands:  # the flags exist, and so do the configs
         assert run(*shlex.split(line)) == 0, line
     assert len(done) == 6
