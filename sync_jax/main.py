@@ -37,8 +37,8 @@ from sync_jax.runtime.signals import ending_at_ctrl_c
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "An installed config, such as quickstart, a Python file with get_config(), or run:FOLDER, that "
-    "of a run; --config.x.y=z changes a field.",
+    "An installed config, such as quickstart, or a Python file with get_config(); --config.x.y=z "
+    "changes a field.",
     # Methods and backbones declare fields of their own, which config.validate checks.
     lock_config=False,
     accept_new_attributes=True,
@@ -194,6 +194,11 @@ def _check_options(mode: str) -> None:
         _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
     if _VARY.value and mode not in ("sweep", "check"):
         _stop("--vary belongs to --mode=sweep", 2)
+    config = flags.FLAGS["config"]
+    file = config_flags.get_config_filename(config) if config.present else ""
+    # The config of a folder that others may have written could name data that import modules.
+    if file.startswith(f"{RUN}:") and mode != "evaluate":
+        _stop(f"--config={file} belongs to --mode=evaluate", 2)
     if _REMOVE.value and mode != "clean":
         _stop("--remove belongs to --mode=clean", 2)
 
