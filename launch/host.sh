@@ -68,6 +68,7 @@ run() {
   mkdir -p "$workdir"
   [ "$(df --output=target "$workdir" | tail -n 1)" != / ] ||
     die "--workdir=$workdir is on this host's own disk, which goes with the machine: name gs://BUCKET/DIR or a shared path"
+  (cd sync_jax && .venv/bin/python -m sync_jax.main "$@" --mode=check >/dev/null) || die "not started"
   # shellcheck disable=SC1091 # lines "export NAME=VALUE" from tpu.sh
   if [ -f sync_jax.env ]; then . ./sync_jax.env; fi
   printf '%s\0' "${all[@]}" >"$notes/arguments"

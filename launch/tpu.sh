@@ -24,6 +24,7 @@ trainer=() buckets=() variables=()
 
 say() { echo "launch/tpu.sh: $*" >&2; }
 die() { say "$2" && exit "$1"; } # STATUS MESSAGE
+warn_of_own_disk() { say "warning: if $1 is on a host's own disk, what is there is lost with a spot machine"; } # OPTION
 
 # A gs:// address becomes the folder where every host mounts the bucket, because the trainer needs a file system.
 locate() { # VALUE; sets place, and adds to buckets
@@ -65,7 +66,8 @@ parse() {
   done
   case $grace in *[!0-9]*) die 2 "--grace=$grace is not a number of seconds" ;; esac
   case $workdir in
-    '' | gs://* | /*) ;;
+    '' | gs://* | "$mounts"/*) ;;
+    /*) [ $spot = 0 ] || warn_of_own_disk "--workdir=$workdir" ;;
     *) die 2 "--workdir=$workdir would be on each host's own disk; write gs://BUCKET/DIR or a path that all hosts share" ;;
   esac
   for argument in ${variables[@]+"${variables[@]}"}; do
@@ -82,11 +84,23 @@ parse() {
     case $argument in
       --config=* | --workdir=*) die 2 "$argument belongs before the --" ;;
       --*=gs://*) locate "${argument#*=}" && argument=${argument%%=*}=$place ;;
+      --*="$mounts"/*) ;;
+      --config.data.data_dir=*) warn_of_own_disk "$argument" ;;
       -*) ;;
       *) die 2 "$argument after -- is not an option of the trainer" ;;
     esac
     trainer+=("$argument")
   done
+}
+
+check() { # the options and the config, by the trainer itself, before a machine costs money
+  local python message
+  [ -n "$config" ] || return 0
+  for python in ${PYTHON:-.venv/bin/python python3}; do
+    message=$("$python" -m sync_jax.main "${trainer[@]}" --mode=check 2>&1 >/dev/null) && return
+    [ $? != 2 ] || die 2 "$message"
+  done
+  say "warning: the config is not checked, because sync_jax is not installed here (sh launch/venv.sh)"
 }
 
 do_() { # runs a command, or prints it as a shell reads it back
@@ -100,8 +114,7 @@ copy() { tpus tpu-vm scp "$1" "$name:" --worker=all --quiet </dev/null; } # FILE
 host() { printf '%q ' bash sync_jax/launch/host.sh "$@"; }                # a command line for the hosts
 
 farewell() {
-  echo "The slice costs money until it is deleted:"
-  echo "  launch/tpu.sh delete --name=$name --project=$project --zone=$zone"
+  printf '%s\n' "The slice costs money until it is deleted:" "  launch/tpu.sh delete --name=$name --project=$project --zone=$zone"
 }
 
 create() {
@@ -206,6 +219,7 @@ delete() {
 parse "$@"
 cd "$(dirname "$0")/.." || exit 1
 command -v gcloud >/dev/null || [ $dry = 1 ] || die 2 "there is no gcloud here: install the Google Cloud CLI"
+case $verb in create | setup | run) check ;; esac
 umask 077
 scratch=$(mktemp -d) owed=0
 trap 'rm -rf "$scratch"; [ $owed = 0 ] || farewell' EXIT

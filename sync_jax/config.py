@@ -60,7 +60,7 @@ FIELDS: dict[str, Option] = {
     "data.grey": Option(0.0, "[0, 1]", "probability of losing the colours"),
     "data.perspective": Option(0.0, "[0, 1]", "probability of a change of perspective"),
     "data.posterise": Option(0.0, "[0, 1]", "probability of keeping 2 bits a channel"),
-    "model.name": Option("cnn", "", "a name in models.BACKBONES, or package.module:NAME"),
+    "model.name": Option("cnn", "", "a name in models.BACKBONES, auto, or package.module:NAME"),
     "model.dtype": Option("float32", ("float32", "bfloat16"), "of the network's arithmetic"),
     "model.pretrained": Option("", "", "a .safetensors or .pth file with torchvision's names"),
     "loss.entropy_weight": Option(0.0, "[0, inf)", "of the probabilities' entropy (+EM)"),
@@ -212,6 +212,33 @@ def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
     if result.get("train.on_nonfinite") == "rollback":
         result["train.on_nonfinite"] = "stop"
     return result
+
+
+def from_saved(saved: dict[str, Any]) -> ConfigDict:
+    """A saved config, of this version or 0.1; a field that it lacks has its default."""
+    config = default_config()
+    config.update_from_flattened_dict(upgraded(saved))
+    return config
+
+
+def config_of_run(run: str) -> ConfigDict:
+    """Reads the config of a run's folder, which --mode=evaluate takes where none is given.
+
+    What the folder names is not imported: InputError for names of modules.
+    """
+    path = Path(run, "config.json")
+    try:
+        config = from_saved(read_config(path))
+        names = {"method": config.method, "model.name": config.model.name}
+        names["evaluation.scores"] = ",".join(config.evaluation.scores)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no config of a run: {error}") from error
+    if foreign := [f"--config.{field}={name}" for field, name in names.items() if ":" in name]:
+        raise InputError(
+            f"{path} names modules, which are imported only if you name them: give --config and "
+            f"{' '.join(foreign)}"
+        )
+    return config
 
 
 def describe_differences(config: ConfigDict, saved: dict[str, Any]) -> list[str]:

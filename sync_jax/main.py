@@ -1,15 +1,26 @@
 """Trains, calibrates and evaluates a selective classifier, and writes its report.
 
-  python -m sync_jax.main --config=fashion_mnist
-  python -m sync_jax.main --config=fashion_mnist --config.method=ce --config.seed=1
-  python -m sync_jax.main --mode=compare --runs='runs/fashion_mnist-*'
+Train on Fashion-MNIST, in about two minutes on two CPU cores:
+  python -m sync_jax.main --config=quickstart
+Train on your own pictures, in one folder per class:
+  python -m sync_jax.main --config=image_folder --config.data.folder=pictures
+Go on with a training that was stopped: give the same command again.
+  python -m sync_jax.main --config=quickstart
+Make the report of a finished run anew:
+  python -m sync_jax.main --mode=evaluate --workdir=runs/quickstart-sync-seed0
+Train every combination of some values, and compare them:
+  python -m sync_jax.main --config=quickstart --mode=sweep --vary=seed=0,1,2
+Compare finished runs in one table:
+  python -m sync_jax.main --mode=compare --runs='runs/quickstart-*'
 
-A run that was stopped goes on with the same command. Exit status: 0 done, 1 training failed, 2 bad
-config or input (nothing is written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
+--helpshort lists all modes and options, docs/quickstart.md explains them.
+
+Exit status: 0 done, 1 training failed, 2 bad config or input (nothing is
+written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
 import io
-import itertools
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -18,18 +29,21 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sync_jax.runtime.config_file import RUN, ConfigFile
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.memory import keep_freed_memory
+from sync_jax.runtime.signals import ending_at_ctrl_c
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "An installed config, such as quickstart, or a Python file with get_config(); --config.x.y=z "
-    "changes a field.",
+    "An installed config, such as quickstart, a Python file with get_config(), or run:FOLDER, that "
+    "of a run; --config.x.y=z changes a field.",
     # Methods and backbones declare fields of their own, which config.validate checks.
     lock_config=False,
     accept_new_attributes=True,
 )
+flags.FLAGS["config"].parser = ConfigFile()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -39,13 +53,26 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "sweep", "compare", "ensemble", "methods", "clean"],
+    [
+        "prepare",
+        "train",
+        "evaluate",
+        "sweep",
+        "compare",
+        "ensemble",
+        "check",
+        "methods",
+        "clean",
+        "help",
+    ],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
-    "and report. evaluate: make the report of a finished run anew, with other "
-    "--config.evaluation.* values. sweep: train every combination of the --vary values. compare: "
-    "one table of the --runs. ensemble: evaluate the mean of their probabilities. methods: list "
-    "methods, scores and backbones with their options. clean: list what --config.data.data_dir "
-    "holds, or remove what --remove names.",
+    "and report. evaluate: make the report of the finished run in --workdir anew, with other "
+    "--config.evaluation.* values; it needs no --config. sweep: train every combination of the "
+    "--vary values. compare: one table of the --runs. ensemble: evaluate the mean of their "
+    "probabilities. check: say whether the options and the config are good, without data or "
+    "devices. methods: list methods, scores and backbones with their options. clean: list what "
+    "--config.data.data_dir holds, or remove what --remove names. help: show the most needed "
+    "commands.",
 )
 _REMOVE = flags.DEFINE_list(
     "remove", [], "clean: prepared data sets and downloads to remove, as --mode=clean lists them."
@@ -94,8 +121,6 @@ def main(arguments: list[str]) -> None:
     except OSError as error:  # what no one expected: a disk that is full, a folder that vanished
         where = error.filename or f"a file of --workdir={_WORKDIR.value or 'runs'}"
         _stop(f"{where} cannot be used: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from what was saved", 130)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
             raise
@@ -108,6 +133,9 @@ def main(arguments: list[str]) -> None:
 
 def _do() -> None:
     mode = _MODE.value
+    if mode == "help" or len(sys.argv) == 1:
+        print((__doc__ or "").strip())
+        return
     if mode == "methods":
         from sync_jax import listing
 
@@ -126,19 +154,12 @@ def _do() -> None:
         out = Path(_WORKDIR.value or f"runs/{mode}")
         do(_RUNS.value, out, mixed=_MIXED.value, scores=_SCORES.value)
         return
-    if _RUNS.value or _MIXED.value or _SCORES.value:
-        _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
-    if _VARY.value and mode != "sweep":
-        _stop("--vary belongs to --mode=sweep", 2)
-    if _REMOVE.value and mode != "clean":
-        _stop("--remove belongs to --mode=clean", 2)
+    _check_options(mode)
     config = _CONFIG.value
     if mode == "clean" and not flags.FLAGS["config"].present:
         config = default_config()
     elif not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=quickstart", 2)
-    if not isinstance(config, ConfigDict):  # what config_flags hands out when it cannot read a file
-        _stop(_explain(sys.argv, TypeError("get_config() must return a ConfigDict")), 2)
     if mode == "clean":
         from sync_jax.data.prepare import cache
 
@@ -151,6 +172,13 @@ def _do() -> None:
     from sync_jax.runtime.signals import ending_at_sigterm
 
     left_out = trainer.resolve(config)
+    if mode == "check":
+        from sync_jax import sweep
+
+        for _, run in sweep.combinations(config, _VARY.value, name="") if _VARY.value else ():
+            trainer.resolve(run)
+        say("the options and the config are good")
+        return
     processes.initialize(
         _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=config.process.wait_seconds
     )
@@ -160,15 +188,29 @@ def _do() -> None:
         _do_together(mode, config)
 
 
+def _check_options(mode: str) -> None:
+    """Refuses an option that belongs to another mode."""
+    if _RUNS.value or _MIXED.value or _SCORES.value:
+        _stop("--runs, --mixed and --scores belong to --mode=compare and --mode=ensemble", 2)
+    if _VARY.value and mode not in ("sweep", "check"):
+        _stop("--vary belongs to --mode=sweep", 2)
+    if _REMOVE.value and mode != "clean":
+        _stop("--remove belongs to --mode=clean", 2)
+
+
 def _do_together(mode: str, config: ConfigDict) -> None:
     """Does what all processes do, once they have met."""
-    from sync_jax import train
+    from sync_jax import train, trainer
     from sync_jax.data import loading, registry
     from sync_jax.runtime import compilation_cache, sharding
+    from sync_jax.runtime.console import say
 
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    name = Path(file.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}-{config.method}-seed{config.seed}")
     sharding.check_devices()
+    for line in trainer.choose_network(config, workdir) if mode in ("train", "evaluate") else ():
+        say(line)
     if mode in ("train", "sweep") and (
         complaint := compilation_cache.use(config.process.compilation_cache)
     ):
@@ -178,7 +220,7 @@ def _do_together(mode: str, config: ConfigDict) -> None:
     elif mode == "train":
         train.train_and_evaluate(config, workdir)
     elif mode == "evaluate":
-        train.evaluate_finished(config, workdir)
+        train.evaluate(config, workdir)
     else:
         from sync_jax import sweep
 
@@ -188,79 +230,46 @@ def _do_together(mode: str, config: ConfigDict) -> None:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line, and ends the program with one line where that fails."""
-    arguments = _with_config_paths(arguments)
+    given = [x for x in arguments if re.match("--?config(=|$)", x)]
+    if len(given) > 1:
+        _stop(f"--config is given {len(given)} times ({' '.join(given)}); name one", 2)
+    if not given and "evaluate" in _values(arguments, "mode"):
+        for workdir in _values(arguments, "workdir")[-1:]:
+            arguments = [arguments[0], f"--config={RUN}:{workdir}", *arguments[1:]]
     try:
         rest = flags.FLAGS(arguments)
-    except flags.Error as error:
-        # config_flags puts a whole traceback into some messages; its last line says it all.
-        message = str(error)
-        if "Traceback" in message:
-            message = f"--config={_config_file(arguments)}: {message.splitlines()[-1]}"
-        _stop(message, 2)
-    except (Exception, SystemExit) as error:  # config_flags raises what it likes, a file anything
-        if isinstance(error, SystemExit) and {"--help", "--helpshort", "--helpfull"} & {*arguments}:
-            sys.exit(0)  # absl has printed the help
+    except SystemExit:  # absl has printed the help
+        sys.exit(0)
+    except Exception as error:  # config_flags raises what it likes
         _stop(_explain(arguments, error), 2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at the default level Orbax and TFDS narrate
     return rest
 
 
-def _explain(arguments: list[str], error: BaseException) -> str:
-    """What is wrong with --config or one of its overrides."""
+def _explain(arguments: list[str], error: Exception) -> object:
+    """What is wrong with an option, or with an override of the config."""
     from sync_jax.config import FIELDS, unknown_field
-    from sync_jax.errors import suggestion
+    from sync_jax.errors import InputError
 
-    file = _config_file(arguments)
-    if not Path(file.partition(":")[0]).is_file():
-        known = _installed_configs()
-        return (
-            f"--config={file} is no file and no known config"
-            f"{suggestion(Path(file).stem, known)}; choose from {', '.join(known)}, or name a file"
-        )
+    if isinstance(error, flags.Error | InputError):
+        return error
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("-")
         field = path.removeprefix("config.")
         if field != path and field not in FIELDS and not field.startswith(("model.", "loss.")):
             return unknown_field(field)
-    return f"--config={file} cannot be used: {type(error).__name__}: {error}"
+    return f"an option cannot be used: {type(error).__name__}: {error}"
 
 
-def _installed_configs() -> dict[str, Path]:
-    """Returns the configs that come with sync_jax, by name: in the package or in its checkout."""
-    package = Path(__file__).parent
-    folder = package / "configs"  # of a wheel; setup.py puts it there
-    if not folder.is_dir():
-        folder = package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
-
-
-def _with_config_paths(arguments: list[str]) -> list[str]:
-    """Replaces the name of an installed config by its path, as in --config=quickstart."""
-    known = _installed_configs()
-
-    def found(value: str) -> str:
-        name, colon, rest = value.partition(":")
-        return value if name not in known or Path(name).is_file() else f"{known[name]}{colon}{rest}"
-
-    replaced = arguments[:1]
-    for before, argument in itertools.pairwise(arguments):
-        option, equals, value = argument.partition("=")
-        if before in ("-config", "--config"):
-            argument = found(argument)
-        elif equals and option in ("-config", "--config"):
-            argument = f"{option}={found(value)}"
-        replaced.append(argument)
-    return replaced
-
-
-def _config_file(arguments: list[str]) -> str:
-    """The value of --config, in either spelling; flags.FLAGS does not know it while it parses."""
+def _values(arguments: list[str], name: str) -> list[str]:
+    """The values of an option, in either spelling; flags.FLAGS does not know them yet."""
+    found = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and option == "config":
-            return value if equals else following
-    return ""
+        if argument.startswith("-") and option == name:
+            found.append(value if equals else following)
+    return found
 
 
 def _stop(message: object, status: int) -> NoReturn:
@@ -276,7 +285,5 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # or tables could not be printed as ASCII
             stream.reconfigure(errors="backslashreplace")
-    try:
+    with ending_at_ctrl_c():
         app.run(main, flags_parser=parse_flags)
-    except KeyboardInterrupt:  # before main's own
-        _stop("interrupted", 130)

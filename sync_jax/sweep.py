@@ -16,13 +16,14 @@ from sync_jax.config import default_config, find_method
 from sync_jax.errors import InputError, NonFiniteError, suggestion
 from sync_jax.evaluation.comparison import FREE, compare
 from sync_jax.evaluation.report import read_report
+from sync_jax.models import candidates, find_backbone
 from sync_jax.options import flatten
 from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.workdir import check_run, check_shared
 from sync_jax.scores import SCORES
-from sync_jax.train import train_and_evaluate
-from sync_jax.trainer import resolve
+from sync_jax.train import has_predictions, train_and_evaluate
+from sync_jax.trainer import choose_network, resolve
 
 
 def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> bool:
@@ -34,11 +35,17 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     """
     runs = combinations(config, vary, name=name)
     check_shared(out, Processes(seconds=config.process.wait_seconds))
+    lines: dict[str, None] = {}
     for folder, run in runs:
-        for line in resolve(run):
-            say(line)
+        lines |= dict.fromkeys((*resolve(run), *choose_network(run, out / folder)))
         check_run(run, out / folder)
-    done = [folder for folder, _ in runs if read_report(out / folder) is not None]
+    for line in lines:
+        say(line)
+    done = [
+        folder
+        for folder, _ in runs
+        if read_report(out / folder) is not None and has_predictions(out / folder)
+    ]
     say(
         f"{len(runs)} runs in {out}, each a training of its own: "
         f"{len(done)} finished, {len(runs) - len(done)} to do"
@@ -81,7 +88,7 @@ def combinations(
     if not vary:
         raise InputError("--vary is missing; for example --vary=method=ce,sync --vary=seed=0,1,2")
     fields: dict[str, list[Any]] = {}
-    known = dict(flatten(default_config().to_dict())) | dict(flatten(config.to_dict()))
+    known = _known(config)
     for entry in vary:
         field, equals, values = entry.partition("=")
         field = field.removeprefix("config.")
@@ -109,6 +116,16 @@ def combinations(
     if len({folder for folder, _ in runs}) < len(runs):
         raise InputError(f"--vary={', '.join(vary)}: two runs would have the same folder")
     return runs
+
+
+def _known(config: ConfigDict) -> dict[str, Any]:
+    """Every field that may be varied, with a value of its type."""
+    options = {
+        f"model.{name}": option.default
+        for backbone in candidates(config.model)
+        for name, option in find_backbone(backbone).options.items()
+    }
+    return options | dict(flatten(default_config().to_dict())) | dict(flatten(config.to_dict()))
 
 
 def _parsed(entry: str, text: str, like: Any) -> Any:

@@ -11,18 +11,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.config import find_method, to_json
+from sync_jax.config import describe_differences, find_method, from_saved, to_json
 from sync_jax.data import registry
 from sync_jax.data.info import Dataset, few
 from sync_jax.data.loading import known_info, load_data
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
-from sync_jax.errors import TerminatedError
+from sync_jax.errors import InputError, TerminatedError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
+from sync_jax.guarantees.binomial import fewest_accepted
+from sync_jax.methods import METHODS
 from sync_jax.runtime import profiling, sharding
-from sync_jax.runtime.checkpoint import Checkpoints
+from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
 from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
@@ -35,6 +37,7 @@ from sync_jax.runtime.workdir import (
     owned,
     prepare_workdir,
     refuse_differences,
+    saved_configs,
 )
 from sync_jax.steps import Metrics, TrainState
 from sync_jax.trainer import Trainer, check_dataset
@@ -55,7 +58,27 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     with prepared(config, registry.dataset(config.data), workdir, processes) as job:
+        if line := beyond_proof(config, len(job.calibration_part.labels)):
+            processes.print(line)
         finish(job, fit(job, begin(job)))
+
+
+def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
+    """One line on the target risks that no calibration split of this size can certify, or ''."""
+    delta = config.evaluation.delta
+    needed = {risk: fewest_accepted(risk, delta) for risk in config.evaluation.target_risks}
+    beyond = [
+        f"{100 * risk:g} % ({n:,} without an error are needed)"
+        for risk, n in needed.items()
+        if n > calibration_size
+    ]
+    if not beyond:
+        return ""
+    return (
+        f"{calibration_size:,} calibration images can certify no error rate of "
+        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}, whatever is trained; "
+        "config.data.calibration_size holds out more"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +208,7 @@ def fit(job: Job, start: Start) -> Fitted:
             unlogged=start.unlogged,
             indices=indices,
             processes=processes,
+            advice=trainer.advice,
         ) as log,  # fmt: skip
         Trace(traced, job.workdir / "profile", processes.print) as trace,
     ):
@@ -298,8 +322,9 @@ def evaluate_finished(
     if jax.process_index() > 0:
         return
     check_workdir(config, workdir)
-    calibration = Predictions.load(workdir / "predictions_calibration.npz")
-    test = Predictions.load(workdir / "predictions_test.npz")
+    calibration, test = load_predictions(workdir)
+    if not (workdir / "config.json").exists():  # it was lost
+        prepare_workdir(config, workdir)
     score = find_method(config.method).score
     record = evaluation_record(calibration, test, config, score=score)
     entries = read_metrics(workdir)
@@ -312,14 +337,64 @@ def evaluate_finished(
     show_report(report, workdir)
 
 
+def evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Makes a run's report anew, with a config's section `evaluation` and else the run's own.
+
+    Reads the saved predictions, and nothing of the data.
+    """
+    if jax.process_index() > 0:
+        return
+    for saved in saved_configs(workdir)[:1]:
+        if differing := describe_differences(config, saved):
+            say(f"{workdir} is evaluated with its own config: {'; '.join(differing)}")
+        own = from_saved(saved)
+        if own.method not in (config.method, *METHODS):  # a module that a run's file names
+            raise InputError(
+                f"{workdir} was trained with a method of yours, which is imported only if you "
+                f"name it: --config.method={own.method}"
+            )
+        own.evaluation = config.evaluation
+        config = own
+    evaluate_finished(config, workdir)
+
+
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
-    """Returns True if the folder holds the run's report, and shows it."""
+    """Returns True if nothing is left to train or to predict, and shows the report.
+
+    Makes a missing report from the predictions; False if a checkpoint can replace lost predictions.
+    """
     check_run(config, workdir)
-    if (report := read_report(workdir)) is None:
-        return False
+    report = read_report(workdir)
+    if not has_predictions(workdir):
+        if report is None:
+            return False
+        if latest_notes(workdir / "checkpoints") is not None:
+            say(f"{workdir} lacks predictions: they are made again from its last checkpoint")
+            return False
+    if report is None:
+        say(f"{workdir} was trained to its end: its report is made from its predictions")
+        evaluate_finished(config, workdir)
+        return True
     say(f"{workdir} holds a finished run: nothing to train. Its report:")
     if report["config"]["evaluation"] == json.loads(to_json(config))["evaluation"]:
         show_report(report, workdir)
     else:  # other coverages, target risks or delta than it was made with
         evaluate_finished(config, workdir)
+    return True
+
+
+def load_predictions(workdir: Path) -> tuple[Predictions, Predictions]:
+    """Reads a run's predictions of the calibration and the test split; may raise InputError."""
+    calibration, test = (
+        Predictions.load(workdir / f"predictions_{split}.npz") for split in ("calibration", "test")
+    )
+    return calibration, test
+
+
+def has_predictions(workdir: Path) -> bool:
+    """Returns True if a run's predictions are there and whole."""
+    try:
+        load_predictions(workdir)
+    except InputError:
+        return False
     return True

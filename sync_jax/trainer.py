@@ -1,5 +1,6 @@
 """The trainer: network, optimizer and jitted functions, built from a config."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -23,11 +24,22 @@ from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.predictions import Predictions, predict
 from sync_jax.evaluation.record import known_scores
 from sync_jax.methods import training_objective
-from sync_jax.models import complete, find_backbone, make_network
+from sync_jax.models import (
+    AUTO,
+    ON_ACCELERATOR,
+    ON_CPU,
+    candidates,
+    complete,
+    find_backbone,
+    make_backbone,
+    make_network,
+)
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
 from sync_jax.runtime import sharding
-from sync_jax.runtime.profiling import parse_steps
+from sync_jax.runtime.profiling import parse_steps, training_flops
+from sync_jax.runtime.training_log import duration
+from sync_jax.runtime.workdir import saved_configs
 from sync_jax.steps import (
     Batch,
     Metrics,
@@ -37,6 +49,8 @@ from sync_jax.steps import (
     run_evaluation,
     run_step,
 )
+
+_LONG = 600.0  # seconds of a training on CPUs, from which on a faster network is named
 
 
 def resolve(config: ConfigDict) -> list[str]:
@@ -48,6 +62,27 @@ def resolve(config: ConfigDict) -> list[str]:
     parse_steps(config.profile.steps)
     known_scores(config, find_method(config.method).score)
     return complete(config.model)
+
+
+def choose_network(config: ConfigDict, workdir: Path | None = None) -> list[str]:
+    """Replaces the backbone "auto": by that of the run in the folder, or as the devices are.
+
+    Called when the processes have met, for JAX looks for its devices here. Returns lines on it.
+    """
+    if config.model.name != AUTO:
+        return []
+    choices = candidates(config.model)
+    name = choices[0] if jax.default_backend() == "cpu" else ON_ACCELERATOR
+    reason = "without an accelerator" if name == ON_CPU else "for this machine"
+    saved = []
+    with contextlib.suppress(OSError, InputError):  # `check_workdir` says what is wrong there
+        saved = saved_configs(workdir) if workdir else []
+    begun = saved[0]["model"]["name"] if saved else name
+    if begun != name and begun in choices:
+        name, reason = begun, f"with which the run in {workdir} began"
+    config.model.name = name
+    line = f"config.model.name=auto: {name}, {reason}"
+    return [line, *complete(config.model)]
 
 
 def check_dataset(config: ConfigDict, info: DatasetInfo | None) -> None:
@@ -221,6 +256,21 @@ class Trainer:
                 f"of {self.mesh.size} devices, and {free / 1e9:,.1f} GB are free on all; make it "
                 "smaller, or config.loss.queue_size"
             )
+
+    def advice(self, seconds: float) -> str:
+        """Names a faster network, with its time by FLOP, where a training on CPUs takes long."""
+        section, shape = self.config.model, self.info.image_shape
+        if jax.default_backend() != "cpu" or seconds < _LONG or len(shape) < 3:
+            return ""
+        small = ConfigDict({"name": ON_CPU, "dtype": section.dtype, "pretrained": ""})
+        network = self.settings.network
+        flops, all_flops = (
+            training_flops(x, shape)
+            for x in (network.clone(backbone=make_backbone(small)), network)
+        )
+        if flops > all_flops / 2:
+            return ""
+        return f" (--config.model.name={ON_CPU}: about {duration(seconds * flops / all_flops)})"
 
     @property
     def num_parameters(self) -> int:

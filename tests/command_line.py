@@ -16,7 +16,6 @@ QUICKSTART = "--config=configs/quickstart.py"
 def run(*arguments: str) -> int:
     """Does what the command line does; returns the exit status."""
     command = ["main.py", *arguments]
-    sys.modules.pop("config_config", None)  # or config_flags would load the next file into it
     with flagsaver.flagsaver(), mock.patch.object(sys, "argv", command):
         flags.FLAGS.unparse_flags()
         try:

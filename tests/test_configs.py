@@ -11,7 +11,7 @@ import pytest
 from sync_jax.data import registry
 from sync_jax.data.splits import Part
 from sync_jax.runtime import sharding
-from sync_jax.trainer import Trainer, resolve
+from sync_jax.trainer import Trainer, choose_network, resolve
 from tests.data.pictures import write_pictures
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -26,6 +26,7 @@ def begun(config):
     config.optimizer.warmup_epochs = 0.0
     config.model.width = 2
     resolve(config)
+    choose_network(config)
     mesh, info = sharding.make_mesh(jax.devices()[:1]), registry.dataset(config.data).info()
     run = Trainer(config, mesh, info, train_size=24)
     images = np.random.default_rng(0).integers(0, 256, (24, *info.stored_shape), np.uint8)

@@ -63,7 +63,6 @@ from absl import flags
 from sync_jax import main
 
 for name in sys.argv[1:]:
-    sys.modules.pop("config_config", None)
     flags.FLAGS.unparse_flags()
     sys.argv = ["main.py", f"--config={name}", "--mode=evaluate"]
     try:

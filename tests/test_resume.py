@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def live(data_dir: Path, workdir: Path, *harms: str, placement: str = "device") 
     """One life of a job, a process for each harm: what they printed.
 
     A process that is killed must have been, and takes the job with it; of others the status is 75
-    if one of them is asked to stop, and else 0.
+    if one of them is asked to stop, 1 if the disk is full, and else 0.
     """
     options = {"method": METHOD, "data.placement": placement, "train.on_nonfinite": "skip"}
     flags = [f"--config.{name}={value}" for name, value in options.items()]
@@ -63,7 +64,7 @@ def live(data_dir: Path, workdir: Path, *harms: str, placement: str = "device") 
             child.kill()
     printed = processes.finish(children)
     if not killed:
-        status = 75 if any("term" in harm for harm in harms) else 0
+        status = 75 if any("term" in harm for harm in harms) else int("full:disk:0" in harms)
         assert [child.returncode for child in children] == [status] * len(harms), printed
     assert (workdir / "report.json").exists() == (set(harms) <= {NONE, NAN})
     return printed
@@ -102,11 +103,19 @@ def cut_power(workdir: Path) -> None:
 
 
 def test_one_process_killed_anywhere_ends_with_the_same_bits(data_dir, tmp_path):
-    """While it reads data, saves, evaluates, trains and writes its report."""
+    """While it reads data, saves, evaluates, trains and writes its report; or the disk is full.
+
+    Of a failed write and of damage one line is printed, and a log has the rest.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     live(data_dir, whole, NONE)
     (printed,) = live(data_dir, broken, "term:data:0")
     assert "no training under way; the same command goes on" in printed
+    (printed,) = live(data_dir, broken, "full:disk:0")
+    line = rf"\nsync_jax: {broken}/checkpoints cannot be written: .*; {broken}/orbax.log has more\n"
+    assert re.search(line + "$", printed)
+    assert "Traceback" not in printed
+    assert "Traceback" in (broken / "orbax.log").read_text()
     live(data_dir, broken, "kill:saving:1")
     (half,) = (broken / "checkpoints").glob("*.orbax-checkpoint-tmp*")
     (printed,) = live(data_dir, broken, "kill:evaluating:1")
@@ -117,6 +126,7 @@ def test_one_process_killed_anywhere_ends_with_the_same_bits(data_dir, tmp_path)
     cut_power(broken)
     (printed,) = live(data_dir, broken, NONE)
     assert "is put aside as" in printed
+    assert "Traceback" not in printed
     assert f"resuming at step {TOTAL - 5} of {TOTAL}" in printed
     check_the_same(whole, broken, tiny.config(data_dir, method=METHOD))
 

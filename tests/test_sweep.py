@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from sync_jax import sweep
-from sync_jax.errors import NonFiniteError
+from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.runtime import sharding
 from tests import tiny
 
@@ -35,6 +35,14 @@ def test_every_combination_the_last_field_slowest(data_dir):
     assert values[1] == ("sync", 0.7, 0)
     for _, run in runs:
         assert run.model.width == 4  # the rest is the config's
+
+
+def test_options_of_either_network_of_auto_can_be_varied(data_dir):
+    config = tiny.config(data_dir, model__name="auto")
+    runs = sweep.combinations(config, ["model.stem=imagenet", "model.features=8,16"], name="x")
+    assert [run.model.features for _, run in runs] == [8, 16]
+    with pytest.raises(InputError, match=r"no field 'model.norm_first'"):
+        sweep.combinations(config, ["model.norm_first=True"], name="x")
 
 
 def test_values_take_the_type_of_their_field(data_dir):

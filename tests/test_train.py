@@ -1,17 +1,19 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sync_jax import errors, steps, train
-from sync_jax.config import to_json
+from sync_jax.config import default_config, to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
@@ -21,9 +23,10 @@ from sync_jax.evaluation.report import read_report
 from sync_jax.methods import METHODS
 from sync_jax.runtime import sharding
 from sync_jax.runtime.processes import Processes
-from sync_jax.runtime.workdir import owned
+from sync_jax.runtime.training_log import Progress, read_metrics
+from sync_jax.runtime.workdir import check_workdir, owned, prepare_workdir
 from sync_jax.steps import Metrics
-from sync_jax.trainer import Trainer
+from sync_jax.trainer import Trainer, choose_network
 from tests import tiny
 
 
@@ -79,7 +82,13 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
     assert (tmp_path / "run" / "risk_coverage.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-    assert "Selective error" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Selective error" in shown
+    assert (
+        0
+        <= shown.index("40 calibration images can certify no error rate of 1 %")
+        < shown.index("step 4/")
+    )
 
 
 def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):
@@ -109,6 +118,64 @@ def test_the_test_split_is_read_once_and_last(finished):
     assert reads == [["train", False], ["test", True]]
 
 
+def test_what_no_calibration_split_of_a_size_can_certify_is_said():
+    """Without an error 59 examples prove 5 % at delta 0.05, for 0.95^59 < 0.05 < 0.95^58."""
+    config = default_config()
+    assert train.beyond_proof(config, 299) == ""
+    assert "rate of 1 % (299 without an error are needed) at" in train.beyond_proof(config, 298)
+    assert "2 % (149 without an error are needed) at" in train.beyond_proof(config, 59)
+    assert "5 % (59 without an error are needed) at" in train.beyond_proof(config, 58)
+    config.evaluation.delta = 0.5
+    assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
+
+
+def test_auto_takes_what_the_machine_can_train_and_stays_with_it(data_dir, tmp_path, monkeypatch):
+    def chosen(workdir, backend, **changes):
+        config = tiny.config(data_dir, model__name="auto", **changes)
+        assert config.model.name == "auto"
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: backend)
+            lines = choose_network(config, workdir)
+        check_workdir(config, workdir)
+        assert choose_network(config, workdir) == []
+        return config, lines
+
+    on_cpu, lines = chosen(tmp_path / "cpu", "cpu")
+    assert lines == ["config.model.name=auto: cnn, without an accelerator"]
+    assert (on_cpu.model.name, on_cpu.model.width) == ("cnn", tiny.OVERRIDES["model.width"])
+    on_gpu, lines = chosen(tmp_path / "gpu", "gpu")
+    assert lines[1:] == ["config.model.features is no option of resnet18, and is left out"]
+    assert (on_gpu.model.name, on_gpu.model.width) == ("resnet18", on_cpu.model.width)
+    assert chosen(tmp_path / "new", "cpu", model__pretrained="w.pth")[0].model.name == "resnet18"
+    # Begun on one kind of machine, and resumed on the other.
+    prepare_workdir(on_cpu, tmp_path / "cpu")
+    prepare_workdir(on_gpu, tmp_path / "gpu")
+    assert chosen(tmp_path / "cpu", "gpu")[0].model.name == "cnn"
+    config, lines = chosen(tmp_path / "gpu", "cpu")
+    assert config.to_dict() == on_gpu.to_dict()
+    assert lines[0].endswith(f"resnet18, with which the run in {tmp_path / 'gpu'} began")
+    with pytest.raises(InputError, match=r"model.name is 'resnet18' there and 'cnn' here"):
+        check_workdir(on_cpu, tmp_path / "gpu")
+    with pytest.raises(InputError, match=r"config.seed is 0 there and 1 here"):
+        chosen(tmp_path / "cpu", "gpu", seed=1)
+    with pytest.raises(InputError, match="has no option 'widht'"):
+        tiny.config(data_dir, model__name="auto", model__widht=8)
+
+
+def test_a_long_training_on_cpus_names_a_faster_network(data_dir):
+    """By the FLOP of both; 3 x 3 convolutions of 64 channels on all pixels take far more."""
+
+    def trainer(name, width):
+        config = tiny.config(data_dir, model__name=name, model__width=width)
+        return tiny.trainer(config, sharding.make_mesh())
+
+    slow = trainer("resnet18", 64)
+    assert slow.advice(300.0) == ""
+    pattern = r" \(--config.model.name=cnn: about [4-7] hours\)"
+    assert re.fullmatch(pattern, slow.advice(1e6))
+    assert trainer("resnet18", 1).advice(1e6) == ""  # faster than the cnn of its own width
+
+
 def test_a_finished_run_says_so_and_trains_no_more(finished, data_dir, capsys, monkeypatch):
     before = (finished / "report.json").read_bytes()
     monkeypatch.setattr(train, "fit", None)
@@ -120,10 +187,102 @@ def test_a_finished_run_says_so_and_trains_no_more(finished, data_dir, capsys, m
 def test_another_experiment_in_the_workdir_is_refused(finished, data_dir):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     changed = tiny.config(data_dir, train__epochs=2.0, loss__alpha=0.25)
-    for action in (train.train_and_evaluate, train.evaluate_finished):
-        with pytest.raises(InputError, match=r"config\.loss\.alpha is 0\.5 there and 0\.25 here"):
-            action(changed, finished)
+    with pytest.raises(InputError, match=r"config\.loss\.alpha is 0\.5 there and 0\.25 here"):
+        train.train_and_evaluate(changed, finished)
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_run_without_a_checkpoint_makes_way_for_another_without_mixing_logs(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    def interrupt(self, done):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    first = tiny.config(data_dir, optimizer__learning_rate=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(first, tmp_path)
+    (tmp_path / "nonfinite.jsonl").write_text('{"step": 2, "action": "skip"}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "part": "train", "seconds": 9000}\n')
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name(f"{events.name}.first"))  # or the next could have its name
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    config = tiny.config(data_dir)
+    train.train_and_evaluate(config, tmp_path)
+    assert "logs of another experiment, without a checkpoint: removed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(to_json(config))
+    assert max(entry["seconds"] for entry in read_metrics(tmp_path)) < 9000
+    assert not (tmp_path / "nonfinite.jsonl").exists()
+    assert [path.suffix == ".first" for path in (tmp_path / "tensorboard").iterdir()] == [False]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["checkpoints/6", "checkpoints/6.damaged", "predictions_test.npz", "report.json", None],
+)
+def test_what_a_training_has_left_is_protected_from_other_experiments(kept, data_dir, tmp_path):
+    """Also the config.json of another program."""
+    other = tiny.config(data_dir, loss__alpha=0.25)
+    (tmp_path / "config.json").write_text(to_json(other) if kept else '{"architectures": []}')
+    if kept:
+        (tmp_path / kept).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds another experiment: .*config\.loss\.alpha is"):
+        train.check_workdir(tiny.config(data_dir), tmp_path)
+    if kept:
+        (tmp_path / kept).rmdir()
+        train.check_workdir(tiny.config(data_dir), tmp_path)
+
+
+def test_lost_predictions_are_made_again_and_the_report_with_them(
+    finished, data_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "predictions_test.npz").unlink()
+    cut = tmp_path / "predictions_calibration.npz"
+    cut.write_bytes(cut.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"is damaged: .*; the training command of a finished run"):
+        train.evaluate(tiny.config(data_dir), tmp_path)
+    monkeypatch.setattr(Trainer, "step", None)
+    train.train_and_evaluate(tiny.config(data_dir), tmp_path)
+    for split in ("calibration", "test"):
+        found, expected = (
+            Predictions.load(folder / f"predictions_{split}.npz") for folder in (tmp_path, finished)
+        )
+        chex.assert_trees_all_equal(found.outputs, expected.outputs)
+        assert found.same_examples(expected)
+    found, expected = read_report(tmp_path), read_report(finished)
+    assert found["environment"].pop("date") >= expected["environment"].pop("date")
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("lost", "is_finished", "said"),
+    [
+        (["predictions_test.npz", "checkpoints"], True, "holds a finished run"),
+        (["predictions_calibration.npz"], False, "lacks predictions: they are made again from"),
+        (["predictions_test.npz", "report.json"], False, ""),
+        (["predictions_test.npz", "report.json", "checkpoints"], False, ""),
+        (["report.json"], True, "was trained to its end: its report is made from its pred"),
+        (["report.json", "checkpoints"], True, "was trained to its end"),
+        (["report.json", "config.json"], True, "was trained to its end"),
+        (["config.json"], True, "holds a finished run"),
+    ],
+)
+def test_what_is_lost_of_a_finished_run_is_made_from_the_rest(
+    lost, is_finished, said, finished, data_dir, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in lost:
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train.is_finished(tiny.config(data_dir), tmp_path) == is_finished
+    shown = capsys.readouterr().out
+    assert said in shown if said else not shown
+    if "report.json" in lost and is_finished:
+        assert read_report(tmp_path)["scores"] == read_report(finished)["scores"]
+        assert (tmp_path / "config.json").exists()
 
 
 def test_checkpoints_know_their_config(finished, data_dir, tmp_path):
@@ -140,7 +299,7 @@ def test_checkpoints_know_their_config(finished, data_dir, tmp_path):
     with pytest.raises(InputError, match=message):
         train.train_and_evaluate(other, tmp_path)
     (tmp_path / "config.json").unlink()
-    train.train_and_evaluate(tiny.config(data_dir), tmp_path)  # its own
+    train.check_workdir(tiny.config(data_dir), tmp_path)  # its own
 
 
 def test_a_checkpoint_under_another_name_is_not_where_the_run_goes_on(

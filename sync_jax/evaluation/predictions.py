@@ -86,6 +86,7 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Reads what `save` wrote; raises InputError if there is no such file, or it is damaged."""
+        again = "; the training command of a finished run makes it again"
         try:
             contents = io.BytesIO(path.read_bytes())  # np.load would leave a damaged file open
             with np.load(contents, allow_pickle=False) as file:
@@ -101,9 +102,9 @@ class Predictions:
             _check(outputs, arrays["labels"], arrays["index"])
             return cls(outputs, arrays["labels"], arrays["index"])
         except FileNotFoundError:
-            raise InputError(f"{path} is missing: train the run to its end first") from None
+            raise InputError(f"{path} is missing: train the run to its end first{again}") from None
         except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
-            raise InputError(f"{path} is damaged: {error}") from error
+            raise InputError(f"{path} is damaged: {error}{again}") from error
 
 
 def _check(outputs: dict[str, np.ndarray], labels: np.ndarray, index: np.ndarray) -> None:

@@ -69,9 +69,9 @@ def bootstrap_interval(
     estimate = float(call(confidence, values))
     confidence, values = vector(confidence, "confidence"), vector(values, name)
     order = np.lexsort((values, -confidence))  # the interval must not depend on the input order
-    resampled = _resampled(
-        metric, call, confidence[order], values[order], resamples=resamples, seed=seed
-    )
+    options |= {"resamples": resamples, "seed": seed, name: values[order]}
+    with unchecked():
+        resampled = bootstrap_values(metric, confidence[order], **options)
     return percentile_interval(estimate, resampled, level=level)
 
 
@@ -97,7 +97,9 @@ def paired_bootstrap_interval(
     examples in a and b.
     """
     call, name, a = _named(metric, loss_a, correct_a, "_a", **options)
-    _, _, b = _named(metric, loss_b, correct_b, "_b", **options)
+    _, name_b, b = _named(metric, loss_b, correct_b, "_b", **options)
+    if name_b != name:
+        raise ValueError(f"pass {name}_b beside {name}_a")
     estimate = float(call(confidence_a, a)) - float(call(confidence_b, b))
     confidence_a, a = vector(confidence_a, "confidence_a"), vector(a, f"{name}_a")
     confidence_b, b = vector(confidence_b, "confidence_b"), vector(b, f"{name}_b")
@@ -106,9 +108,10 @@ def paired_bootstrap_interval(
             f"confidence_b has {confidence_b.size} examples but confidence_a {confidence_a.size}"
         )
     order = np.lexsort((b, confidence_b, a, confidence_a))
-    asked: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    values = _resampled(metric, call, confidence_a[order], a[order], **asked)
-    values -= _resampled(metric, call, confidence_b[order], b[order], **asked)
+    options |= {"resamples": resamples, "seed": seed}
+    with unchecked():
+        values = bootstrap_values(metric, confidence_a[order], **{**options, name: a[order]})
+        values -= bootstrap_values(metric, confidence_b[order], **{**options, name: b[order]})
     return percentile_interval(estimate, values, level=level)
 
 
@@ -132,7 +135,22 @@ def bootstrap_values(
     call, name, values = _named(metric, loss, correct, **options)
     call(confidence, values)  # checks the arguments
     confidence, values = vector(confidence, "confidence"), vector(values, name)
-    return _resampled(metric, call, confidence, values, resamples=resamples, seed=seed)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    n, rng = confidence.size, np.random.default_rng(seed)
+    block = max(1, _BLOCK // n)
+    found: list[Any] = []
+    for done in range(0, resamples, block):
+        rows = min(block, resamples - done)
+        index = rng.integers(n, size=(rows, n))
+        with unchecked():
+            if metric in _VECTORISED:
+                cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
+                counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
+                found.append(call(Sample(confidence, values, counts), values))
+            else:
+                found.append([float(call(confidence[i], values[i])) for i in index])
+    return np.concatenate(found)
 
 
 def _named(
@@ -158,34 +176,6 @@ def _named(
     if taken:
         return lambda c, x: metric(c, **{name: x}, **options), name, values
     return lambda c, x: metric(c, x, **options), name, values
-
-
-def _resampled(
-    metric: Callable[..., float],
-    call: Callable[[Any, Any], Any],
-    confidence: FloatArray,
-    values: FloatArray,
-    *,
-    resamples: int,
-    seed: int,
-) -> FloatArray:
-    """The values of `call`, which is `metric` with its options, on resamples: [resamples]."""
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    n, rng = confidence.size, np.random.default_rng(seed)
-    block = max(1, _BLOCK // n)
-    found: list[Any] = []
-    for done in range(0, resamples, block):
-        rows = min(block, resamples - done)
-        index = rng.integers(n, size=(rows, n))
-        with unchecked():
-            if metric in _VECTORISED:
-                cells = (index + n * np.arange(rows)[:, None]).reshape(-1)
-                counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)
-                found.append(call(Sample(confidence, values, counts), values))
-            else:
-                found.append([float(call(confidence[i], values[i])) for i in index])
-    return np.concatenate(found)
 
 
 def percentile_interval(estimate: float, values: ArrayLike, *, level: float = 0.95) -> Interval:

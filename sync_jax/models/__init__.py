@@ -17,17 +17,32 @@ BACKBONES: dict[str, Backbone] = {
     **resnet.BACKBONES,
 }
 
+AUTO = "auto"  # `trainer.choose_network` replaces it by one of these, when the devices are known
+ON_CPU, ON_ACCELERATOR = "cnn", "resnet18"
+
 
 def find_backbone(name: str) -> Backbone:
     """Returns the backbone of a config's `model.name`, or raises an InputError."""
     return find(name, BACKBONES, Backbone, "config.model.name")
 
 
+def candidates(section: ConfigDict) -> tuple[str, ...]:
+    """The backbones that the `model` section of a config may come to name."""
+    if section.name != AUTO:
+        return (section.name,)
+    return (ON_ACCELERATOR,) if section.pretrained else (ON_CPU, ON_ACCELERATOR)
+
+
 def complete(section: ConfigDict) -> list[str]:
     """Adds the backbone's options to the `model` section of a config, and checks them.
 
     Options of other backbones, which a config file may have set, are removed; returns a line each.
+    The name "auto" stays, and what it may stand for is checked.
     """
+    if section.name == AUTO:
+        for name in candidates(section):
+            complete(ConfigDict({**section, "name": name}))
+        return []
     options = find_backbone(section.name).options
     others = {option for backbone in BACKBONES.values() for option in backbone.options}
     left_out = []

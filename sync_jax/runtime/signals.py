@@ -3,12 +3,14 @@
 import contextlib
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 
 @contextlib.contextmanager
@@ -42,6 +44,45 @@ def terminated() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     if asked.is_set():
         signal.raise_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def ending_at_ctrl_c(seconds: float = 3.0) -> Iterator[None]:
+    """Ends the process, with status 130 and one line, at the latest so long after Ctrl-C.
+
+    KeyboardInterrupt is raised as always. But nothing interrupts XLA while it compiles or computes,
+    and closing may wait for it, or for another Ctrl-C: a thread ends the process then.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, lambda *_: None)  # the thread hears of a second one
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] != signal.SIGINT:
+            pass
+        select.select([reader], [], [], seconds)
+        end()
+
+    def end() -> NoReturn:
+        os.write(2, b"sync_jax: interrupted; the same command goes on from what was saved\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # it is ignored, as in the background of a script
+        return
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGINT, handle)
+    threading.Thread(target=watch, name="Ctrl-C", daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        end()
 
 
 @contextlib.contextmanager

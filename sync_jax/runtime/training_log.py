@@ -26,6 +26,7 @@ from sync_jax.runtime.processes import Processes
 # The host is at most so many steps ahead of the device: it never waits for its own newest step,
 # and SIGTERM waits for no more than these.
 _AHEAD = 2
+_TIMED = 10  # steps from which the time of a training is estimated
 _BEGINNING = b'{"step": '  # of a line of metrics.jsonl
 _ACTIONS = ("stop", "skip", "rollback")  # the last one is in notes of version 0.1 alone
 
@@ -39,9 +40,13 @@ class TrainingLog(contextlib.ExitStack):
     def __init__(
         self, workdir: Path, config: ConfigDict, *, start_step: int, total_steps: int,
         unlogged: list[tuple[int, dict[str, float]]], indices: Callable[[int], np.ndarray],
-        processes: Processes,
+        processes: Processes, advice: Callable[[float], str] = lambda seconds: "",
     ):  # fmt: skip
-        """Opens the files; `unlogged` is of a checkpoint, `indices` gives a step's examples."""
+        """Opens the files.
+
+        `unlogged` is of a checkpoint, `indices` gives a step's examples, and `advice` a few words
+        on a training that takes so many seconds.
+        """
         super().__init__()
         self.unlogged = list(unlogged)
         self._bad_steps = NonFiniteSteps(
@@ -56,7 +61,7 @@ class TrainingLog(contextlib.ExitStack):
             self._writer = self.enter_context(MetricWriter(workdir, start_step=start_step))
         self._progress = self.enter_context(Progress(
             total_steps=total_steps, start_step=start_step, batch_size=config.train.batch_size,
-            shown=processes.first,
+            shown=processes.first, advice=advice,
         ))  # fmt: skip
 
     def is_device_busy(self) -> bool:
@@ -72,6 +77,7 @@ class TrainingLog(contextlib.ExitStack):
             return None
         oldest = self._newest.popleft()
         jax.block_until_ready(oldest)
+        self._progress.computed(step - _AHEAD)
         return oldest
 
     def update(self, step: int, *, wait: bool, last: bool = False) -> None:
@@ -194,9 +200,13 @@ class NonFiniteSteps:
 class Progress(rich.progress.Progress):
     """A progress bar on a terminal, plain lines elsewhere. A context manager."""
 
-    def __init__(self, *, total_steps: int, start_step: int, batch_size: int, shown: bool = True):
+    def __init__(
+        self, *, total_steps: int, start_step: int, batch_size: int, shown: bool = True,
+        advice: Callable[[float], str] = lambda seconds: "",
+    ):  # fmt: skip
         """Prepares the display of one process; the others have `shown` False."""
-        self._total, self._batch_size = total_steps, batch_size
+        self._total, self._batch_size, self._advice = total_steps, batch_size, advice
+        self._computed: list[float] = []  # when the first steps were
         self._first: tuple[int, float] | None = None  # step and time after the compilation
         console = rich.console.Console(quiet=not shown)
         super().__init__(
@@ -215,6 +225,16 @@ class Progress(rich.progress.Progress):
         if self._first is None:
             self._first = done, time.monotonic()
         self.update(self._task, completed=done)
+
+    def computed(self, step: int) -> None:
+        """Notes that a step has been computed, and after ten says how long the others will take."""
+        if len(self._computed) > _TIMED or self.console.quiet:
+            return
+        self._computed.append(time.monotonic())  # of the first one after its compilation
+        if len(self._computed) > _TIMED:
+            # The median: an evaluation between two steps, which has to compile, does not count.
+            left = float(np.median(np.diff(self._computed))) * (self._total - step)
+            self.line(f"about {duration(left)} of training left{self._advice(left)}")
 
     def metrics(self, done: int, values: Mapping[str, float]) -> None:
         """Shows the latest averages: beside the bar, or as a line with rate and time left."""
@@ -237,6 +257,15 @@ class Progress(rich.progress.Progress):
     def line(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
         self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as '7 minutes'."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    whole = max(round(seconds), 1)
+    return f"{whole} second{'s' if whole > 1 else ''}"
 
 
 class MetricWriter:

@@ -21,6 +21,7 @@ from sync_jax.runtime.files import LockedError, check_plain, locked, write_text
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import read_metrics
 
+_RESULTS = ("predictions_", "report.json")  # how the names of a run's results begin
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _VISIBLE_WITHIN = 30.0  # seconds in which a network's file system shows a new file to other hosts
 
@@ -44,25 +45,48 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     check_plain(workdir)
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-        path, report = workdir / "config.json", workdir / "report.json"
-        has_config, has_report = path.exists(), report.exists()
+        if not nearest.is_dir():
+            below = f"is below {nearest}, which is no folder"
+            raise InputError(
+                f"--workdir={workdir} {'is not a folder' if nearest == workdir else below}"
+            )
+        has_results = any(name.startswith(_RESULTS) for name in _names(workdir))
+        saved = [] if is_abandoned(config, workdir) else saved_configs(workdir)
     except OSError as error:  # a name too long, a folder that is another user's
         raise InputError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    if not nearest.is_dir():
-        below = f"is below {nearest}, which is no folder"
+    if has_results and not saved:
         raise InputError(
-            f"--workdir={workdir} {'is not a folder' if nearest == workdir else below}"
+            f"--workdir={workdir} holds a report or predictions and no config.json, as an "
+            "ensemble's folder; name another --workdir"
         )
-    if has_report and not has_config:
-        raise InputError(
-            f"--workdir={workdir} holds a report and no config.json, as an ensemble's folder; name "
-            "another --workdir"
-        )
-    if has_config:
-        refuse_differences(config, read_config(path), workdir)
-    # The config may have been lost, or be another's.
-    if (notes := latest_notes(workdir / "checkpoints")) is not None:
-        refuse_differences(config, notes["config"], workdir)
+    for theirs in saved:
+        refuse_differences(config, theirs, workdir)
+
+
+def saved_configs(workdir: Path) -> list[dict[str, Any]]:
+    """The config of a folder's run, from config.json and its latest checkpoint, if they exist."""
+    path, notes = workdir / "config.json", latest_notes(workdir / "checkpoints")
+    found = [read_config(path)] if path.exists() else []
+    return found if notes is None else [*found, notes["config"]]
+
+
+def is_abandoned(config: ConfigDict, workdir: Path) -> bool:
+    """Returns True for the folder of another experiment that ended before its first checkpoint.
+
+    It holds no result, and no checkpoint, not even one that is damaged or was put aside.
+    """
+    path = workdir / "config.json"
+    saved = read_config(path) if path.exists() else {}
+    is_ours = {"method", "target_coverage", "checkpoint"} <= saved.keys()  # no other program's
+    if not is_ours or not describe_differences(config, saved):
+        return False
+    checkpoints = [x for x in _names(workdir / "checkpoints") if ".orbax-checkpoint-tmp" not in x]
+    return not checkpoints and not any(x.startswith(_RESULTS) for x in _names(workdir))
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, none if there is nothing of its name."""
+    return sorted(os.listdir(folder)) if os.path.lexists(folder) else []
 
 
 def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
@@ -75,9 +99,17 @@ def refuse_differences(config: ConfigDict, saved: dict[str, Any], workdir: Path)
 
 
 def prepare_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the folder and saves the resolved config in it; errors as of `writing`."""
+    """Makes the folder and saves the resolved config in it; errors as of `writing`.
+
+    Removes the logs of another experiment that has left nothing else.
+    """
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        if is_abandoned(config, workdir):
+            say(f"{workdir} holds logs of another experiment, without a checkpoint: removed")
+            for path in ("metrics.jsonl", "nonfinite.jsonl", "tensorboard/events*"):
+                for log in workdir.glob(path):
+                    log.unlink()
         write_text(workdir / "config.json", to_json(config))
 
 

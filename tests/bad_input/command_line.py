@@ -6,7 +6,11 @@ from tests.command_line import QUICKSTART
 
 CASES = {
     # The command line.
-    "no config": Bad([], "--config is missing; for example --config=quickstart"),
+    "no config": Bad(["--workdir=x"], "--config is missing; for example --config=quickstart"),
+    "two configs": Bad(
+        [QUICKSTART, "--config=mine.py"],
+        "--config is given 2 times .--config=configs/quickstart.py --config=mine.py.; name one",
+    ),
     "no such file": Bad(
         ["--config=configs/imagnet.py"],
         "imagnet.py is no file .*did you mean 'imagenet100'..; choose from cifar10, .*or name a",
@@ -102,9 +106,25 @@ CASES = {
     # The config file.
     "syntax": Bad(message="mine.py.*SyntaxError", **file("def get_config(:\n")),
     "not a config": Bad(
-        message="mine.py.*must return a ConfigDict", **file("def get_config():\n  return 3\n")
+        message=r"^sync_jax: --config=mine.py: get_config\(\) returned 3; it must return a Config",
+        **file("def get_config():\n  return 3\n"),
     ),
-    "an end of its own": Bad(message="mine.py.*SystemExit: 0", **file("raise SystemExit(0)\n")),
+    "a config without return": Bad(
+        message=r"^sync_jax: --config=mine.py: get_config\(\) returned None",
+        **file("def get_config():\n  pass\n"),
+    ),
+    "no get_config": Bad(message=r"mine.py: it has no get_config\(\)", **file("get = 1\n")),
+    "an end of its own": Bad(
+        message="mine.py: line 1: SystemExit: 0", **file("raise SystemExit(0)\n")
+    ),
+    "an error in get_config": Bad(
+        message="--config=mine.py: line 5: FileNotFoundError: .*'nowhere'",
+        **changed("open('nowhere')"),
+    ),
+    "an error in what get_config calls": Bad(
+        message=r"--config=mine.py: line 5: JSONDecodeError: .* .\S+decoder.py, line \d+.$",
+        **changed("__import__('json').loads('{')"),
+    ),
     "misspelt field": Bad(
         message="config.loss.alhpa is no field .did you mean 'loss.alpha'",
         **changed("c.loss.alhpa = 1.0"),
@@ -118,7 +138,7 @@ CASES = {
         message="config.seed=True must be of type int", **changed("c.seed = True")
     ),
     "a number too large for a float": Bad(
-        message="--config=mine.py: int too large to convert to float",
+        message="--config=mine.py: line 5: .*int too large to convert to float",
         **changed("c.loss.payoff = 10**400"),
     ),
     "a value that is required": Bad(

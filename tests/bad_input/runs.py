@@ -33,12 +33,15 @@ CASES = {
         "holds another experiment: config.seed is 1 there and 0 here",
     ),
     "workdir of an ensemble": Bad(
-        DONE, "holds a report and no config.json, as an ensemble", remove("runs/done/config.json")
+        DONE,
+        "a report or predictions and no config.json, as an ens",
+        remove("runs/done/config.json"),
     ),
     "checkpoints are a file": Bad(
         DONE, "done/checkpoints is not a folder; name another", write("runs/done/checkpoints", "")
     ),
     "report.json is a folder": Bad(EVALUATE, "report.json is no plain file", folder("report.json")),
+    "config.json is a folder": Bad(DONE, "config.json is no plain file", folder("config.json")),
     "the lock is a folder": Bad(
         [*TRAIN, "--workdir=begun"],
         "begun/.lock is no plain file; move it away",

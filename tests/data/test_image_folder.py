@@ -131,7 +131,7 @@ def test_a_calibration_folder_is_the_calibration_part_whole(tmp_path, monkeypatc
     )
     config.data.calibration_size = 3
     with pytest.raises(InputError, match=r"has a calibration split of 8 .* used whole; use 0"):
-        loading.prepare(config, dataset)
+        loading.check_sizes(config, info)
 
 
 def write_tree(folder, *class_folders):

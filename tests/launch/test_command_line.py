@@ -67,6 +67,40 @@ def test_bad_usage_is_one_line_and_exit_2(cloud: Cloud):
     assert not cloud.calls()
 
 
+def test_a_bad_config_is_refused_before_anything_costs_money(cloud: Cloud):
+    cloud.script("bin/python3", f"exec '{sys.executable}' \"$@\"")
+    words = ["--type=v4-8", WORKDIR, CONFIG, "--", "--mode=sweep", "--vary=seed=0,1"]
+    refused = cloud.tpu("create", *words, "--config.train.epoch=3", status=2)
+    assert re.fullmatch(r"launch/tpu.sh: sync_jax: config.train.epoch is no field.*\n", refused)
+    assert "gcloud" in cloud.tpu("create", "--dry-run", *words, "--config.train.epochs=3")
+    cloud.script("bin/python3", "echo a reason >&2; exit 2")
+    for verb in ("create", "setup", "run"):
+        assert cloud.tpu(verb, *words, status=2) == "launch/tpu.sh: a reason\n"
+    assert not cloud.calls()
+    cloud.tpu("status", CONFIG, status=1)  # which asks the cloud, and no trainer
+
+
+def test_without_sync_jax_here_it_says_so_and_goes_on(cloud: Cloud):
+    cloud.script("bin/python3", "echo No module named absl >&2; exit 1")
+    shown = cloud.tpu("create", "--type=v4-8", CONFIG, "--", "--config.train.epoch=3")
+    assert "warning: the config is not checked, because sync_jax is not installed here" in shown
+    assert len(cloud.calls("create")) == 1
+
+
+def test_a_path_on_the_disk_of_a_spot_machine_is_warned_of(cloud: Cloud):
+    def warned(*words: str) -> list[str]:
+        shown = cloud.tpu("create", "--type=v4-8", "--dry-run", *words)
+        return re.findall(r"warning: if (\S+) is on a host's own disk", shown)
+
+    own, shared = "/home/me/run", f"{cloud.root}/mnt/bucket/run"
+    data = "--config.data.data_dir="
+    assert warned("--spot", f"--workdir={own}") == [f"--workdir={own}"]
+    assert warned("--spot", CONFIG, "--", f"{data}{own}") == [f"{data}{own}"]
+    assert warned(f"--workdir={own}") == []
+    for path in (shared, "gs://bucket/run"):
+        assert warned("--spot", f"--workdir={path}", CONFIG, "--", f"{data}{path}") == []
+
+
 def test_the_help_and_the_readme_name_options_that_exist(cloud: Cloud):
     usage = cloud.tpu("help")
     for verb in VERBS:

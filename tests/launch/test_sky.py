@@ -87,17 +87,23 @@ def test_nodes_with_gpus_meet_and_hosts_of_a_slice_are_left_to_jax(
     environment = {
         **{"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "home")},
         **{"BUCKET": "b", "CONFIG": "configs/cifar10.py", "RUN": "a run"},
-        "ARGS": "--config.seed=1 --config.x='a b'",
+        "ARGS": "--config.seed=1 --config.x='a b' --config.data.data_dir=/home/me",
         "SKYPILOT_NODE_IPS": "10.0.0.3\n10.0.0.7",
         "SKYPILOT_NUM_NODES": str(nodes),
         "SKYPILOT_NODE_RANK": str(rank),
         "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus),
     }
     for script, status in {"setup": 0, "run": 75}.items():
-        result = subprocess.run(["bash", "-c", TASK[script]], env=environment, cwd=tmp_path)
+        command = ["bash", "-c", TASK[script]]
+        result = subprocess.run(
+            command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        )
         assert result.returncode == status
+    own = "warning: --config.data.data_dir=/home/me is on this machine's disk, and lost with it\n"
+    assert result.stdout == own
     assert (tmp_path / "installed").read_text() == f"/opt/python3.11 {extra}\n"
     assert (tmp_path / "argv").read_text().split("\0")[:-1] == [
         *(f"{extra},cpu", "-u", "-m", "sync_jax.main", "--config=configs/cifar10.py"),
-        *("--workdir=/mnt/sync_jax/a run", "--config.seed=1", "--config.x=a b", *options),
+        *("--workdir=/mnt/sync_jax/a run", "--config.seed=1", "--config.x=a b"),
+        *("--config.data.data_dir=/home/me", *options),
     ]

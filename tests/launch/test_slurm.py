@@ -53,7 +53,8 @@ class Job:
         for name, text in {"srun": SRUN, "scancel": SCANCEL}.items():
             cloud.script(f"bin/{name}", text)
         cloud.script("bin/scontrol", 'echo "$*" >>"$FAKE_ROOT/scontrol"')
-        python.write_text('#!/bin/sh\nshift 3; exec bash "$FAKE_ROOT/trainer" "$@"\n')
+        check = 'case "$*" in *" --mode=check") [ ! -f "$FAKE_ROOT/bad" ] || exit 2; exit ;; esac'
+        python.write_text(f'#!/bin/sh\n{check}\nshift 3; exec bash "$FAKE_ROOT/trainer" "$@"\n')
         python.chmod(0o755)
 
     def start(self, *arguments: str, restart: int = 0, tasks: int = 1) -> subprocess.Popen[str]:
@@ -167,6 +168,8 @@ def test_the_dry_run_is_the_command_and_arguments_arrive(job: Job):
     assert shlex.split(shown)[2:7] == [
         *("bash", "launch/slurm.sbatch", "--task", ".venv/bin/python", "-u")
     ]
+    (job.cloud.root / "bad").touch()
+    assert job.do("--dry-run", *words)[0] == 2  # a config that the trainer refuses
     job.cloud.trainer('for a; do printf "%s\\0" "$a"; done >"$FAKE_ROOT/argv"')
     assert job.do(*words)[0] == 0
     assert (job.cloud.root / "argv").read_text().split("\0")[:-1] == words

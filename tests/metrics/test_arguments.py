@@ -272,5 +272,8 @@ def test_a_bootstrap_passes_what_its_metric_takes():
     )
     with pytest.raises(ValueError, match="the metric takes loss=, not correct="):
         metrics.bootstrap_interval(metrics.aurc, confidence, correct=1 - wrong)
+    pair = {"confidence_a": confidence, "loss_a": wrong, "confidence_b": confidence}
+    with pytest.raises(ValueError, match="pass loss_b beside loss_a"):
+        metrics.paired_bootstrap_interval(lambda c, x: 0, **pair, correct_b=1 - wrong)
     with pytest.raises(ValueError, match="pass either loss_a or correct_a"):
         metrics.paired_bootstrap_interval(metrics.aurc, confidence_a=confidence)

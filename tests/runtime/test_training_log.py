@@ -8,7 +8,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from sync_jax.errors import WriteError
-from sync_jax.runtime.training_log import MetricWriter, Progress, read_metrics
+from sync_jax.runtime import training_log
+from sync_jax.runtime.training_log import MetricWriter, Progress, duration, read_metrics
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
@@ -84,3 +85,24 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert "other" not in lines[0]
     assert lines[0].endswith("s left")
     assert lines[1:] == ["calibrated [bold]"]
+
+
+def test_after_ten_steps_the_time_left_is_estimated(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now)
+    with Progress(
+        total_steps=1000, start_step=0, batch_size=8, advice=lambda left: f" ({left:g})"
+    ) as progress:
+        for step in range(1, 30):
+            now += 100 if step in (1, 4) else 2  # compilation, and an evaluation between two steps
+            progress.computed(step)
+            assert step > 10 or capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "about 33 minutes of training left (1978)\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.2, "1 second"), (89.0, "89 seconds"), (91.0, "2 minutes"), (5300.0, "88 minutes"),
+    (5500.0, "2 hours"), (1e6, "12 days"),
+])  # fmt: skip
+def test_durations(seconds, text):
+    assert duration(seconds) == text

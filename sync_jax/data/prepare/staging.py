@@ -41,7 +41,7 @@ class Prepared:
         self.key = self.name  # of the lock and of temporary folders
         self.root = expand(section.data_dir)
         self.folder = self.root / self.name / self.VERSION
-        self._held = False
+        self._held, self._without_digests = False, set[Path]()
 
     def is_prepared(self) -> bool:
         """See `Dataset.is_prepared`."""
@@ -113,9 +113,13 @@ class Prepared:
         def add() -> None:
             if not known():
                 self._say(f"{folder} was prepared without digests; computing them")
-                digests.write(folder, files_in(folder))
+                has = digests.read(folder)["files"]
+                digests.write(folder, {x: p for x, p in files_in(folder).items() if x not in has})
 
-        if not known() and (problem := self._make(add)):
+        if folder in self._without_digests or known():
+            return
+        if problem := self._make(add):
+            self._without_digests.add(folder)
             self._say(f"{problem}; {folder} has no digests, and is used as it is")
 
     def _make(self, make: Callable[[], None]) -> str:
