@@ -33,6 +33,7 @@ from sync_jax.evaluation.report import read_report, show_report
 from sync_jax.models.pretrained import load_pretrained, read_weights
 from sync_jax.runtime.checkpoint import Checkpoints
 from sync_jax.runtime.console import printable
+from sync_jax.runtime.workdir import prepare_workdir
 from tests import tiny
 from tests.bad_input.case import COMPARE, NEW_ALBUM, PREPARED, prepare
 from tests.bad_input.spoil import cifar100
@@ -161,10 +162,10 @@ def test_a_pickle_cannot_have_numpy_follow_addresses(capsys, monkeypatch):
 
 def test_arrays_of_objects_are_not_unpickled(capsys):
     hostile = np.asarray([Reduced()], object)
-    Path("run").mkdir()
+    prepare_workdir(tiny.config(Path("data")), Path("run"))
     for name in ("calibration", "test"):
         np.savez(f"run/predictions_{name}.npz", labels=hostile, index=hostile)
-    arguments = ("--config=configs/quickstart.py", "--workdir=run", "--mode=evaluate")
+    arguments = ("--workdir=run", "--mode=evaluate")
     assert "allow_pickle=False" in refused(capsys, *arguments)
     write_pictures(Path("pictures"), {"": 8})
     album = [x.replace("=album", "=new") for x in PREPARED]
@@ -302,11 +303,11 @@ def test_what_would_expand(capsys, monkeypatch):
     np.lib.format.write_array_header_1_0(
         header, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
     )
-    Path("run").mkdir()
+    prepare_workdir(tiny.config(Path("data")), Path("run"))
     for name in ("calibration", "test"):
         with zipfile.ZipFile(f"run/predictions_{name}.npz", "w") as archive:
             archive.writestr("labels.npy", header.getvalue())
-    arguments = ("--config=configs/quickstart.py", "--workdir=run", "--mode=evaluate")
+    arguments = ("--workdir=run", "--mode=evaluate")
     assert "predictions_calibration.npz is damaged" in refused(capsys, *arguments)
 
 
