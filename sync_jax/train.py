@@ -70,7 +70,7 @@ def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
     needed = {risk: fewest_accepted(risk, delta) for risk in config.evaluation.target_risks}
     beyond = [
         f"{100 * risk:g} % ({n:,} without an error are needed)"
-        for risk, n in needed.items()
+        for risk, n in sorted(needed.items(), reverse=True)
         if n > calibration_size
     ]
     if not beyond:

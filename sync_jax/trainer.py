@@ -36,9 +36,10 @@ from sync_jax.models import (
 )
 from sync_jax.models.pretrained import load_pretrained
 from sync_jax.optimizer import learning_rate_schedule, make_optimizer
+from sync_jax.options import flatten
 from sync_jax.runtime import sharding
 from sync_jax.runtime.profiling import parse_steps, training_flops
-from sync_jax.runtime.workdir import saved_configs
+from sync_jax.runtime.workdir import is_abandoned, saved_configs
 from sync_jax.steps import (
     Batch,
     Metrics,
@@ -73,12 +74,13 @@ def choose_network(config: ConfigDict, workdir: Path | None = None) -> list[str]
     choices = candidates(config.model)
     name = choices[0] if jax.default_backend() == "cpu" else ON_ACCELERATOR
     reason = "without an accelerator" if name == ON_CPU else "for this machine"
-    saved = []
     with contextlib.suppress(OSError, InputError):  # `check_workdir` says what is wrong there
-        saved = saved_configs(workdir) if workdir else []
-    begun = saved[0]["model"]["name"] if saved else name
-    if begun != name and begun in choices:
-        name, reason = begun, f"with which the run in {workdir} began"
+        for saved in (
+            saved_configs(workdir) if workdir and not is_abandoned(config, workdir) else ()
+        ):
+            begun = dict(flatten(saved)).get("model.name")
+            if begun != name and begun in choices:
+                name, reason = str(begun), f"with which the run in {workdir} began"
     config.model.name = name
     line = f"config.model.name=auto: {name}, {reason}"
     return [line, *complete(config.model)]

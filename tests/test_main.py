@@ -1,4 +1,3 @@
-import importlib
 import re
 import shlex
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sync_jax import errors, main, train
+from sync_jax import errors, main, options, train
 from sync_jax.config import to_json
 from sync_jax.data import registry
 from sync_jax.evaluation.report import read_report
@@ -102,7 +101,7 @@ def test_evaluate_takes_the_runs_own_config_and_no_data(folder, monkeypatch, cap
 
 @pytest.mark.parametrize("field", ["method", "model.name", "evaluation.scores"])
 def test_evaluate_imports_no_module_that_a_run_names(field, folder, monkeypatch, capsys):
-    monkeypatch.setattr(importlib, "import_module", None)  # what options.find calls
+    monkeypatch.setattr(options, "importlib", None)  # what options.find calls
     config = tiny.config(folder)
     finished_run(config, folder / "run")
     name = ("os:X",) if field == "evaluation.scores" else "os:X"

@@ -123,8 +123,8 @@ def test_what_no_calibration_split_of_a_size_can_certify_is_said():
     config = default_config()
     assert train.beyond_proof(config, 299) == ""
     assert "rate of 1 % (299 without an error are needed) at" in train.beyond_proof(config, 298)
-    assert "2 % (149 without an error are needed) at" in train.beyond_proof(config, 59)
-    assert "5 % (59 without an error are needed) at" in train.beyond_proof(config, 58)
+    assert "of 2 % (149 without an error are needed), 1 % (299" in train.beyond_proof(config, 59)
+    assert "of 5 % (59 without an error are needed), 2 % (149" in train.beyond_proof(config, 58)
     config.evaluation.delta = 0.5
     assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
 
@@ -150,6 +150,9 @@ def test_auto_takes_what_the_machine_can_train_and_stays_with_it(data_dir, tmp_p
     # Begun on one kind of machine, and resumed on the other.
     prepare_workdir(on_cpu, tmp_path / "cpu")
     prepare_workdir(on_gpu, tmp_path / "gpu")
+    assert chosen(tmp_path / "cpu", "gpu")[0].model.name == "resnet18"  # nothing was trained
+    for run in ("cpu", "gpu"):
+        (tmp_path / run / "checkpoints" / "1").mkdir(parents=True)
     assert chosen(tmp_path / "cpu", "gpu")[0].model.name == "cnn"
     config, lines = chosen(tmp_path / "gpu", "cpu")
     assert config.to_dict() == on_gpu.to_dict()
