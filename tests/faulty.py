@@ -4,7 +4,7 @@
 
 HARM is 'kill' (SIGKILL) or 'term' (SIGTERM), at the moment NUMBER of its kind in `prepare`.
 'nan:step:N' spoils a pixel of that step's batch instead, 'full:disk:0' has no file grow beyond
-32 KiB, as on a disk that is full by then, and 'none:never:0' does no harm.
+16 KiB, as on a disk that is full by then, and 'none:never:0' does no harm.
 """
 
 import functools
@@ -69,7 +69,7 @@ def prepare(how: str, moment: str, number: int) -> None:
     if how == "nan":
         spoil(number)
     elif how == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, resource.RLIM_INFINITY))
     elif how != "none":
         before(*moments[moment])
 
