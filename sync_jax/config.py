@@ -73,6 +73,9 @@ FIELDS: dict[str, Option] = {
     "optimizer.warmup_epochs": Option(1.0, "[0, inf)", "linear rise of the learning rate"),
     "optimizer.decay_epochs": Option(25.0, "(0, inf)", "step: multiply this often"),
     "optimizer.decay_factor": Option(0.5, "(0, inf)", "step: multiply by this"),
+    "optimizer.average_decay": Option(
+        0.0, "[0, 1)", "of moving averages of all weights, which evaluation uses; 0: none"
+    ),
     "optimizer.sharded": Option(False, "", "divide the optimizer's state between the devices"),
     "train.epochs": Option(30.0, "(0, 1e6]", "may be fractional"),
     "train.batch_size": Option(128, _COUNT, "over all devices together"),
@@ -195,9 +198,24 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+# What trainings did that have no such field.
+_LATER = {
+    "loss.prior_source": "class_head",
+    "loss.prior_momentum": 0.9,
+    "loss.risk_weight": "selection",
+    "loss.sync_target": "prior",
+    "loss.detach_features": False,
+    "loss.logit_prior": "none",
+    "loss.views": 1,
+    "loss.label_smoothing": 0.0,
+    "loss.logit_norm": 0.0,
+    "optimizer.average_decay": 0.0,
+}
+
+
 def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fields by path of a saved config, of this version or 0.1, in today's terms."""
-    fields = dict(flatten(saved))
+    """Fields by path of a saved config, of this version or an earlier one, in today's terms."""
+    fields = _LATER | dict(flatten(saved))
     if fields.pop("train.steps_per_dispatch", None) is None:
         return fields
     sizes = _SIZES.get(str(fields.get("model.name")), {})
