@@ -65,17 +65,17 @@ SETTINGS = {
     "fashion": Setting("fashion_mnist", 7, 60, held_out=6000, config=_FASHION),
     "full-12": Setting("cifar100", 12, 230, config=_CIFAR),
     "full-40": Setting("cifar100", 40, 740, config=_CIFAR),
-    "few-20": Setting("cifar100", 150, 140, per_class=20, config=_CIFAR),
-    "few-54": Setting("cifar100", 80, 190, per_class=54, config=_CIFAR),
-    "few-150": Setting("cifar100", 50, 320, per_class=150, config=_CIFAR),
-    "few-54-resnet": Setting("cifar100", 60, 600, per_class=54, config=_RESNET),
+    "few-20": Setting("cifar100", 100, 95, per_class=20, config=_CIFAR),
+    "few-54": Setting("cifar100", 60, 140, per_class=54, config=_CIFAR),
+    "few-150": Setting("cifar100", 35, 220, per_class=150, config=_CIFAR),
+    "few-54-resnet": Setting("cifar100", 40, 400, per_class=54, config=_RESNET),
     "fashion-noise": Setting(
         "fashion_mnist", 7, 60, held_out=6000, noise="symmetric", config=_FASHION
     ),
     "full-12-noise": Setting("cifar100", 12, 230, noise="symmetric", config=_CIFAR),
-    "few-54-noise": Setting("cifar100", 80, 190, per_class=54, noise="symmetric", config=_CIFAR),
-    "few-54-human": Setting("cifar100", 80, 190, per_class=54, noise="human", config=_CIFAR),
-    "cars": Setting("cars", 60, 600, held_out=567, config=_CIFAR),
+    "few-54-noise": Setting("cifar100", 60, 140, per_class=54, noise="symmetric", config=_CIFAR),
+    "few-54-human": Setting("cifar100", 60, 140, per_class=54, noise="human", config=_CIFAR),
+    "cars": Setting("cars", 40, 400, held_out=567, config=_CIFAR),
 }
 
 
@@ -172,25 +172,20 @@ def cells(stage: str) -> list[Cell]:
     """The cells of a stage, the cheapest settings first."""
     two = ("few-54", "full-12")
     if stage == "tuning":
-        return [
-            Cell(s, row, TUNING_SEED, t)
-            for s in two
-            for row in TRIALS
-            for t in range(len(TRIALS[row]))
-        ]
+        trials = [(row, trial) for row in TRIALS for trial in range(len(TRIALS[row]))]
+        return [Cell("few-54", row, TUNING_SEED, trial) for row, trial in trials]
     if stage == "family":
-        return [Cell(s, row, seed) for s in two for seed in (0, 1) for row in ("ce", *FAMILY)]
-    everywhere = [name for name in SETTINGS if name not in ("cars", "full-40", "few-54-resnet")]
-    main = ("ce", "selectivenet", "sync", "control", "rank-0.05", "rank-0.5")
-    if stage == "main":
-        return [Cell(s, row, seed) for seed in range(5) for s in everywhere for row in main]
+        return [Cell(setting, row, 0) for setting in two for row in ("ce", *FAMILY)]
     if stage == "rivals":
-        return [Cell(s, row, seed) for seed in (0, 1) for s in two for row in RIVALS]
+        return [Cell(setting, row, 0) for setting in two for row in RIVALS]
+    main = ("ce", "selectivenet", "sync", "control", "rank-0.05")
     if stage == "large":
-        return [
-            Cell(s, r, seed) for seed in (0, 1) for s in ("full-40", "few-54-resnet") for r in main
-        ]
-    return [Cell("cars", row, seed) for seed in range(3) for row in main]
+        large, few = ("few-54-resnet", "full-40"), ("ce", "control", "rank-0.05")
+        return [Cell(setting, row, 0) for setting in large for row in few]
+    if stage == "confirm":
+        return [Cell("cars", row, seed) for seed in range(3) for row in main]
+    settings = [name for name in SETTINGS if name not in ("cars", "full-40", "few-54-resnet")]
+    return [Cell(setting, row, seed) for seed in range(3) for setting in settings for row in main]
 
 
 STAGES = ("family", "tuning", "main", "rivals", "large", "confirm")
@@ -276,7 +271,7 @@ def run(cell: Cell, data: Data, out: Path) -> None:
     resolve(config)
     dataset, workdir = data.of(cell.setting), out / cell.name
     began = time.monotonic()
-    processes = Processes(name=str(workdir))
+    processes = Processes()
     with train.prepared(config, dataset, workdir, processes) as job:
         state = train.fit(job, train.begin(job)).state
         seconds = time.monotonic() - began
@@ -299,7 +294,7 @@ def run(cell: Cell, data: Data, out: Path) -> None:
 
 def scored(predictions: Predictions, score: str) -> float:
     """AURC by a score."""
-    return metrics.aurc(predictions.confidence(score), predictions.wrong)
+    return metrics.aurc(predictions.confidence(score), loss=predictions.wrong)
 
 
 def keep(path: Path, test: Predictions, about: dict[str, Any]) -> None:
@@ -390,7 +385,7 @@ def _table(setting: str, runs: Mapping[str, Mapping[int, Kept]]) -> Iterator[str
 
 def selective_risk(ranks: np.ndarray, wrong: np.ndarray, coverage: float) -> float:
     """Selective error at a coverage, rank-based."""
-    return float(metrics.selective_risk(ranks, wrong, coverage=coverage))
+    return float(metrics.selective_risk(ranks, loss=wrong, coverage=coverage))
 
 
 def _areas(seeds: Mapping[int, Kept], score: str) -> dict[int, np.ndarray]:
@@ -398,9 +393,9 @@ def _areas(seeds: Mapping[int, Kept], score: str) -> dict[int, np.ndarray]:
     return {
         seed: np.concatenate(
             [
-                [metrics.aurc(kept.ranks[score], kept.wrong)],
+                [metrics.aurc(kept.ranks[score], loss=kept.wrong)],
                 metrics.bootstrap_values(
-                    metrics.aurc, kept.ranks[score], kept.wrong, resamples=RESAMPLES, seed=seed
+                    metrics.aurc, kept.ranks[score], loss=kept.wrong, resamples=RESAMPLES, seed=seed
                 ),
             ]
         )
