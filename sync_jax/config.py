@@ -195,9 +195,23 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+# What trainings did that have no such field.
+_LATER = {
+    "loss.prior_source": "class_head",
+    "loss.prior_momentum": 0.9,
+    "loss.risk_weight": "selection",
+    "loss.sync_target": "prior",
+    "loss.detach_features": False,
+    "loss.logit_prior": "none",
+    "loss.views": 1,
+    "loss.label_smoothing": 0.0,
+    "loss.logit_norm": 0.0,
+}
+
+
 def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fields by path of a saved config, of this version or 0.1, in today's terms."""
-    fields = dict(flatten(saved))
+    """Fields by path of a saved config, of this version or an earlier one, in today's terms."""
+    fields = _LATER | dict(flatten(saved))
     if fields.pop("train.steps_per_dispatch", None) is None:
         return fields
     sizes = _SIZES.get(str(fields.get("model.name")), {})

@@ -18,6 +18,7 @@ from jax import Array
 # Keeps the selective risk finite when the selection head rejects every example. It is far below
 # the selection weight of one confidently accepted example, so it biases nothing.
 EPSILON = 1e-8
+_LEAST = 1e-30  # of a confidence whose logarithm is taken
 
 Terms = dict[str, Array]
 
@@ -46,11 +47,88 @@ def masked_mean(values: Array, mask: Array | None) -> Array:
 
 
 def cross_entropy_loss(
-    logits: Array, labels: Array, *, mask: Array | None = None
+    logits: Array,
+    labels: Array,
+    *,
+    label_smoothing: float = 0.0,
+    logit_norm: float = 0.0,
+    mask: Array | None = None,
 ) -> tuple[Array, Terms]:
-    """Mean cross-entropy: the plain classifier that softmax response is applied to."""
-    loss = masked_mean(cross_entropy(logits, labels), mask)
+    """Mean cross-entropy: the plain classifier that softmax response is applied to.
+
+    Label smoothing (Szegedy et al., 2016) of e has the label's probability 1 - e and each class's
+    e / classes as the target. A positive `logit_norm` divides the logits by it and by their
+    Euclidean length (Wei et al., 2022, whose temperature it is; 0.04 on CIFAR-10).
+    """
+    if logit_norm:
+        logits = unit_length(logits) / logit_norm
+    each = cross_entropy(logits, labels)
+    if label_smoothing:
+        of_any_class = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+        each = (1.0 - label_smoothing) * each + label_smoothing * of_any_class
+    loss = masked_mean(each, mask)
     return loss, {"cross_entropy": loss}
+
+
+def aurc_loss(logits: Array, labels: Array, *, mask: Array | None = None) -> tuple[Array, Terms]:
+    """The batch's AURC with the cross-entropy as the loss (Zhou et al., 2025).
+
+    With n examples, k the rank of the softmax response, 1 for the most confident, and H the
+    harmonic numbers, it is mean((H_n - H_(k-1)) l). The weight is a constant; its mean is 1 where
+    no two are equal. Zhou et al. train a network by it that cross-entropy has trained.
+    """
+    rank, count = confidence_ranks(softmax_response_prior(logits, power=1.0), mask)
+    digamma = jax.scipy.special.digamma
+    weights = digamma(count + 1.0) - digamma(rank)
+    loss = masked_mean(weights * cross_entropy(logits, labels), mask)
+    return loss, {"aurc_loss": loss}
+
+
+def confidence_ranks(confidence: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Ranks `[batch]` among the real examples, 1 for the most confident, and their number.
+
+    Equal confidences share the mean of their ranks, so that no order of examples matters. As
+    constants.
+    """
+    confidence = jax.lax.stop_gradient(confidence)
+    real = jnp.ones_like(confidence) if mask is None else (mask > 0).astype(jnp.float32)
+    above = jnp.sum(real * (confidence > confidence[:, None]), axis=-1)
+    equal = jnp.sum(real * (confidence == confidence[:, None]), axis=-1)
+    return above + (equal + 1.0) / 2.0, jnp.sum(real)
+
+
+def rank_weights(confidence: Array, *, target_coverage: float, mask: Array | None = None) -> Array:
+    """Weights with which examples enter the mean selective risk over coverages from c to 1.
+
+    Let r be the share of the examples that are at least as confident as an example, l(r) its loss,
+    and c the target coverage. The selective risk at coverage t is the integral of l from 0 to t,
+    over t. In its mean over t from c to 1, l(r) is weighted by the integral of 1 / ((1 - c) t) from
+    max(r, c) to 1:
+
+        w(r) = -log(max(r, c)) / (1 - c)
+
+    Its mean over r is 1. c near 1 gives equal weights, and c near 0 AURC's own, -log r. In a batch
+    of n the example of rank k has r = (k - 1/2) / n. `[batch]`, constants.
+    """
+    if target_coverage == 1:
+        return jnp.ones(confidence.shape, jnp.float32)
+    rank, count = confidence_ranks(confidence, mask)
+    share = jnp.clip((rank - 0.5) / jnp.maximum(count, 1.0), 1e-9, 1.0)
+    # The bound in float64: near 1, c and its logarithm would round to nothing.
+    return jnp.minimum(-jnp.log(share), -math.log(target_coverage)) / (1.0 - target_coverage)
+
+
+def log_odds(logits: Array) -> Array:
+    """Log odds of the largest softmax probability p, log(p) - log(1 - p): `[batch]` float32.
+
+    The largest logit less the log-sum-exp of the others, which tells probabilities apart that
+    float32 rounds to 1.
+    """
+    logits = logits.astype(jnp.float32)
+    largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+    # Far below every logit, yet finite: a single class has no others.
+    others = jax.nn.logsumexp(jnp.where(largest, -1e9, logits), axis=-1)
+    return jnp.max(logits, axis=-1) - others
 
 
 def selectivenet_loss(
@@ -96,42 +174,73 @@ def sync_loss(
     target_coverage: float,
     coverage_weight: float = 32.0,
     alpha: float = 0.5,
+    prior_source: str = "class_head",
     prior_power: float = 3.0,
     prior_weight: float = 0.0,
+    risk_weight: str = "selection",
+    sync_target: str = "prior",
     sync_weight: float = 0.5,
     divergence: str = "bce",
+    second_logits: Array | None = None,
+    average_response: Array | None = None,
     mask: Array | None = None,
 ) -> tuple[Array, Terms]:
     """SelectiveNet's objective with the softmax response as a selective prior.
 
     One family that contains every reading of the abstract of "Selective Prior Synchronization via
-    SYNC Loss" (arXiv 2602.11316); the paper's own equation is not public. With p the prior
-    (`softmax_response_prior`) and g = sigmoid(selection_logits), it is `selectivenet_loss` with g
-    replaced by the weight w = g * p^prior_weight, plus
+    SYNC Loss" (arXiv 2602.11316); the paper's own equation is not public. With q the response of
+    `prior_source` (`log_response`), p = q^prior_power the prior, a constant,
+    g = sigmoid(selection_logits), l the cross-entropy of `logits` and h of `auxiliary_logits`:
 
-        sync_weight * mean(D(g, p))
+        alpha * (sum(w l) / sum(w) + coverage_weight * max(0, target_coverage - coverage)^2)
+        + (1 - alpha) * mean(h) + sync_weight * mean(D(g, t))
 
-    where D is the binary cross-entropy or the squared difference. `prior_weight=0, sync_weight=0`
-    is SelectiveNet. `prior_power` is the exponent of the softmax response in p, `divergence` is D,
-    'bce' or 'mse'.
+    `risk_weight` is 'selection': w = g * p^prior_weight, coverage = mean(w), 'rank':
+    w = `rank_weights` of q * p^prior_weight, or 'equal': w = p^prior_weight. In the latter two w is
+    a constant and coverage = mean(g), so that with coverage_weight=0 g learns from the
+    synchronisation alone. `sync_target` is 'prior': t = p, or 'correctness': t = 1 where the
+    largest of `second_logits`, if given, else of `logits` is the label's. `divergence` is D, 'bce'
+    or 'mse'. `prior_weight=0, sync_weight=0` is SelectiveNet.
+
+    `second_logits` are those of another augmentation of the same examples; `average_response`
+    `[batch]` is the q of 'average'.
 
     Raises:
-        ValueError: unknown divergence.
+        ValueError: an option is unknown, or an array that it needs is missing.
     """
     selection_logits = selection_logits.astype(jnp.float32)
     selection = jax.nn.sigmoid(selection_logits)
-    prior = softmax_response_prior(logits, power=prior_power)
+    response = log_response(
+        prior_source, logits, auxiliary_logits, labels, second_logits, average_response, mask
+    )
+    response = jax.lax.stop_gradient(response)
+    prior = jnp.exp(prior_power * response)
+    if sync_target == "prior":
+        target = prior
+    elif sync_target == "correctness":
+        judged = logits if second_logits is None else second_logits
+        target = (jnp.argmax(judged, axis=-1) == labels).astype(jnp.float32)
+    else:
+        raise ValueError(f"sync_target must be 'prior' or 'correctness', got {sync_target!r}")
     if divergence == "bce":
         # From logits: sigmoid saturates in float32, its logarithm must not.
-        distance = optax.sigmoid_binary_cross_entropy(selection_logits, prior)
+        distance = optax.sigmoid_binary_cross_entropy(selection_logits, target)
     elif divergence == "mse":
-        distance = jnp.square(selection - prior)
+        distance = jnp.square(selection - target)
     else:
         raise ValueError(f"divergence must be 'bce' or 'mse', got {divergence!r}")
+    weights = prior**prior_weight
+    if risk_weight == "selection":
+        weights = selection * weights
+    elif risk_weight == "rank":
+        weights *= rank_weights(response, target_coverage=target_coverage, mask=mask)
+    elif risk_weight != "equal":
+        raise ValueError(f"risk_weight must be 'selection', 'rank' or 'equal', got {risk_weight!r}")
     selective, terms = _selective_objective(
-        selection * prior**prior_weight,
+        weights,
         cross_entropy(logits, labels),
         cross_entropy(auxiliary_logits, labels),
+        selection=None if risk_weight == "selection" else selection,
         target_coverage=target_coverage,
         coverage_weight=coverage_weight,
         alpha=alpha,
@@ -140,6 +249,49 @@ def sync_loss(
     synchronisation = masked_mean(distance, mask)
     terms = terms | {"synchronisation": synchronisation}
     return selective + sync_weight * synchronisation, terms
+
+
+def log_response(
+    source: str,
+    logits: Array,
+    auxiliary_logits: Array,
+    labels: Array,
+    second_logits: Array | None,
+    average_response: Array | None,
+    mask: Array | None,
+) -> Array:
+    """Logarithm of the confidence that a selective prior is made of: `[batch]` float32.
+
+    By `source`: the softmax response of the 'class_head' or the 'auxiliary_head'; the probability
+    of the 'true_class' (the target of ConfidNet, Corbière et al., 2019); the 'margin' of the two
+    largest; the 'average' over an example's visits, `average_response`; the 'agreement' of two
+    augmentations, the probability sum(p p') that classes drawn for each are the same; and as a
+    control 'shuffled', the softmax response of the batch's next example.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    largest = jnp.max(log_p, axis=-1)
+    if source == "class_head":
+        return largest
+    if source == "auxiliary_head":
+        return jnp.max(jax.nn.log_softmax(auxiliary_logits.astype(jnp.float32)), axis=-1)
+    if source == "true_class":
+        return -cross_entropy(logits, labels)
+    if source == "margin":
+        # A class of probability 0 is added: a single one has no second.
+        two = jax.lax.top_k(jnp.pad(jnp.exp(log_p), ((0, 0), (0, 1))), 2)[0]
+        return jnp.log(jnp.maximum(two[:, 0] - two[:, 1], _LEAST))
+    if source == "average" and average_response is not None:
+        return jnp.log(jnp.maximum(average_response, _LEAST))
+    if source == "agreement" and second_logits is not None:
+        other = jax.nn.log_softmax(second_logits.astype(jnp.float32))
+        return jax.nn.logsumexp(log_p + other, axis=-1)
+    if source == "shuffled":
+        # Batches are drawn at random, so that the next example is a random one.
+        real = jnp.ones(labels.shape, bool) if mask is None else mask > 0
+        order = jnp.argsort(~real, stable=True)
+        place = (jnp.cumsum(real) % jnp.maximum(jnp.sum(real), 1)).astype(jnp.int32)
+        return largest[order[place]]
+    raise ValueError(f"prior_source={source!r} is unknown, or the array that it needs is missing")
 
 
 def deep_gamblers_loss(
@@ -254,16 +406,21 @@ def _selective_objective(
     losses: Array,
     auxiliary_losses: Array,
     *,
+    selection: Array | None = None,
     target_coverage: float,
     coverage_weight: float,
     alpha: float,
     mask: Array | None,
 ) -> tuple[Array, Terms]:
-    """Selective risk, coverage penalty and auxiliary loss; all inputs `[batch]`."""
-    coverage = masked_mean(weights, mask)
+    """Selective risk, coverage penalty and auxiliary loss; all inputs `[batch]`.
+
+    The coverage is the mean of `selection`, by default the weights themselves.
+    """
+    mean_weight = masked_mean(weights, mask)
+    coverage = mean_weight if selection is None else masked_mean(selection, mask)
     # Numerator and denominator are both divided by the number of examples: their ratio is unchanged
     # and EPSILON means the same for every batch size.
-    risk = masked_mean(weights * losses, mask) / (coverage + EPSILON)
+    risk = masked_mean(weights * losses, mask) / (mean_weight + EPSILON)
     penalty = jnp.square(jnp.maximum(0.0, target_coverage - coverage))
     auxiliary = masked_mean(auxiliary_losses, mask)
     loss = alpha * (risk + coverage_weight * penalty) + (1.0 - alpha) * auxiliary

@@ -100,9 +100,28 @@ def training_objective(
 
 
 def _ce(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
-    """Cross-entropy: mean(-log p_y). Softmax response selects (Hendrycks & Gimpel, 2017)."""
+    """Cross-entropy: mean(-log p_y). Softmax response selects (Hendrycks & Gimpel, 2017).
+
+    Label smoothing and the normalisation of logits are in `losses.cross_entropy_loss`. Both are of
+    training alone, as in their papers; scores read the logits as they are.
+    """
+    return losses.cross_entropy_loss(outputs["logits"], labels, mask=mask, **_own(config, "ce"))
+
+
+def _aurc(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
+    """AURC as the loss (Zhou et al., 2025): `losses.aurc_loss`.
+
+    Their harmonic weights, by the rank of the softmax response. They train a network further that
+    cross-entropy has trained: `loss.warmup_epochs`; ours begins with it unless told to.
+    """
     del config
-    return losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
+    return losses.aurc_loss(outputs["logits"], labels, mask=mask)
+
+
+def _own(config: ConfigDict, name: str, *without: str) -> dict[str, Any]:
+    """The hyperparameters of a method of ours, but for some."""
+    names = METHODS[name].hyperparameters.keys() - {*without}
+    return {key: config.loss[key] for key in names}
 
 
 def _mc_dropout(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
@@ -112,7 +131,8 @@ def _mc_dropout(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict
     drop the same features of every example, so that results do not depend on the batch size. Their
     score is minus the samples' mean variance; ours is the softmax response of the mean.
     """
-    return _ce(outputs, labels, mask, config)
+    del config
+    return losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
 
 
 def _selectivenet(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
@@ -126,7 +146,7 @@ def _selectivenet(outputs: Outputs, labels: Array, mask: Array, config: ConfigDi
         labels,
         target_coverage=config.target_coverage,
         mask=mask,
-        **{name: config.loss[name] for name in METHODS["selectivenet"].hyperparameters},
+        **_own(config, "selectivenet"),
     )
 
 
@@ -134,15 +154,47 @@ def _sync(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> L
     """SelectiveNet with the softmax response as a selective prior: `losses.sync_loss`.
 
     A family of readings of the abstract of arXiv 2602.11316, whose equation and code are not
-    public.
+    public. With `views=2` the step runs the network, as a constant, on a second augmentation.
     """
     return losses.sync_loss(
         *_three_heads(outputs),
         labels,
         target_coverage=config.target_coverage,
+        second_logits=outputs.get("second_logits"),
+        average_response=outputs.get("average_response"),
         mask=mask,
-        **{name: config.loss[name] for name in METHODS["sync"].hyperparameters},
+        **_own(config, "sync", "detach_features", "logit_prior", "views", "prior_momentum"),
     )
+
+
+def _check_sync(config: ConfigDict, num_classes: int) -> None:
+    del num_classes
+    if config.loss.prior_source == "agreement" and config.loss.views < 2:
+        raise InputError(
+            "config.loss.prior_source='agreement' compares two augmentations; set "
+            "config.loss.views=2"
+        )
+
+
+def _create_averages(params: Any, train_size: int, config: ConfigDict) -> Any:
+    """A mean response per training example, below 0 before its first visit; {} if none reads it."""
+    del params
+    averages = config.loss.prior_source == "average"
+    return jnp.full(train_size, -1.0, jnp.float32) if averages else {}
+
+
+def _update_averages(
+    table: Any, outputs: Outputs, batch: Batch, config: ConfigDict, trained: Trained
+) -> tuple[Any, Outputs]:
+    """Exponential moving averages of the softmax response that begin with its first value."""
+    del trained
+    if config.loss.prior_source != "average":
+        return table, {}
+    before = table[batch["index"]]
+    now = losses.softmax_response_prior(outputs["logits"], power=1.0)
+    momentum = jnp.where(before < 0, 0.0, config.loss.prior_momentum)
+    after = momentum * before + (1.0 - momentum) * now
+    return visited(table, batch, after), {"average_response": after}
 
 
 def _three_heads(outputs: Outputs) -> tuple[Array, Array, Array]:
@@ -185,19 +237,28 @@ def _update_target_table(
 ) -> tuple[Array, Outputs]:
     """The table `[training examples]` after a step, and the batch's new targets.
 
-    A batch that straddles two epochs can hold an example twice; its entry becomes the mean of the
-    two updates, which depends on no order. The loss reads the target after the update, as the
-    authors' code does.
+    The loss reads the target after the update, as the authors' code does.
     """
     del trained
-    index, mask = batch["index"], batch["mask"]
     targets = losses.update_targets(
-        table[index], outputs["logits"], batch["label"], momentum=config.loss.target_momentum
+        table[batch["index"]],
+        outputs["logits"],
+        batch["label"],
+        momentum=config.loss.target_momentum,
     )
+    return visited(table, batch, targets), {"targets": targets}
+
+
+def visited(table: Array, batch: Batch, values: Array) -> Array:
+    """A table `[training examples]` with new values for a batch's real examples.
+
+    A batch that straddles two epochs can hold an example twice; its entry becomes the mean of the
+    two values, which depends on no order.
+    """
+    index, mask = batch["index"], batch["mask"]
     visits = jnp.zeros_like(table).at[index].add(mask)
-    sums = jnp.zeros_like(table).at[index].add(jnp.where(mask > 0, targets, 0.0))
-    table = jnp.where(visits > 0, sums / jnp.maximum(visits, 1.0), table)
-    return table, {"targets": targets}
+    sums = jnp.zeros_like(table).at[index].add(jnp.where(mask > 0, values, 0.0))
+    return jnp.where(visits > 0, sums / jnp.maximum(visits, 1.0), table)
 
 
 def _ccl_sc(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> Loss:
@@ -290,12 +351,27 @@ _SELECTIVE = {
     "coverage_weight": Option(32.0, "[0, inf)", "weight of the coverage penalty (lambda)"),
     "alpha": Option(0.5, "[0, 1]", "share of the selective part; the rest is the auxiliary head's"),
 }
+_SOURCES = (
+    *("class_head", "auxiliary_head", "true_class", "margin", "average", "agreement"),
+    "shuffled",  # a control
+)
 # The values are provisional: the paper's are not public, and the best are an open question.
 _SYNC = _SELECTIVE | {
-    "prior_power": Option(3.0, "[0, inf)", "exponent of SR in the prior"),
+    "prior_source": Option("class_head", _SOURCES, "confidence that the prior is a power of"),
+    "prior_momentum": Option(0.9, "[0, 1)", "of prior_source 'average'"),
+    "prior_power": Option(3.0, "[0, inf)", "exponent of the confidence in the prior"),
     "prior_weight": Option(0.0, "[0, inf)", "exponent of the prior in the weight"),
+    "risk_weight": Option("selection", ("selection", "rank", "equal"), "what weighs the risk"),
+    "sync_target": Option("prior", ("prior", "correctness"), "of g"),
     "sync_weight": Option(0.5, "[0, inf)", "weight of the synchronisation term"),
-    "divergence": Option("bce", ("bce", "mse"), "between g and the prior"),
+    "divergence": Option("bce", ("bce", "mse"), "between g and its target"),
+    "detach_features": Option(False, "", "the selection head teaches the backbone nothing"),
+    "logit_prior": Option("none", ("none", "fixed", "learnt"), "log odds of SR in g's logit"),
+    "views": Option(1, "[1, 2]", "augmentations of an image in a step"),
+}
+_CE = {
+    "label_smoothing": Option(0.0, "[0, 1)", "share of the target that all classes divide"),
+    "logit_norm": Option(0.0, "[0, inf)", "temperature of normalised logits; 0: as they are"),
 }
 _DROPOUT = {
     "dropout": Option(0.5, "[0, 1)", "rate, on the feature vector"),
@@ -310,15 +386,17 @@ _CONTRAST = {
     "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
 }
 _TARGETS = Memory(lambda params, size, config: jnp.ones(size, jnp.float32), _update_target_table)
+_AVERAGES = Memory(_create_averages, _update_averages)
 _QUEUES = Memory(_create_queues, _update_queues)
 _GATED, _ABSTAINING = ("selection", "auxiliary"), ("abstention",)
 # Each objective's docstring gives its source and where ours differs, and why; losses.py has the
 # equations.
 METHODS: dict[str, Method] = {
-    "ce": Method((), _ce, "softmax_response"),
+    "ce": Method((), _ce, "softmax_response", _CE),
+    "aurc": Method((), _aurc, "softmax_response"),
     "mc_dropout": Method(("dropout",), _mc_dropout, "softmax_response", _DROPOUT),
     "selectivenet": Method(_GATED, _selectivenet, "selection", _SELECTIVE),
-    "sync": Method(_GATED, _sync, "selection", _SYNC),
+    "sync": Method(_GATED, _sync, "selection", _SYNC, _AVERAGES, check=_check_sync),
     "deep_gamblers": Method(
         _ABSTAINING, _deep_gamblers, "abstention", _PAYOFF, warmup=1 / 3, check=_check_payoff
     ),

@@ -66,7 +66,8 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """One step of gradient descent; one that is not finite changes nothing but the step count.
 
-    `batch` has image `[batch, ...]`, normalised, and label, mask and index `[batch]`. With several
+    `batch` has image `[batch, ...]`, normalised, and label, mask and index `[batch]`. With a
+    second_image, another augmentation, second_logits join the outputs, as constants. With several
     `microbatches`, which must divide the batch, the network sees one part of it after the other and
     keeps the activations of one, for a second forward pass (gradient accumulation): the objective
     is the whole batch's, and BatchNorm's statistics are a part's.
@@ -78,15 +79,20 @@ def train_step(
         state keeps its values, and `step` counts on.
     """
 
-    def forward(params: optax.Params) -> tuple[dict[str, Array], optax.Params]:
-        return _forward(
-            network, params, state.batch_stats, batch["image"], dropout_key, microbatches
-        )
+    def forward(
+        params: optax.Params, images: Array = batch["image"], key: Array | None = dropout_key
+    ) -> tuple[dict[str, Array], optax.Params]:
+        return _forward(network, params, state.batch_stats, images, key, microbatches)
 
     trained = Trained(state.params, lambda params: forward(params)[0])
+    second = {}
+    if "second_image" in batch:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, microbatches)
+        second["second_logits"] = forward(state.params, batch["second_image"], key)[0]["logits"]
 
     def loss_fn(params: optax.Params) -> tuple[Array, Any]:
         outputs, batch_stats = forward(params)
+        outputs |= second
         loss, terms, memory = objective(outputs, batch, state.memory, state.step, trained)
         return loss, (terms, outputs, batch_stats, memory)
 
@@ -188,6 +194,7 @@ class StepSettings:
     microbatches: int = 1
     sharded: bool = False  # True if the resident images are divided between the devices
     cropped: bool = False  # True if the host has made the resized crops
+    views: int = 1  # augmentations of an image in a batch, 1 or 2
 
     @property
     def size(self) -> int | None:
@@ -199,27 +206,37 @@ def input_batch(
     state: TrainState, data: ResidentSplit | Batch, seed: Array, *, settings: StepSettings
 ) -> Batch:
     """The batch of a step: augmented, normalised and split over the mesh; see `run_step`."""
+    batch = _augmented(state.step, data, seed, settings, view=0)
+    if settings.views > 1:
+        # What both views do alike, such as gathering the images, the compiler does once.
+        batch["second_image"] = _augmented(state.step, data, seed, settings, view=1)["image"]
+    normal = {x: _normal(batch[x], settings.info) for x in batch if x.endswith("image")}
+    return sharding.shard_batch(batch | normal, settings.mesh)
+
+
+def _augmented(
+    step: Array, data: ResidentSplit | Batch, seed: Array, settings: StepSettings, view: int
+) -> Batch:
+    """The batch of a step with one of the views of its images."""
     if isinstance(data, ResidentSplit):
-        batch = training_batch(
+        return training_batch(
             data,
             seed,
-            state.step,
+            step,
             batch_size=settings.batch_size,
             augmentation=settings.augmentation,
             size=settings.size,
             mesh=settings.mesh if settings.sharded else None,
+            view=view,
         )
-    else:
-        image = augment(
-            augmentation_key(seed, state.step),
-            data["image"],
-            settings.augmentation,
-            size=settings.size,
-            cropped=settings.cropped,
-        )
-        batch = data | {"image": image}
-    image = _normal(batch["image"], settings.info)
-    return sharding.shard_batch(batch | {"image": image}, settings.mesh)
+    image = augment(
+        augmentation_key(seed, step, view),
+        data["image"],
+        settings.augmentation,
+        size=settings.size,
+        cropped=settings.cropped,
+    )
+    return data | {"image": image}
 
 
 def _normal(images: Array, info: DatasetInfo) -> Array:

@@ -124,6 +124,7 @@ class Trainer:
         self.steps_per_epoch = train_size / config.train.batch_size
         self.total_steps = self.steps_of(config.train.epochs)
         self.method = method = find_method(config.method)
+        options = {name: config.loss[name] for name in method.hyperparameters}
         warmup_epochs = config.loss.warmup_epochs
         if warmup_epochs < 0:
             warmup_epochs = method.warmup * config.train.epochs
@@ -138,6 +139,7 @@ class Trainer:
                 target_coverage=config.target_coverage,
                 dropout=config.loss.dropout,
                 dropout_samples=config.loss.dropout_samples,
+                **{k: v for k, v in options.items() if k in ("detach_features", "logit_prior")},
             ),
             objective=training_objective(
                 method,
@@ -153,6 +155,7 @@ class Trainer:
             microbatches=config.train.microbatches,
             sharded=placement.sharded,
             cropped=placement.decoded,
+            views=options.get("views", 1),
         )
         self._create = functools.partial(
             create_train_state,
@@ -231,7 +234,12 @@ class Trainer:
         return max(round(epochs * self.steps_per_epoch), 1)
 
     def check(self) -> None:
-        """Checks the free memory, the weights' file and the steps to be traced."""
+        """Checks the free memory, the weights' file, the views and the steps to be traced."""
+        if self.settings.views > 1 and self.settings.cropped:
+            raise InputError(
+                "config.loss.views=2 augments an image twice, and the host crops it once; use "
+                "config.data.placement='device' or 'disk'"
+            )
         traced = parse_steps(self.config.profile.steps)
         if traced and traced[-1] > self.total_steps:
             raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sync_jax.config import (
+    _LATER,
     OPERATIONAL,
     default_config,
     describe_differences,
@@ -27,9 +28,20 @@ NAN, INFINITY = math.nan, math.inf
 BAD = {
     "method": (
         ("selective", ""),
-        "choose from ccl_sc, ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive, sync",
+        "choose from aurc, ccl_sc, ce, deep_gamblers, mc_dropout, selectivenet, self_adaptive",
     ),
     "loss.divergence": (("kl",), "choose from bce, mse"),
+    "loss.prior_source": (
+        ("head", ""),
+        "choose from agreement, auxiliary_head, average, class_head, margin, shuffled, true_class",
+    ),
+    "loss.prior_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "loss.risk_weight": (("value",), "choose from equal, rank, selection"),
+    "loss.sync_target": (("wrong",), "choose from correctness, prior"),
+    "loss.logit_prior": (("learned",), "choose from fixed, learnt, none"),
+    "loss.views": ((0, 3), "between 1 and 2"),
+    "loss.label_smoothing": ((-0.1, 1.0, NAN), "in [0, 1)"),
+    "loss.logit_norm": ((-0.1, NAN, INFINITY), "at least 0"),
     "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
     "seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.split_seed": ((-1, 2**31), "between 0 and 2147483647"),
@@ -102,6 +114,7 @@ FREE = {
     "data.source",
     "process.compilation_cache",
     "data.flip",
+    "loss.detach_features",
     "optimizer.nesterov",
     "optimizer.sharded",
     # Checked where they are used: by data.registry, models, models.pretrained and profiling.
@@ -321,6 +334,18 @@ def test_suggestion():
 
 
 # --- Configs of version 0.1 -----------------------------------------------------------------------
+
+
+def test_a_config_without_todays_options_trained_as_their_first_defaults_do():
+    """Those of sync, ce and the optimizer; test_losses.py shows that they change nothing."""
+    older = json.loads(to_json(default_config()))
+    for name in _LATER:
+        section, _, field = name.partition(".")
+        del older[section][field]
+    assert describe_differences(default_config(), older) == []
+    assert describe_differences(changed(loss__risk_weight="rank"), older) == [
+        "config.loss.risk_weight is 'selection' there and 'rank' here"
+    ]
 
 
 def test_an_older_config_in_todays_terms():

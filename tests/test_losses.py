@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,8 +93,20 @@ OBJECTIVES = {
     "sync-bce": functools.partial(losses.sync_loss, **SYNC),
     "sync-mse": functools.partial(losses.sync_loss, **SYNC | {"divergence": "mse"}),
 }
-COMPILED = {objective: value_and_gradients(objective) for objective in OBJECTIVES.values()}
+# Whose risk does not depend on g.
+MEMBERS = {
+    "sync-rank": functools.partial(
+        losses.sync_loss,
+        **SYNC | {"prior_source": "margin", "risk_weight": "rank", "sync_target": "correctness"},
+    ),
+    "sync-shuffled": functools.partial(
+        losses.sync_loss, **SYNC | {"prior_source": "shuffled", "risk_weight": "equal"}
+    ),
+}
+ALL = OBJECTIVES | MEMBERS
+COMPILED = {objective: value_and_gradients(objective) for objective in ALL.values()}
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+and_members = pytest.mark.parametrize("objective", ALL.values(), ids=ALL.keys())
 
 
 # Two examples with probabilities that can be handled by hand.
@@ -217,6 +230,36 @@ def test_sync_agrees_with_numpy(divergence, prior_power, prior_weight, sync_weig
         np.testing.assert_allclose(loss, reference(*inputs, **options), rtol=1e-5)
 
 
+def frozen_sync(logits, selection_logits, auxiliary_logits, labels, mask):
+    """The whole of SYNC as it was before its family grew; never to be changed."""
+    g = jax.nn.sigmoid(selection_logits)
+    prior = jax.lax.stop_gradient(jnp.exp(3.0 * jnp.max(jax.nn.log_softmax(logits), axis=-1)))
+
+    def mean(x):
+        return jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(jnp.sum(mask > 0), 1)
+
+    weights = g * prior**0.0
+    coverage = mean(weights)
+    risk = mean(weights * losses.cross_entropy(logits, labels)) / (coverage + 1e-8)
+    penalty = jnp.square(jnp.maximum(0.0, 0.8 - coverage))
+    auxiliary = mean(losses.cross_entropy(auxiliary_logits, labels))
+    loss = 0.5 * (risk + 32.0 * penalty) + (1.0 - 0.5) * auxiliary
+    return loss + 0.5 * mean(optax.sigmoid_binary_cross_entropy(selection_logits, prior))
+
+
+def test_the_defaults_are_bit_for_bit_what_they_were():
+    """Checkpoints and results of before stay valid."""
+    mask = jnp.ones(12).at[3].set(0.0)
+    objectives = (
+        lambda *x: frozen_sync(*x, mask),
+        lambda *x: losses.sync_loss(*x, target_coverage=0.8, mask=mask)[0],
+    )
+    for seed, scale in ((0, 1.0), (1, 10.0)):
+        inputs = make_inputs(seed, scale=scale)
+        expected, found = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*inputs) for f in objectives)
+        chex.assert_trees_all_equal(found, expected)
+
+
 def test_the_defaults_are_the_designs():
     inputs = make_inputs(0)
     loss, _ = losses.sync_loss(*inputs, target_coverage=0.8)
@@ -253,9 +296,180 @@ def test_each_part_of_sync_makes_a_difference(changed):
     assert abs(losses.sync_loss(*inputs, **options)[0] - selectivenet) > 1e-3
 
 
-def test_unknown_divergence():
-    with pytest.raises(ValueError, match="divergence must be 'bce' or 'mse', got 'kl'"):
-        jax.jit(functools.partial(losses.sync_loss, **SYNC | {"divergence": "kl"}))(*make_inputs(0))
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("divergence", "kl", "divergence must be 'bce' or 'mse', got 'kl'"),
+    ("sync_target", "x", "sync_target must be 'prior' or 'correctness', got 'x'"),
+    ("risk_weight", "x", "risk_weight must be 'selection', 'rank' or 'equal', got 'x'"),
+    ("prior_source", "x", "prior_source='x' is unknown, or the array"),
+    ("prior_source", "average", "prior_source='average' is unknown, or the array"),
+    ("prior_source", "agreement", "prior_source='agreement' is unknown, or the array"),
+])  # fmt: skip
+def test_unknown_options(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        losses.sync_loss(*make_inputs(0), **SYNC | {option: value})
+
+
+# --- The family -----------------------------------------------------------------------------------
+
+# f: (3/4, 1/4), (1/2, 1/2) and (1/5, 4/5);  h: (2/3, 1/3), (1/4, 3/4) and (1/2, 1/2)
+FAMILY = (
+    jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0], [1.0, 4.0]])),
+    jnp.array([0.0, math.log(3), -math.log(3)]),  # g: 1/2, 3/4, 1/4
+    jnp.log(jnp.array([[2.0, 1.0], [1.0, 3.0], [1.0, 1.0]])),
+    jnp.array([1, 0, 1]),
+)
+SECOND = jnp.log(jnp.array([[1.0, 9.0], [3.0, 1.0], [4.0, 1.0]]))
+
+
+def member(*, mask=None, **options):
+    """The loss of FAMILY, its terms and gradients; without penalty and auxiliary loss."""
+    options = SYNC | {"alpha": 1.0, "coverage_weight": 0.0, "prior_weight": 0.0} | options
+    objective = functools.partial(losses.sync_loss, **options, mask=mask)
+    return jax.value_and_grad(objective, (0, 1, 2), has_aux=True)(*FAMILY)
+
+
+@pytest.mark.parametrize(("source", "response"), [
+    ("class_head", [3 / 4, 1 / 2, 4 / 5]),
+    ("auxiliary_head", [2 / 3, 3 / 4, 1 / 2]),
+    ("true_class", [1 / 4, 1 / 2, 4 / 5]),
+    ("margin", [1 / 2, 0, 3 / 5]),
+    ("average", [0.3, 0.2, 0.1]),
+    ("agreement", [(3 * 1 + 1 * 9) / 40, 1 / 2, (1 * 4 + 4 * 1) / 25]),
+    ("shuffled", [1 / 2, 4 / 5, 3 / 4]),
+])  # fmt: skip
+def test_the_prior_by_its_source(source, response):
+    """The squared distance of g from it, which is a constant of the gradient."""
+    g, squares = np.array([1 / 2, 3 / 4, 1 / 4]), np.square(response)
+    (_, terms), (to_logits, to_selection, to_auxiliary) = member(
+        prior_source=source,
+        prior_power=2.0,
+        divergence="mse",
+        alpha=0.0,
+        sync_weight=1.0,
+        average_response=jnp.array([0.3, 0.2, 0.1]),
+        second_logits=SECOND,
+    )
+    np.testing.assert_allclose(terms["synchronisation"], np.mean((g - squares) ** 2), rtol=1e-5)
+    np.testing.assert_array_equal(to_logits, 0.0)
+    np.testing.assert_allclose(
+        to_selection, 2 * (g - squares) * g * (1 - g) / 3, rtol=1e-4, atol=1e-8
+    )
+    right = np.array([2, 1, 2]) - 1  # h learns from its own loss alone
+    p = np.array([[2 / 3, 1 / 3], [1 / 4, 3 / 4], [1 / 2, 1 / 2]])
+    one_hot = np.eye(2)[[1, 0, 1]]
+    assert (right == FAMILY[3]).all()
+    np.testing.assert_allclose(to_auxiliary, (p - one_hot) / 3, rtol=1e-5)
+
+
+def test_a_shuffled_prior_leaves_padding_out():
+    mask = jnp.array([1.0, 0.0, 1.0])
+    (_, terms), _ = member(prior_source="shuffled", prior_power=1.0, divergence="mse", mask=mask)
+    # Of the first and the last, whose responses are 3/4 and 4/5, each has the other's.
+    expected = ((1 / 2 - 4 / 5) ** 2 + (1 / 4 - 3 / 4) ** 2) / 2
+    np.testing.assert_allclose(terms["synchronisation"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("second", "correct"), [(None, [0, 1, 1]), (SECOND, [1, 1, 0])])
+def test_correctness_as_the_target_of_g(second, correct):
+    """Of the second augmentation where there is one; of equal logits the first is predicted."""
+    g, correct = np.array([1 / 2, 3 / 4, 1 / 4]), np.array(correct)
+    (_, terms), _ = member(sync_target="correctness", second_logits=second)
+    expected = -np.mean(np.log(np.where(correct, g, 1 - g)))
+    np.testing.assert_allclose(terms["synchronisation"], expected, rtol=1e-5)
+
+
+def test_rank_weights_by_hand():
+    confidence = jnp.array([0.5, 0.9, 0.99, 0.1, 0.5])
+    mask = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0])  # without the most confident
+    real = np.array([0, 1, 3, 4])
+    rank, count = losses.confidence_ranks(confidence, mask)
+    assert count == 4
+    np.testing.assert_array_equal(rank[real], [2.5, 1, 4, 2.5])
+    share = np.array([1 / 2, 1 / 8, 7 / 8, 1 / 2])
+    for c, expected in (
+        (0.25, np.log([2, 4, 8 / 7, 2]) / 0.75),
+        (1e-6, -np.log(share)),  # AURC's own
+        (1.0, np.ones(4)),
+        (1 - 1e-9, np.ones(4)),
+    ):
+        weights = losses.rank_weights(confidence, target_coverage=c, mask=mask)
+        np.testing.assert_allclose(weights[real], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
+def test_rank_weights_give_the_mean_selective_risk_over_the_coverages_from_c_to_1(c):
+    rng = np.random.default_rng(0)
+    confidence, loss = rng.random(4000), rng.random(4000)
+    loss += 1 - confidence  # or the order would not matter
+    risks = np.cumsum(loss[np.argsort(-confidence)]) / np.arange(1, 4001)
+    expected = np.mean(risks[int(c * 4000) :])
+    weights = losses.rank_weights(jnp.asarray(confidence), target_coverage=c)
+    assert np.mean(weights) == pytest.approx(1, abs=1e-3)
+    assert np.mean(weights * loss) == pytest.approx(expected, abs=1e-3)
+    assert abs(np.mean(loss) - expected) > 0.02
+
+
+@pytest.mark.parametrize(("risk_weight", "weights"), [
+    # Ranks 2, 3 and 1 of 3: shares 1/2, 5/6 and 1/6.
+    ("rank", np.log([2, 6 / 5, 4]) * [3 / 4, 1 / 2, 4 / 5]),
+    ("equal", np.array([3 / 4, 1 / 2, 4 / 5])),
+])  # fmt: skip
+def test_a_risk_that_g_does_not_weigh(risk_weight, weights):
+    """g learns from the synchronisation and the penalty of its own coverage alone."""
+    options = {"risk_weight": risk_weight, "target_coverage": 0.25, "prior_weight": 1.0}
+    options |= {"prior_power": 1.0, "sync_weight": 0.0}
+    (loss, terms), gradients = member(**options)
+    right = np.array([1 / 4, 1 / 2, 4 / 5])
+    np.testing.assert_allclose(loss, np.sum(weights * -np.log(right)) / weights.sum(), rtol=1e-5)
+    assert loss == terms["selective_risk"]
+    np.testing.assert_allclose(terms["weight_coverage"], 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(gradients[1], 0.0)
+    # The weights are constants of the gradient.
+    p = np.array([[3 / 4, 1 / 4], [1 / 2, 1 / 2], [1 / 5, 4 / 5]])
+    expected = weights[:, None] / weights.sum() * (p - np.eye(2)[[1, 0, 1]])
+    np.testing.assert_allclose(gradients[0], expected, rtol=1e-4)
+    (_, terms), gradients = member(**options | {"coverage_weight": 32.0, "target_coverage": 0.75})
+    np.testing.assert_allclose(terms["coverage_penalty"], 1 / 16, rtol=1e-5)
+    assert (gradients[1] < 0).all()
+
+
+def test_log_odds_of_probabilities_that_float32_rounds_to_one():
+    logits = jnp.array([[math.log(3), 0.0, -jnp.inf], [30.0, 0.0, -1e4], [1e4, -1e4, 1e4]])
+    np.testing.assert_allclose(losses.log_odds(logits), [math.log(3), 30, 0], rtol=1e-6, atol=1e-6)
+
+
+# --- Rivals ---------------------------------------------------------------------------------------
+
+
+def test_label_smoothing_and_logit_normalisation_by_hand():
+    logits, _, _, labels = FAMILY
+    p = np.array([[3 / 4, 1 / 4], [1 / 2, 1 / 2], [1 / 5, 4 / 5]])
+    target = 0.8 * np.eye(2)[labels] + 0.1
+    loss, _ = losses.cross_entropy_loss(logits, labels, label_smoothing=0.2)
+    np.testing.assert_allclose(loss, np.mean(-np.sum(target * np.log(p), axis=1)), rtol=1e-5)
+    # (4, 3) has length 5: logits of (4/5, 3/5) / 0.1.
+    loss, _ = losses.cross_entropy_loss(jnp.array([[4.0, 3.0]]), jnp.array([1]), logit_norm=0.1)
+    np.testing.assert_allclose(loss, math.log(1 + math.exp(2)), rtol=1e-5)
+
+
+def test_aurc_loss_is_the_batchs_aurc_and_its_weights_are_constants():
+    logits, _, _, labels = make_inputs(0)
+    mask = jnp.ones(12).at[2].set(0.0)
+    kept = np.delete(np.arange(12), 2)
+    each = reference_cross_entropy(logits, labels)[kept]
+    order = np.argsort(-reference_softmax(logits).max(axis=-1)[kept])
+    expected = np.mean(np.cumsum(each[order]) / np.arange(1, 12))
+    value, gradient = jax.value_and_grad(lambda x: losses.aurc_loss(x, labels, mask=mask)[0])(
+        logits
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # (H_n - H_(k-1)) / n times p - y.
+    harmonic = np.array([sum(1 / j for j in range(k, 12)) for k in range(1, 12)])
+    by_example = np.empty(11)
+    by_example[order] = harmonic / 11
+    slope = reference_softmax(logits)[kept] - np.eye(4)[labels[kept]]
+    np.testing.assert_allclose(gradient[kept], by_example[:, None] * slope, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(gradient[2], 0.0)
 
 
 # --- Gradients ------------------------------------------------------------------------------------
@@ -351,7 +565,7 @@ def test_extreme_logits(objective, selection_sign, right):
     assert loss >= 0
 
 
-@every_objective
+@and_members
 @settings(max_examples=50)
 @given(
     magnitude=hnp.arrays(np.float32, (3, 9), elements=st.floats(-4, 4, width=32)),
@@ -385,7 +599,7 @@ def test_nearly_nothing_selected_keeps_the_risk(objective):
     np.testing.assert_allclose(terms["selective_risk"], expected, rtol=1e-3)
 
 
-@every_objective
+@and_members
 def test_one_example_and_one_class(objective):
     inputs = make_inputs(0, batch=1)
     _, terms, _ = assert_finite(objective, inputs)
@@ -422,7 +636,7 @@ def test_cross_entropy_loss_all_masked():
     assert not any(x.any() for x in jax.tree.leaves(result))
 
 
-@every_objective
+@and_members
 @pytest.mark.parametrize("garbage", [0.0, 1e4])
 def test_masked_examples_change_nothing(objective, garbage):
     """The masked batch is the smaller batch, in its value, its terms and its gradient."""
@@ -440,7 +654,7 @@ def test_masked_examples_change_nothing(objective, garbage):
         np.testing.assert_allclose(grad[real], expected_grad, rtol=1e-5, atol=1e-8)
 
 
-@every_objective
+@and_members
 def test_masked_nan_does_not_reach_the_value(objective):
     inputs = make_inputs(0)
     mask = jnp.ones(12).at[5].set(0.0)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sync_jax import losses
 from sync_jax.config import default_config
+from sync_jax.errors import InputError
 from sync_jax.methods import METHODS, Trained, enqueue, training_objective
 from sync_jax.scores import SCORES
 
@@ -56,6 +57,15 @@ def unusual_config() -> ConfigDict:
             "prior_weight": 0.6,
             "sync_weight": 1.7,
             "divergence": "mse",
+            "prior_source": "auxiliary_head",
+            "prior_momentum": 0.35,
+            "risk_weight": "equal",
+            "sync_target": "prior",
+            "detach_features": True,
+            "logit_prior": "fixed",
+            "views": 2,
+            "label_smoothing": 0.15,
+            "logit_norm": 0.25,
             "payoff": 1.9,
             "target_momentum": 0.8,
             "contrast_weight": 0.7,
@@ -78,6 +88,7 @@ def available(name):
 
 @pytest.mark.parametrize(("name", "heads", "score"), [
     ("ce", (), "softmax_response"),
+    ("aurc", (), "softmax_response"),
     ("selectivenet", ("selection", "auxiliary"), "selection"),
     ("sync", ("selection", "auxiliary"), "selection"),
     ("deep_gamblers", ("abstention",), "abstention"),
@@ -87,7 +98,7 @@ def available(name):
 ])  # fmt: skip
 def test_heads_and_scores(name, heads, score):
     assert (METHODS[name].heads, METHODS[name].score) == (heads, score)
-    assert bool(METHODS[name].memory) == (name in REMEMBERED)
+    assert bool(METHODS[name].memory) == (name in {*REMEMBERED, "sync"})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -108,12 +119,17 @@ def test_objectives_are_the_losses_with_the_configs_values():
     heads = ("logits", "selection_logits", "auxiliary_logits")
     arrays = (*(outputs[name] for name in heads), labels)
     own = {"prior_power": 2.0, "prior_weight": 0.6, "sync_weight": 1.7, "divergence": "mse"}
+    own |= {"prior_source": "auxiliary_head", "risk_weight": "equal", "sync_target": "prior"}
+    plain = losses.cross_entropy_loss(outputs["logits"], labels, mask=mask)
     expected = {
-        "ce": losses.cross_entropy_loss(outputs["logits"], labels, mask=mask),
+        "ce": losses.cross_entropy_loss(
+            outputs["logits"], labels, label_smoothing=0.15, logit_norm=0.25, mask=mask
+        ),
+        "aurc": losses.aurc_loss(outputs["logits"], labels, mask=mask),
         "selectivenet": losses.selectivenet_loss(*arrays, **common),
         "sync": losses.sync_loss(*arrays, **common, **own),
     }
-    expected["mc_dropout"] = expected["ce"]
+    expected["mc_dropout"] = plain
     abstaining = outputs["logits"], outputs["abstention_logits"]
     gambler = losses.deep_gamblers_loss(*abstaining, labels, payoff=1.9)
     adaptive = losses.self_adaptive_loss(*abstaining, labels, outputs["targets"])
@@ -134,8 +150,8 @@ def test_objectives_are_the_losses_with_the_configs_values():
         mask,
     )
     expected["ccl_sc"] = (
-        expected["ce"][0] + 0.7 * contrastive,
-        expected["ce"][1] | {"contrastive_loss": contrastive},
+        plain[0] + 0.7 * contrastive,
+        plain[1] | {"contrastive_loss": contrastive},
     )
     expected["self_adaptive"][1]["mean_target"] = losses.masked_mean(outputs["targets"], mask)
     actual = {
@@ -145,10 +161,12 @@ def test_objectives_are_the_losses_with_the_configs_values():
 
 
 @pytest.mark.parametrize(("name", "fields"), [
-    ("ce", set()),
+    ("ce", {"label_smoothing", "logit_norm"}),
+    ("aurc", set()),
+    ("mc_dropout", set()),
     ("selectivenet", {"target_coverage", "coverage_weight", "alpha"}),
     ("sync", {"target_coverage", "coverage_weight", "alpha", "prior_power", "prior_weight",
-              "sync_weight", "divergence"}),
+              "sync_weight", "divergence", "prior_source", "risk_weight", "sync_target"}),
     ("deep_gamblers", {"payoff"}),
     ("self_adaptive", set()),
     ("ccl_sc", {"contrast_weight", "contrast_temperature"}),
@@ -162,6 +180,13 @@ def test_which_fields_matter(name, fields):
         "target_coverage": 0.95,
         **dict.fromkeys(unusual_config().loss, 0.1),
         "divergence": "bce",
+        "prior_source": "class_head",
+        "risk_weight": "selection",
+        "sync_target": "correctness",
+        # Of the network, the step and the memory.
+        "detach_features": False,
+        "logit_prior": "none",
+        "views": 1,
         "queue_size": 1,
     }
     changed = set()
@@ -281,6 +306,41 @@ def test_targets_after_n_visits_equal_the_closed_form():
         expected = np.ones(8)
         expected[[4, 0, 6, 2, 5, 1]] = np.where(mask > 0, decay + (1 - decay) * right, 1.0)
         np.testing.assert_allclose(memory, expected, rtol=1e-5)
+
+
+def test_the_average_response_begins_with_the_first_and_then_moves():
+    """The loss reads it after its update; an example that is not visited keeps none."""
+    outputs, _, mask = make_outputs()
+    index, real = np.array([4, 0, 6, 2, 5, 1]), np.asarray(mask) > 0
+    response = np.exp(jax.nn.log_softmax(outputs["logits"]).max(axis=-1))
+    options = {"prior_source": "average", "prior_momentum": 0.75, "divergence": "mse"}
+    options |= {"prior_power": 1.0, "sync_weight": 1.0}
+    first = step_of("sync", **options)
+    expected = np.full(8, -1.0)
+    expected[index[real]] = response[real]
+    np.testing.assert_allclose(first[2], expected, rtol=1e-6)
+    plain = step_of("sync", **options | {"prior_source": "class_head"})
+    np.testing.assert_allclose(first[0], plain[0], rtol=1e-6)
+    later = step_of("sync", memory=jnp.full(8, 0.2), **options)
+    average = 0.75 * 0.2 + 0.25 * response
+    np.testing.assert_allclose(later[2][index[real]], average[real], rtol=1e-6)
+    assert (later[2][np.array([3, 7, 6])] == np.float32(0.2)).all()  # 6 is masked
+    g = jax.nn.sigmoid(outputs["selection_logits"])
+    expected = losses.masked_mean(jnp.square(g - average), mask)
+    np.testing.assert_allclose(later[1]["synchronisation"], expected, rtol=1e-5)
+    # No state for those that need none, so that their earlier checkpoints fit.
+    assert step_of("sync")[2] == {}
+    assert METHODS["sync"].memory.create({}, 8, default_config()) == {}
+
+
+def test_agreement_needs_two_views():
+    config = default_config()
+    assert METHODS["sync"].check(config, 10) is None
+    config.loss.prior_source = "agreement"
+    with pytest.raises(InputError, match=r"set config\.loss\.views=2"):
+        METHODS["sync"].check(config, 10)
+    config.loss.views = 2
+    assert METHODS["sync"].check(config, 10) is None
 
 
 def test_the_loss_reads_the_target_after_its_update_and_not_its_gradient():

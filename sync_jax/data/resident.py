@@ -37,6 +37,7 @@ def training_batch(
     augmentation: Augmentation,
     size: int | None = None,
     mesh: Mesh | None = None,
+    view: int = 0,
 ) -> dict[str, Array]:
     """Makes the training batch of a step.
 
@@ -51,7 +52,7 @@ def training_batch(
     index = epoch_index(shuffle_key, step, batch_size, split.labels.shape[0])
     # The gathered images stay uint8 until augmentation, which moves a quarter of the bytes.
     image = split.images[index] if mesh is None else take(split.images, index, mesh)
-    image = augment(augmentation_key(seed, step), image, augmentation, size=size)
+    image = augment(augmentation_key(seed, step, view), image, augmentation, size=size)
     return {
         "image": image,
         "label": split.labels[index],
@@ -60,10 +61,12 @@ def training_batch(
     }
 
 
-def augmentation_key(seed: Array, step: Array) -> Array:
-    """PRNG key of a step's augmentation, in either pipeline."""
+def augmentation_key(seed: Array, step: Array, view: int = 0) -> Array:
+    """PRNG key of a step's augmentation, in either pipeline; further views have their own."""
     _, key = jax.random.split(jax.random.key(seed))
-    return jax.random.fold_in(key, step)
+    key = jax.random.fold_in(key, step)
+    # `augment` folds small numbers into the key of the first view.
+    return jax.random.fold_in(key, 1000 + view) if view else key
 
 
 def epoch_index(key: Array, step: Array, batch_size: int, size: int) -> Array:

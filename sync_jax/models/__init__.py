@@ -1,5 +1,7 @@
 """Backbones and heads in flax.linen."""
 
+from typing import Any
+
 import flax.linen as nn
 from ml_collections import ConfigDict
 
@@ -81,11 +83,17 @@ def make_network(
     target_coverage: float,
     dropout: float = 0.5,
     dropout_samples: int = 100,
+    **of_selection: Any,
 ) -> SelectiveNetwork:
-    """Builds a config's backbone with heads; dropout is for the head 'dropout' alone."""
+    """Builds a config's backbone with heads; dropout is for the head 'dropout' alone.
+
+    `of_selection` are `detach_features` and `logit_prior` of a `SelectiveNetwork`.
+    """
     backbone = make_backbone(section)
     if "dropout" not in heads:
         dropout, dropout_samples = 0.0, 0
     elif hasattr(backbone, "last_dropout"):
         backbone = backbone.clone(last_dropout=0.0)  # the class head's own takes its place
-    return SelectiveNetwork(backbone, num_classes, heads, target_coverage, dropout, dropout_samples)
+    return SelectiveNetwork(
+        backbone, num_classes, heads, target_coverage, dropout, dropout_samples, **of_selection
+    )

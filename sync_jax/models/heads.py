@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sync_jax.losses import entropy
+from sync_jax.losses import entropy, log_odds
 
 # The features enter the selection logit divided by this, as in SelectiveNet's code: otherwise the
 # coverage penalty's first, large gradients blow up the shared features and g saturates at 1.
@@ -26,6 +26,8 @@ class SelectiveNetwork(nn.Module):
     target_coverage: float = 1.0  # in (0, 1]; where the selection function starts
     dropout: float = 0.0  # rate on the features of the class head, for MC-dropout
     dropout_samples: int = 0  # class probabilities averaged over in evaluation; 0: none
+    detach_features: bool = False  # the selection head's gradient ends at the features
+    logit_prior: str = "none"  # of the selection head
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
@@ -44,8 +46,9 @@ class SelectiveNetwork(nn.Module):
             kept = nn.Dropout(self.dropout, deterministic=not train)(features)
             outputs = {"logits": class_head(kept)}
         if "selection" in self.heads:
-            selection = SelectionHead(self.target_coverage, name="selection_head")
-            outputs["selection_logits"] = selection(features, train=train)
+            selection = SelectionHead(self.target_coverage, self.logit_prior, name="selection_head")
+            seen = jax.lax.stop_gradient(features) if self.detach_features else features
+            outputs["selection_logits"] = selection(seen, outputs["logits"], train=train)
         if "auxiliary" in self.heads:
             auxiliary = nn.Dense(self.num_classes, name="auxiliary_head")
             outputs["auxiliary_logits"] = auxiliary(features)
@@ -77,16 +80,28 @@ class SelectionHead(nn.Module):
 
     Dense 512, ReLU, BatchNorm, division by 10, Dense 1. The last bias starts at the logit of the
     target coverage, so that training begins with the coverage that it is to end with.
+
+    With a `logit_prior` the log odds of the softmax response are added, as a constant: the head
+    learns the evidence that makes a posterior of this prior. 'fixed' adds them once, 'learnt' times
+    a parameter that starts at 1. The last layer starts at 0, so that g begins as the softmax
+    response.
     """
 
     target_coverage: float
+    logit_prior: str = "none"  # or 'fixed' or 'learnt'
 
     @nn.compact
-    def __call__(self, features: Array, *, train: bool) -> Array:
-        """Maps features `[batch, units]` to selection logits `[batch]`."""
+    def __call__(self, features: Array, logits: Array, *, train: bool) -> Array:
+        """Maps features `[batch, units]` and class logits to selection logits `[batch]`."""
         # A coverage of exactly 1 has an infinite logit; g starts at 0.999 then.
         start = min(self.target_coverage, 0.999)
         x = nn.relu(nn.Dense(512)(features))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        bias_init = nn.initializers.constant(math.log(start / (1.0 - start)))
-        return nn.Dense(1, bias_init=bias_init)(x / SELECTION_SCALE)[:, 0]
+        x /= SELECTION_SCALE
+        if self.logit_prior == "none":
+            bias_init = nn.initializers.constant(math.log(start / (1.0 - start)))
+            return nn.Dense(1, bias_init=bias_init)(x)[:, 0]
+        learnt = self.logit_prior == "learnt"
+        strength = self.param("prior_strength", nn.initializers.ones, ()) if learnt else 1.0
+        evidence = nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[:, 0]
+        return evidence + strength * log_odds(jax.lax.stop_gradient(logits))

@@ -10,7 +10,9 @@ import pytest
 from sync_jax.config import default_config
 from sync_jax.methods import METHODS
 from sync_jax.models import make_backbone, make_network
+from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectionHead, SelectiveNetwork
+from sync_jax.scores import selection, softmax_response
 
 BOTH = ("selection", "auxiliary")
 
@@ -26,6 +28,10 @@ class Flatten(nn.Module):
 def make_images(batch=64, size=8, seed=0):
     images = np.random.default_rng(seed).standard_normal((batch, size, size, 1))
     return jnp.asarray(images, jnp.float32)
+
+
+def leaf_norm(tree):
+    return sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def leaf_sizes(tree):
@@ -73,7 +79,7 @@ def test_selection_head_in_numpy():
     """Dense, ReLU, BatchNorm, a tenth, Dense, in this order."""
     head = SelectionHead(target_coverage=0.7)
     features = make_images(10, size=3).reshape(10, 9)
-    variables = head.init(jax.random.key(0), features, train=False)
+    variables = head.init(jax.random.key(0), features, features, train=False)
     rng = np.random.default_rng(1)
     statistics = {
         "mean": jnp.asarray(rng.standard_normal(512), jnp.float32),
@@ -85,7 +91,10 @@ def test_selection_head_in_numpy():
         "bias": jnp.asarray(rng.standard_normal(512), jnp.float32),
     }
     result = head.apply(
-        {"params": params, "batch_stats": {"BatchNorm_0": statistics}}, features, train=False
+        {"params": params, "batch_stats": {"BatchNorm_0": statistics}},
+        features,
+        features,
+        train=False,
     )
     first, norm, last = params["Dense_0"], params["BatchNorm_0"], params["Dense_1"]
     x = np.maximum(np.asarray(features, np.float64) @ first["kernel"] + first["bias"], 0)
@@ -117,6 +126,53 @@ def starting_selection(target_coverage):
 @pytest.mark.parametrize("target_coverage", [0.5, 0.8, 0.95, 1.0])
 def test_selection_starts_at_its_target(target_coverage):
     np.testing.assert_allclose(starting_selection(target_coverage), target_coverage, atol=0.02)
+
+
+@pytest.mark.parametrize("logit_prior", ["fixed", "learnt"])
+def test_with_a_prior_in_its_logit_g_begins_as_the_softmax_response(logit_prior):
+    """And it is a constant, times 1 or a parameter that is 1 at first."""
+    images = make_images(6)
+    network = SelectiveNetwork(Flatten(), 3, BOTH, target_coverage=0.8, logit_prior=logit_prior)
+    variables = network.init(jax.random.key(0), images, train=False)
+    outputs = network.apply(variables, images, train=False)
+    g, response = selection(outputs), softmax_response(outputs)
+    np.testing.assert_allclose(g, response, rtol=1e-5)
+    assert np.ptp(g) > 0.1
+    head = variables["params"]["selection_head"]
+    head["Dense_1"]["bias"] += 0.7
+    if logit_prior == "learnt":
+        assert head["prior_strength"] == 1.0
+        head["prior_strength"] += 1.0
+    else:
+        assert "prior_strength" not in head
+    strength = {"fixed": 1.0, "learnt": 2.0}[logit_prior]
+    moved = network.apply(variables, images, train=False)["selection_logits"]
+    expected = 0.7 + strength * np.log(response / (1 - response))
+    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5)
+
+    def mean_selection_logit(params):
+        changed = {**variables, "params": params}
+        return network.apply(changed, images, train=False)["selection_logits"].mean()
+
+    gradient = jax.grad(mean_selection_logit)(variables["params"])
+    assert not any(x.any() for x in jax.tree.leaves(gradient.pop("class_head")))
+    assert gradient["selection_head"]["Dense_1"]["bias"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_detached_features_learn_nothing_from_the_selection_head(detach):
+    network = SelectiveNetwork(CNN(width=2, features=8), 3, BOTH, 0.8, detach_features=detach)
+    variables = network.init(jax.random.key(0), make_images(4), train=False)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        outputs = network.apply({**variables, "params": params}, make_images(4), train=False)
+        return jnp.sum(outputs["selection_logits"])
+
+    of_selection = gradient(variables["params"])
+    assert leaf_norm(of_selection["selection_head"]) > 0
+    assert (leaf_norm(of_selection["backbone"]) == 0) == detach
 
 
 @pytest.mark.parametrize(("method", "backbone"), [
