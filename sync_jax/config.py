@@ -73,6 +73,9 @@ FIELDS: dict[str, Option] = {
     "optimizer.warmup_epochs": Option(1.0, "[0, inf)", "linear rise of the learning rate"),
     "optimizer.decay_epochs": Option(25.0, "(0, inf)", "step: multiply this often"),
     "optimizer.decay_factor": Option(0.5, "(0, inf)", "step: multiply by this"),
+    "optimizer.average_decay": Option(
+        0.0, "[0, 1)", "of moving averages of all weights, which evaluation uses; 0: none"
+    ),
     "optimizer.sharded": Option(False, "", "divide the optimizer's state between the devices"),
     "train.epochs": Option(30.0, "(0, 1e6]", "may be fractional"),
     "train.batch_size": Option(128, _COUNT, "over all devices together"),
@@ -206,6 +209,7 @@ _LATER = {
     "loss.views": 1,
     "loss.label_smoothing": 0.0,
     "loss.logit_norm": 0.0,
+    "optimizer.average_decay": 0.0,
 }
 
 

@@ -118,19 +118,6 @@ def rank_weights(confidence: Array, *, target_coverage: float, mask: Array | Non
     return jnp.minimum(-jnp.log(share), -math.log(target_coverage)) / (1.0 - target_coverage)
 
 
-def log_odds(logits: Array) -> Array:
-    """Log odds of the largest softmax probability p, log(p) - log(1 - p): `[batch]` float32.
-
-    The largest logit less the log-sum-exp of the others, which tells probabilities apart that
-    float32 rounds to 1.
-    """
-    logits = logits.astype(jnp.float32)
-    largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
-    # Far below every logit, yet finite: a single class has no others.
-    others = jax.nn.logsumexp(jnp.where(largest, -1e9, logits), axis=-1)
-    return jnp.max(logits, axis=-1) - others
-
-
 def selectivenet_loss(
     logits: Array,
     selection_logits: Array,

@@ -148,6 +148,25 @@ def mutual_information(outputs: Outputs) -> Any:
     return outputs["expected_entropy"] + negative_entropy(outputs)
 
 
+def selection_times_response(outputs: Outputs) -> Any:
+    """log(g SR) of the selection function g and the softmax response SR: `[n]`, at most 0.
+
+    A sum of logarithms, which float32 keeps apart where it rounds the product to 1.
+    """
+
+    def log_sigmoid(x: Any) -> Any:
+        xp = x.__array_namespace__()
+        return xp.minimum(x, 0.0) - xp.log1p(xp.exp(-xp.abs(x)))
+
+    return log_sigmoid(outputs["selection_logits"]) + log_sigmoid(log_odds(outputs))
+
+
+def mean_heads_response(outputs: Outputs) -> Any:
+    """The largest mean probability of the class and the auxiliary head: `[n]` in `(0, 1]`."""
+    p, q = softmax(outputs["logits"]), softmax(outputs["auxiliary_logits"])
+    return (p + q).max(axis=-1) / 2.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """A confidence score.
@@ -192,5 +211,11 @@ SCORES: dict[str, Score] = {
     "abstention": Score(abstention, "-abstention", _ABSTAINING, unsaturated=_ANSWERING),
     "mutual_information": Score(
         mutual_information, "-mutual information", needs=("logits", "expected_entropy")
+    ),
+    "selection_times_response": Score(
+        selection_times_response, "log(g SR)", needs=("logits", "selection_logits")
+    ),
+    "mean_heads_response": Score(
+        mean_heads_response, "SR of both heads", needs=("logits", "auxiliary_logits")
     ),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,17 @@ class TrainState(struct.PyTreeNode):
     memory: Any  # the method's, see methods.Memory; {} for most
 
 
+class Averaged(NamedTuple):
+    """An optimizer's state and the moving averages that evaluation uses instead of the network's.
+
+    The averages of BatchNorm's statistics lag as far behind as those of the parameters.
+    """
+
+    optimizer: optax.OptState
+    params: optax.Params
+    batch_stats: optax.Params
+
+
 def create_train_state(
     seed: int,
     *,
@@ -41,15 +52,21 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     create_memory: Callable[[optax.Params], Any] | None = None,
+    averaged: bool = False,
 ) -> TrainState:
     """The state before the first step, of a network for inputs `[batch, *image_shape]`."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = network.init(jax.random.key(seed), images, train=False)
+    batch_stats, opt_state = variables.get("batch_stats", {}), optimizer.init(variables["params"])
+    if averaged:
+        # The first step replaces the averages. They start as zeros, as no buffer is donated twice.
+        zeros = jax.tree.map(jnp.zeros_like, (variables["params"], batch_stats))
+        opt_state = Averaged(opt_state, *zeros)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
         memory=create_memory(variables["params"]) if create_memory else {},
     )
 
@@ -63,6 +80,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     dropout_key: Array | None = None,
     microbatches: int = 1,
+    average_decay: float = 0.0,
 ) -> tuple[TrainState, Terms]:
     """One step of gradient descent; one that is not finite changes nothing but the step count.
 
@@ -70,7 +88,8 @@ def train_step(
     second_image, another augmentation, second_logits join the outputs, as constants. With several
     `microbatches`, which must divide the batch, the network sees one part of it after the other and
     keeps the activations of one, for a second forward pass (gradient accumulation): the objective
-    is the whole batch's, and BatchNorm's statistics are a part's.
+    is the whole batch's, and BatchNorm's statistics are a part's. Averages in the state move by
+    1 - `average_decay`, and faster at first: after t steps by 10 / (t + 10).
 
     Returns:
         The state after the step, and scalars: loss, its terms, gradient_norm, accuracy and, with a
@@ -98,7 +117,9 @@ def train_step(
 
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (terms, outputs, batch_stats, memory)), grads = gradient_fn(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    averages = state.opt_state if isinstance(state.opt_state, Averaged) else None
+    before = averages.optimizer if averages else state.opt_state
+    updates, opt_state = optimizer.update(grads, before, state.params)
     correct = jnp.argmax(outputs["logits"], axis=-1) == batch["label"]
     metrics = {
         "loss": loss,
@@ -113,6 +134,10 @@ def train_step(
         metrics["coverage"] = masked_mean(accepted, batch["mask"])
     params = optax.apply_updates(state.params, updates)
     metrics["parameter_norm"] = optax.tree.norm(params)
+    if averages:
+        decay = jnp.minimum(average_decay, state.step / (state.step + 10.0))
+        moved = optax.incremental_update((params, batch_stats), averages[1:], 1.0 - decay)
+        opt_state = Averaged(opt_state, *moved)
     rest = jax.tree.leaves((batch_stats, opt_state, memory))
     floating = [x for x in rest if jnp.issubdtype(x.dtype, jnp.floating)]
     metrics["state_norm"] = optax.tree.norm(floating)
@@ -195,6 +220,7 @@ class StepSettings:
     sharded: bool = False  # True if the resident images are divided between the devices
     cropped: bool = False  # True if the host has made the resized crops
     views: int = 1  # augmentations of an image in a batch, 1 or 2
+    average_decay: float = 0.0
 
     @property
     def size(self) -> int | None:
@@ -264,6 +290,7 @@ def run_step(
         # Of a seed's three streams of randomness this is the third; see training_batch.
         dropout_key=jax.random.fold_in(jax.random.split(jax.random.key(seed), 3)[2], state.step),
         microbatches=settings.microbatches,
+        average_decay=settings.average_decay,
     )
     values = jnp.stack(list(metrics.values()))
     return state, Metrics(tuple(metrics), values, None if vote is None else jnp.max(vote))
@@ -275,7 +302,11 @@ def run_evaluation(state: TrainState, images: Array, *, settings: StepSettings) 
 
 
 def eval_step(state: TrainState, images: Array, *, network: nn.Module) -> dict[str, Array]:
-    """The network's outputs `[batch, ...]` for normalised images, by running statistics."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    """The network's outputs `[batch, ...]` for normalised images, by running statistics.
+
+    With averages in the state, the outputs of the averaged network.
+    """
+    shown = state.opt_state if isinstance(state.opt_state, Averaged) else state
+    variables = {"params": shown.params, "batch_stats": shown.batch_stats}
     outputs: dict[str, Array] = network.apply(variables, images, train=False)  # type: ignore[assignment]
     return outputs

@@ -156,6 +156,7 @@ class Trainer:
             sharded=placement.sharded,
             cropped=placement.decoded,
             views=options.get("views", 1),
+            average_decay=config.optimizer.average_decay,
         )
         self._create = functools.partial(
             create_train_state,
@@ -163,6 +164,7 @@ class Trainer:
             optimizer=self.settings.optimizer,
             image_shape=info.image_shape,
             create_memory=self._create_memory,
+            averaged=config.optimizer.average_decay > 0,
         )
         shapes = jax.eval_shape(self._create, jnp.uint32(0))
         copied, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -235,7 +237,8 @@ class Trainer:
 
     def check(self) -> None:
         """Checks the free memory, the weights' file, the views and the steps to be traced."""
-        if self.settings.views > 1 and self.settings.cropped:
+        crops = self.settings.cropped and self.settings.augmentation.min_crop_area < 1
+        if self.settings.views > 1 and crops:
             raise InputError(
                 "config.loss.views=2 augments an image twice, and the host crops it once; use "
                 "config.data.placement='device' or 'disk'"

@@ -61,6 +61,7 @@ BAD = {
     "optimizer.momentum": ((-0.1, 1.1, NAN), "in [0, 1]"),
     "evaluation.delta": ((0.0, 1.0, NAN), "in (0, 1)"),
     "optimizer.learning_rate": ((0.0, -1.0, NAN, INFINITY), "above 0"),
+    "optimizer.average_decay": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "optimizer.decay_epochs": ((0.0, NAN, INFINITY), "above 0"),
     "optimizer.decay_factor": ((0.0, -0.5, NAN), "above 0"),
     "train.epochs": ((0.0, -1.0, NAN, INFINITY), "in (0, 1e6]"),

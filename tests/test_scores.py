@@ -27,6 +27,7 @@ OUTPUTS = {
     **LOGITS,
     **SELECTION,
     "abstention_logits": np.log([1.0, 10.0, 9.0]),
+    "auxiliary_logits": np.log([[3.0, 1.0, 4.0], [1.0, 8.0, 1.0], [8.0, 1.0, 1.0]]),
     "expected_entropy": np.array([math.log(2) / 2, 0.0, math.log(3) / 2]),
 }
 
@@ -93,6 +94,16 @@ def test_the_unsaturated_form_ranks_alike_and_float32_keeps_it_apart(name, xp):
     assert len(np.unique(np.asarray(call(SCORES[name], single)))) < 121
 
 
+def test_a_product_near_one_does_not_saturate():
+    outputs = {
+        "logits": np.array([[30.0, 0.0], [40.0, 0.0], [40.0, 0.0]], np.float32),
+        "selection_logits": np.array([60.0, 60.0, 30.0], np.float32),
+    }
+    score = SCORES["selection_times_response"].function(outputs)
+    assert score[1] > score[0]
+    assert score[1] > score[2]
+
+
 def test_every_score_says_what_it_needs():
     for score in ALL.values():
         needed = {key: OUTPUTS[key] for key in score.needs}
@@ -118,6 +129,9 @@ BY_HAND = {
     "max_logit_pnorm": [1 / 2, 1 / 2, 0],
     # Of samples of which half are sure, the mean entropy.
     "mutual_information": [LOG(2) / 2 - 1.5 * LOG(2), 0.8 * LOG(0.8) + 0.2 * LOG(0.1), -LOG(3) / 2],
+    "selection_times_response": [LOG(0.5 * 0.5), LOG(0.75 * 0.8), LOG(0.25 / 3)],
+    # The auxiliary head's are (3/8, 1/8, 1/2), (1/10, 8/10, 1/10), (8/10, 1/10, 1/10).
+    "mean_heads_response": [1 / 2, 9 / 20, 17 / 30],
     # The abstention weighs 1, 10 and 9 against 4, 10 and 3.
     "abstention": [-1 / 5, -1 / 2, -3 / 4],
     "log odds of answering": [LOG(4), 0, -LOG(3)],
@@ -152,6 +166,7 @@ def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name
         for sign in (1e4, -1e4):
             outputs = {
                 "logits": xp.asarray(logits, dtype=xp.float32),
+                "auxiliary_logits": xp.asarray(logits[::-1], dtype=xp.float32),
                 "selection_logits": xp.full(len(logits), sign, dtype=xp.float32),
                 "abstention_logits": xp.full(len(logits), -sign, dtype=xp.float32),
                 "expected_entropy": xp.zeros(len(logits), dtype=xp.float32),
@@ -171,12 +186,19 @@ def test_every_score_is_finite_for_extreme_logits_one_class_and_one_example(name
 )
 def test_the_order_of_the_classes_and_a_common_shift(logits, shift, order):
     """All outputs of the softmax together; the abstention stays when it is shifted too."""
-    outputs = {"logits": logits, "abstention_logits": logits[:, 0] / 2}
+    outputs = {
+        "logits": logits,
+        "auxiliary_logits": logits[::-1] / 3,
+        "selection_logits": logits[:, 1],
+        "abstention_logits": logits[:, 0] / 2,
+    }
     changed = {
         "logits": logits[:, order] + shift,
+        "auxiliary_logits": outputs["auxiliary_logits"][:, order] - shift,
+        "selection_logits": outputs["selection_logits"],
         "abstention_logits": outputs["abstention_logits"] + shift,
     }
-    for name in SCORES.keys() - {"selection", "mutual_information"}:
+    for name in SCORES.keys() - {"mutual_information"}:
         moves = shift if name in ("max_logit", "energy") else 0.0
         expected = call(SCORES[name], outputs) + moves
         np.testing.assert_allclose(call(SCORES[name], changed), expected, rtol=1e-6, atol=1e-6)
@@ -193,7 +215,10 @@ def test_which_scores_mean_something():
     of_classes = ["softmax_response", "log_odds", "margin", "negative_entropy"]
     of_logits = [*of_classes, "max_logit", "max_logit_pnorm", "energy"]
     assert available(LOGITS) == of_logits
-    assert available(LOGITS | SELECTION) == [*of_logits, "selection"]
+    of_g = ["selection", "selection_times_response"]
+    assert available(LOGITS | SELECTION) == [*of_logits, *of_g]
+    heads = LOGITS | SELECTION | {"auxiliary_logits": np.zeros((3, 3))}
+    assert available(heads) == [*of_logits, *of_g, "mean_heads_response"]
     assert available(LOGITS | {"abstention_logits": np.zeros(3)}) == [*of_logits, "abstention"]
     # Averaged probabilities: their logarithms are no raw logits.
     averaged = LOGITS | {"expected_entropy": np.zeros(3)}

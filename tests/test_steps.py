@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from sync_jax.config import default_config
-from sync_jax.losses import cross_entropy_loss
+from sync_jax.losses import cross_entropy_loss, sync_loss
 from sync_jax.methods import METHODS, training_objective
 from sync_jax.models.cnn import CNN
 from sync_jax.models.heads import SelectiveNetwork
@@ -135,11 +135,12 @@ def plain_objective(outputs, batch, memory, step, trained):
     return *cross_entropy_loss(outputs["logits"], batch["label"], mask=batch["mask"]), memory
 
 
-def linear(learning_rate=0.5, *, norm=False, **options):
+def linear(learning_rate=0.5, *, norm=False, averaged=False, **options):
     """Its state and its step."""
     parts = {"network": Linear(norm), "optimizer": optax.sgd(learning_rate)}
-    state = create_train_state(0, image_shape=SHAPE, **parts)
-    return state, functools.partial(train_step, **parts, objective=plain_objective, **options)
+    state = create_train_state(0, image_shape=SHAPE, averaged=averaged, **parts)
+    options = {"objective": plain_objective} | options
+    return state, functools.partial(train_step, **parts, **options)
 
 
 # --- The state ------------------------------------------------------------------------------------
@@ -402,6 +403,87 @@ def test_means_of_shards_would_be_noticed():
         compiled_step("sync", 8)(state, batch)[1]["loss"], expected, rtol=1e-5
     )
     assert abs(wrong - expected) > 0.01 * expected
+
+
+@pytest.mark.parametrize("changes", [
+    {"risk_weight": "rank", "prior_source": "margin", "target_coverage": 0.1},
+    {"risk_weight": "equal", "prior_source": "shuffled", "prior_weight": 1.0},
+])  # fmt: skip
+def test_ranks_and_shuffled_priors_are_of_the_whole_batch(changes):
+    """Over eight devices as on one, and unlike the mean over shards."""
+    rng, batch = np.random.default_rng(0), make_batch(masked=(1, 6))
+    outputs = {
+        "logits": rng.standard_normal((16, CLASSES)) * np.linspace(0.3, 3.0, 16)[:, None],
+        "selection_logits": rng.standard_normal(16),
+        "auxiliary_logits": rng.standard_normal((16, CLASSES)),
+    }
+    flat = {k: x.astype(np.float32) for k, x in outputs.items()}
+    flat |= {"label": batch["label"], "mask": batch["mask"]}
+
+    options = {"target_coverage": 0.8, "alpha": 1.0} | changes
+
+    @jax.jit
+    def of(flat):
+        heads = (flat[name] for name in outputs)
+        return sync_loss(*heads, flat["label"], mask=flat["mask"], **options)
+
+    mesh = sharding.make_mesh(jax.devices()[:8])
+    one = of(flat)
+    chex.assert_trees_all_close(
+        of(jax.device_put(flat, sharding.batch_sharding(mesh))), one, rtol=1e-5
+    )
+    assert abs(per_shard(flat, of)[0] - one[0]) > 0.01 * one[0]
+
+
+# --- Second augmentation --------------------------------------------------------------------------
+
+
+def test_a_second_image_gives_logits_that_are_constants():
+    """Of the network before the step; neither its gradient nor its statistics feel them."""
+
+    def objective(outputs, batch, memory, step, trained):
+        loss, terms, memory = plain_objective(outputs, batch, memory, step, trained)
+        if "second_logits" not in outputs:
+            return loss, terms, memory
+        second = jnp.sum(outputs["second_logits"] ** 2)
+        return loss + second, terms | {"second": second}, memory
+
+    state, step = linear(norm=True, objective=objective)
+    batch, other = make_batch(), make_batch(seed=1)
+    alone, _ = jax.jit(step)(state, batch)
+    both, metrics = jax.jit(step)(state, batch | {"second_image": other["image"]})
+    chex.assert_trees_all_close(both, alone, rtol=1e-6, atol=1e-7)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    expected, _ = Linear(norm=True).apply(
+        variables, other["image"], train=True, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(metrics["second"], np.sum(expected["logits"] ** 2), rtol=1e-5)
+
+
+# --- Averages -------------------------------------------------------------------------------------
+
+
+def test_evaluation_uses_averages_that_follow_closely_at_first():
+    """Parameters and statistics by hand; a step that is not finite leaves them."""
+    state, step = linear(norm=True, averaged=True, average_decay=0.1)
+    step = jax.jit(step)
+    expected = None
+    for t, decay in enumerate([0, 1 / 11, 0.1, 0.1]):  # 2 / 12 is more than 0.1
+        state, _ = step(state, make_batch(seed=t))
+        now = jax.device_get((state.params, state.batch_stats))
+        if expected is not None:
+            now = jax.tree.map(lambda new, old, d=decay: d * old + (1 - d) * new, now, expected)
+        expected = now
+        chex.assert_trees_all_close(state.opt_state[1:], expected, rtol=1e-5)
+    bad = make_batch()
+    bad["image"][3] = np.nan
+    chex.assert_trees_all_equal(step(state, bad)[0].opt_state, state.opt_state)
+    images = make_batch()["image"]
+    found = eval_step(state, images, network=Linear(norm=True))["logits"]
+    averaged = state.replace(params=expected[0], batch_stats=expected[1], opt_state=())
+    for other, same in ((averaged, True), (state.replace(opt_state=()), False)):
+        logits = eval_step(other, images, network=Linear(norm=True))["logits"]
+        assert np.allclose(found, logits, rtol=1e-4, atol=1e-5) == same
 
 
 # --- Memory ---------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from sync_jax.config import default_config, to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
+from sync_jax.data.placement import Placement
+from sync_jax.data.recipe import Augmentation
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
@@ -25,6 +28,7 @@ from sync_jax.runtime import sharding
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import Progress, read_metrics
 from sync_jax.runtime.workdir import check_workdir, owned, prepare_workdir
+from sync_jax.scores import selection, softmax_response
 from sync_jax.steps import Metrics
 from sync_jax.trainer import Trainer, choose_network
 from tests import tiny
@@ -77,6 +81,8 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert speed["flops_per_image"] > 2 * 3 * 16 * 10  # of the last layer alone
     expected = {"softmax_response", "log_odds", "margin", "negative_entropy", METHODS[method].score}
     of_logits = {"max_logit", "max_logit_pnorm", "energy"}
+    if "selection" in METHODS[method].heads:
+        expected |= {"selection_times_response", "mean_heads_response"}
     expected |= {"mutual_information"} if method == "mc_dropout" else of_logits
     assert set(report["scores"]) == expected
     assert report["scores"]["softmax_response"]["failure_auroc"] > 0.5
@@ -89,6 +95,52 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
         <= shown.index("40 calibration images can certify no error rate of 5 %")
         < shown.index("step 4/")
     )
+
+
+def test_a_member_of_the_family_with_every_part_goes_on_with_the_same_bits(data_dir, tmp_path):
+    """A table of averages, a second view, a learnt prior in g's logit and averaged weights."""
+    options = {"prior_source": "average", "views": 2, "risk_weight": "rank", "divergence": "mse"}
+    options |= {"sync_target": "correctness", "logit_prior": "learnt", "detach_features": True}
+    config = tiny.config(
+        data_dir,
+        optimizer__average_decay=0.9,
+        target_coverage=0.2,
+        **{f"loss__{name}": value for name, value in options.items()},
+    )
+    train.train_and_evaluate(config, tmp_path)
+    expected = Predictions.load(tmp_path / "predictions_test.npz")
+    for name in ("report.json", "predictions_calibration.npz", "predictions_test.npz"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "18")
+    train.train_and_evaluate(config, tmp_path)
+    found = Predictions.load(tmp_path / "predictions_test.npz")
+    for name, output in expected.outputs.items():
+        np.testing.assert_array_equal(found.outputs[name], output)
+    assert not np.allclose(selection(expected.outputs), softmax_response(expected.outputs))
+
+
+def test_two_views_are_two_augmentations_of_the_same_examples(data_dir, tmp_path):
+    """The first is what it would be alone; what the host has cropped is refused."""
+    config, mesh = tiny.config(data_dir, loss__views=2), sharding.make_mesh()
+    placed, part, _ = load_data(config, registry.dataset(config.data), mesh, tmp_path, Processes())
+    run = tiny.trainer(config, mesh, placed)
+    split, state = next(run.feed(part, 0)), run.create_state()[0]
+
+    def batch(**changes):
+        settings = dataclasses.replace(run.settings, **changes)
+        return steps.input_batch(state, split, np.uint32(0), settings=settings)
+
+    both, alone = batch(), batch(views=1)
+    second = both.pop("second_image")
+    chex.assert_trees_all_equal(both, alone)
+    differ = np.any(np.asarray(second != alone["image"]), axis=(1, 2, 3))
+    assert differ.sum() >= 12  # of 16, with 25 shifts and two flips each
+    plain = batch(augmentation=Augmentation(0, False))
+    chex.assert_trees_all_equal(plain["second_image"], plain["image"])
+    cropping = tiny.config(data_dir, loss__views=2, data__min_crop_area=0.5)
+    with pytest.raises(InputError, match=r"config\.loss\.views=2 augments an image twice"):
+        tiny.trainer(cropping, mesh, Placement("host")).check()
+    tiny.trainer(cropping, mesh, Placement("disk")).check()
 
 
 def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatch):

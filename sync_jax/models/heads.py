@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sync_jax.losses import entropy, log_odds
+from sync_jax.losses import entropy
+from sync_jax.scores import log_odds
 
 # The features enter the selection logit divided by this, as in SelectiveNet's code: otherwise the
 # coverage penalty's first, large gradients blow up the shared features and g saturates at 1.
@@ -104,4 +105,4 @@ class SelectionHead(nn.Module):
         learnt = self.logit_prior == "learnt"
         strength = self.param("prior_strength", nn.initializers.ones, ()) if learnt else 1.0
         evidence = nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[:, 0]
-        return evidence + strength * log_odds(jax.lax.stop_gradient(logits))
+        return evidence + strength * log_odds({"logits": jax.lax.stop_gradient(logits)})

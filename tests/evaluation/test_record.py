@@ -458,7 +458,7 @@ def test_calibration_plans_are_the_planners():
 def test_which_scores(record, config):
     assert record["method_score"] == "selection"
     of_logits = {name for name, score in SCORES.items() if score.needs == ("logits",)}
-    assert record["scores"].keys() == of_logits | {"selection"}
+    assert record["scores"].keys() == of_logits | {"selection", "selection_times_response"}
     with_certificates = {
         name for name, score in record["scores"].items() if "certificates" in score
     }

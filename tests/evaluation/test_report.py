@@ -25,7 +25,7 @@ def predictions(seed: int, n: int = 300, *, perfect: bool = False) -> Prediction
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, n).astype(np.int32)
     logits = rng.normal(size=(n, 4)) + (20 if perfect else 2) * np.eye(4)[labels]
-    outputs = {"logits": logits, "selection_logits": rng.normal(size=n)}
+    outputs = {"logits": logits, "selection_logits": rng.normal(size=n), "auxiliary_logits": logits}
     outputs = {name: value.astype(np.float32) for name, value in outputs.items()}
     return Predictions(outputs, labels, np.arange(n))
 
