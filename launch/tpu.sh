@@ -95,7 +95,8 @@ parse() {
 
 check() { # the options and the config, by the trainer itself, before a machine costs money
   local python message
-  [ -n "$config" ] || return 0
+  if [ -z "$config" ] && [ ${#trainer[@]} = 2 ]; then return; fi
+  [ -n "$config" ] || die 2 "--config is missing, without which ${trainer[*]:2} is not checked"
   for python in ${PYTHON:-.venv/bin/python python3}; do
     message=$("$python" -m sync_jax.main "${trainer[@]}" --mode=check 2>&1 >/dev/null) && return
     [ $? != 2 ] || die 2 "$message"

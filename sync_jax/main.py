@@ -141,7 +141,7 @@ def _do() -> None:
 
         print(listing.describe())
         return
-    from sync_jax.config import check_path, default_config, validate
+    from sync_jax.config import check_path, validate
 
     for name, path in [("--workdir", _WORKDIR.value), *(("--runs", x) for x in _RUNS.value)]:
         check_path(name, path or "")
@@ -156,15 +156,14 @@ def _do() -> None:
         return
     _check_options(mode)
     config = _CONFIG.value
-    if mode == "clean" and not flags.FLAGS["config"].present:
-        config = default_config()
-    elif not flags.FLAGS["config"].present:
+    if not flags.FLAGS["config"].present:
         _stop("--config is missing; for example --config=quickstart", 2)
     if mode == "clean":
+        from sync_jax.data import registry
         from sync_jax.data.prepare import cache
 
         validate(config)
-        cache.clean(config.data.data_dir, _REMOVE.value)
+        cache.clean(config.data.data_dir, _REMOVE.value, registry.DATASETS)
         return
     from sync_jax import trainer
     from sync_jax.runtime import processes
@@ -238,6 +237,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     given = [x for x in arguments if re.match("--?config(=|$)", x)]
     if len(given) > 1:
         _stop(f"--config is given {len(given)} times ({' '.join(given)}); name one", 2)
+    if not given and "clean" in _values(arguments, "mode"):
+        arguments = [arguments[0], "--config=quickstart", *arguments[1:]]  # for data.data_dir
     if not given and "evaluate" in _values(arguments, "mode"):
         for workdir in _values(arguments, "workdir")[-1:]:
             arguments = [arguments[0], f"--config={RUN}:{workdir}", *arguments[1:]]

@@ -184,6 +184,11 @@ class Score:
     choices: tuple[Mapping[str, Any], ...] = ({},)
     unsaturated: "Score | None" = None  # without arguments
 
+    def __post_init__(self) -> None:
+        """Raises ValueError without a label: a table could not name its row."""
+        if not self.label:
+            raise ValueError("a Score needs a label")
+
     def applies(self, outputs: Outputs) -> bool:
         """True if the score means something for these outputs."""
         averaged = "expected_entropy" in outputs

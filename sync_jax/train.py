@@ -69,16 +69,16 @@ def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
     delta = config.evaluation.delta
     needed = {risk: fewest_accepted(risk, delta) for risk in config.evaluation.target_risks}
     beyond = [
-        f"{100 * risk:g} % ({n:,} without an error are needed)"
+        f"{100 * risk:g} % (at least {n:,} are needed, without an error)"
         for risk, n in sorted(needed.items(), reverse=True)
         if n > calibration_size
     ]
     if not beyond:
         return ""
     return (
-        f"{calibration_size:,} calibration images can certify no error rate of "
-        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}, whatever is trained; "
-        "config.data.calibration_size holds out more"
+        f"{calibration_size:,} calibration images cannot certify an error rate of "
+        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}; a larger "
+        "config.data.calibration_size can"
     )
 
 
@@ -352,8 +352,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
         own = from_saved(saved)
         if own.method not in (config.method, *METHODS):  # a module that a run's file names
             raise InputError(
-                f"{workdir} was trained with a method of yours, which is imported only if you "
-                f"name it: --config.method={own.method}"
+                f"{workdir} was trained with a custom method; add --config.method={own.method} to "
+                "allow its import"
             )
         own.evaluation = config.evaluation
         config = own

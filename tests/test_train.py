@@ -92,7 +92,7 @@ def test_every_method_trains_and_reports(method, data_dir, tmp_path, capsys):
     assert "Selective error" in shown
     assert (
         0
-        <= shown.index("40 calibration images can certify no error rate of 5 %")
+        <= shown.index("40 calibration images cannot certify an error rate of 5 %")
         < shown.index("step 4/")
     )
 
@@ -174,9 +174,17 @@ def test_what_no_calibration_split_of_a_size_can_certify_is_said():
     """Without an error 59 examples prove 5 % at delta 0.05, for 0.95^59 < 0.05 < 0.95^58."""
     config = default_config()
     assert train.beyond_proof(config, 299) == ""
-    assert "rate of 1 % (299 without an error are needed) at" in train.beyond_proof(config, 298)
-    assert "of 2 % (149 without an error are needed), 1 % (299" in train.beyond_proof(config, 59)
-    assert "of 5 % (59 without an error are needed), 2 % (149" in train.beyond_proof(config, 58)
+    assert "rate of 1 % (at least 299 are needed, without an error) at" in train.beyond_proof(
+        config, 298
+    )
+    assert (
+        "of 2 % (at least 149 are needed, without an error), 1 % (at least 299"
+        in train.beyond_proof(config, 59)
+    )
+    assert (
+        "of 5 % (at least 59 are needed, without an error), 2 % (at least 149"
+        in train.beyond_proof(config, 58)
+    )
     config.evaluation.delta = 0.5
     assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
 

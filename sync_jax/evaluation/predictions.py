@@ -60,7 +60,7 @@ class Predictions:
     def decided(self, score: Score, **parameters: Any) -> Ranked:
         """The examples as a threshold sees them: by the score's unsaturated form, in float32.
 
-        So no threshold keeps apart what a user who computes in float32 cannot.
+        Thresholds then separate only examples that float32 separates.
         """
         form = score.unsaturated
         ranked = self.ranked(score, **parameters) if form is None else self.ranked(form)
@@ -86,7 +86,7 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Reads what `save` wrote; raises InputError if there is no such file, or it is damaged."""
-        again = "; the training command of a finished run makes it again"
+        again = "; give the training command again: a finished run only predicts again"
         try:
             contents = io.BytesIO(path.read_bytes())  # np.load would leave a damaged file open
             with np.load(contents, allow_pickle=False) as file:
@@ -102,7 +102,7 @@ class Predictions:
             _check(outputs, arrays["labels"], arrays["index"])
             return cls(outputs, arrays["labels"], arrays["index"])
         except FileNotFoundError:
-            raise InputError(f"{path} is missing: train the run to its end first{again}") from None
+            raise InputError(f"{path} is missing{again}") from None
         except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
             raise InputError(f"{path} is damaged: {error}{again}") from error
 

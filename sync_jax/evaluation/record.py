@@ -244,10 +244,10 @@ def calibration_plans(calibration: Ranked, config: ConfigDict) -> list[dict[str,
 
 
 def enough(calibration: Ranked, config: ConfigDict) -> dict[str, Any] | None:
-    """The calibration examples that the first target risk needs, at a coverage where it is easy.
+    """The calibration examples that the first target risk needs at a smaller coverage.
 
-    The largest at which at most half the target is wrong on the calibration split; None if there is
-    no such coverage, or no number is enough.
+    It is the largest coverage with at most half the target risk on the calibration split; None if
+    there is no such coverage, or no number is enough.
     """
     risk = config.evaluation.target_risks[0]
     confidence, wrong = calibration[:2]

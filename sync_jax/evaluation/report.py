@@ -185,8 +185,9 @@ def _shown(report: dict[str, Any]) -> list[Table | str]:
         "",
         certified,
         "Test coverage % : test error %. The error of the answers is at most the target, with "
-        "confidence 1 - delta over the calibration split; of a fixed sequence provided that errors "
-        "are no likelier where confidence is higher. Each holds by itself: choose score, target "
+        "confidence 1 - delta over the calibration split. A fixed sequence assumes that errors are "
+        "no likelier where confidence is higher; SGR's and Holm's proofs take the thresholds "
+        "tested for fixed in advance. Each holds by itself: choose score, target "
         "and method before looking. report.json has thresholds and reasons.\n",
         joint,
         "Test coverage % : answered and wrong, % of all test examples. That share is at most the "
@@ -230,16 +231,17 @@ def _lead(report: dict[str, Any]) -> str:
         covered = number(found["test"]["coverage"], spec=".1f")
         return (
             f"Answer when the log odds are at least {threshold}: at most {wrong} wrong with {sure} "
-            f"confidence; answers {covered} %"
+            f"confidence; answers {covered} %. (Its assumptions stand below the certificates.)"
         )
     if (plan := found["calibration_plan"]) is not None:
         advice = (
-            f"About {plan['n_calibration']:,} calibration images would do four times in five, for "
-            f"{number(plan['coverage'], spec='.0f')} % coverage; there are "
-            f"{found['n_calibration']:,}"
+            f"With about {plan['n_calibration']:,} calibration images (there are "
+            f"{found['n_calibration']:,}) a threshold at "
+            f"{number(plan['coverage'], spec='.0f')} % coverage would be certified four times in "
+            "five"
         )
     else:
-        advice = "At no coverage is the error low enough for any number of calibration images"
+        advice = "The error is too high at every coverage; more calibration images would not help"
     return (
         f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
         f"confidence. {advice}. ({found['reason']})"

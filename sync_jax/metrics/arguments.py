@@ -36,8 +36,8 @@ def unchecked() -> Iterator[bool]:
 def by_keyword(function: F) -> F:
     """Deprecates `loss` and `correct` by position, and warns where they seem to be exchanged.
 
-    What follows them in the signature is deprecated by position too. A function that hands them to
-    another, and whose first argument isn't `confidence`, leaves the second warning to the other.
+    What follows them in the signature is deprecated by position too. A function whose first
+    argument isn't `confidence` does not check the ranking itself.
     """
     names = list(inspect.signature(function).parameters)
     values = next(name for name in names if name.startswith(NAMES))

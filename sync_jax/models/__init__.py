@@ -29,7 +29,7 @@ def find_backbone(name: str) -> Backbone:
 
 
 def candidates(section: ConfigDict) -> tuple[str, ...]:
-    """The backbones that the `model` section of a config may come to name."""
+    """The backbones that `name` in the `model` section of a config can resolve to."""
     if section.name != AUTO:
         return (section.name,)
     return (ON_ACCELERATOR,) if section.pretrained else (ON_CPU, ON_ACCELERATOR)
@@ -39,7 +39,7 @@ def complete(section: ConfigDict) -> list[str]:
     """Adds the backbone's options to the `model` section of a config, and checks them.
 
     Options of other backbones, which a config file may have set, are removed; returns a line each.
-    The name "auto" stays, and what it may stand for is checked.
+    The name "auto" stays, and its candidates are checked.
     """
     if section.name == AUTO:
         for name in candidates(section):

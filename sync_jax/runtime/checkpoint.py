@@ -90,7 +90,7 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """Copies the state and writes it in the background; waits for an earlier save first.
 
-        The state, a tree of arrays whose `step` is that many, may be donated once this returns.
+        The state, a tree of arrays whose `step` equals `step`, may be donated once this returns.
         Notes are of JSON's types. A higher score is better; None is the worst. Nothing is written
         if that step is saved already.
         WriteError if this or the earlier one cannot be written; those before are intact.

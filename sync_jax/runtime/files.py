@@ -25,7 +25,7 @@ class LockedError(Exception):
 
 
 def check_plain(workdir: Path) -> None:
-    """Raises InputError where a run's folder holds a FIFO, a socket, a device, or no file for one.
+    """Raises InputError for a FIFO, socket or device in a run's folder, or a folder for a file.
 
     Opening or reading these may never end. Symbolic links count as what they lead to.
     """

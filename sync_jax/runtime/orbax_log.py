@@ -13,7 +13,7 @@ class _OrbaxLog(logging.Filter):
     """Keeps Orbax's warnings and errors from the terminal, once `open` is called.
 
     Orbax logs a failure several times, also after it is closed. It awaits the first of many reads
-    that fails; the others' errors, as that asyncio's loop is closed, can be raised nowhere.
+    that fails; errors of the others reach sys.unraisablehook alone.
     """
 
     _path = Path()

@@ -48,7 +48,7 @@ def terminated() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def ending_at_ctrl_c(seconds: float = 3.0) -> Iterator[None]:
-    """Ends the process, with status 130 and one line, at the latest so long after Ctrl-C.
+    """Ends the process, with status 130 and one line, at most `seconds` after Ctrl-C.
 
     KeyboardInterrupt is raised as always. But nothing interrupts XLA while it compiles or computes,
     and closing may wait for it, or for another Ctrl-C: a thread ends the process then.

@@ -147,6 +147,7 @@ def cache(album, clothes, tmp_path):
         root / "downloads" / "cifar10",
         root / "incomplete-fashion_mnist-abc_1234",
         root / "mnist" / "3.0.1",
+        root / "downloads" / "manual",  # where TFDS has users put files
     ):
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").write_text('{"moduleName": "its.own"}')
@@ -155,7 +156,7 @@ def cache(album, clothes, tmp_path):
     (root / "linked").symlink_to(outside / "fashion_mnist")
     (root / "downloads" / "linked").symlink_to(outside)
     (root / "downloads" / "cifar10" / "linked").symlink_to(outside)
-    return [QUICKSTART, "--mode=clean", f"--config.data.data_dir={root}"]
+    return ["--mode=clean", f"--config.data.data_dir={root}"]
 
 
 def test_clean_lists_what_is_there_and_removes_what_is_named(cache, album, tmp_path, capsys):
@@ -181,6 +182,7 @@ def test_clean_lists_what_is_there_and_removes_what_is_named(cache, album, tmp_p
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         *("downloads", "linked", "mnist")
     ]
+    assert (tmp_path / "data" / "downloads" / "manual" / "dataset_info.json").is_file()
     assert len(list((tmp_path / "outside").rglob("*"))) == 3
 
 
@@ -188,7 +190,8 @@ def test_clean_refuses_what_it_does_not_list(cache, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for name in (
         *("../..", "..", ".", "/", "*", "fashion_mnist", "mnist/3.0.1", "linked/1.0.0"),
-        *("downloads/linked", "downloads/../fashion_mnist/1.0.0", str(tmp_path)),
+        *("downloads/linked", "downloads/manual", "downloads/../fashion_mnist/1.0.0"),
+        str(tmp_path),
     ):
         assert run(*cache, "--remove=fashion_mnist/1.0.0", f"--remove={name}") == 2
         assert f"--remove={name}: " in capsys.readouterr().err

@@ -184,7 +184,7 @@ def test_files_that_are_no_predictions(saved):
     for each in damaged:
         with pytest.raises(InputError, match=re.escape(f"{each} is damaged")):
             Predictions.load(each)
-    with pytest.raises(InputError, match=r"p\.npz is missing: train the run to its end first"):
+    with pytest.raises(InputError, match=r"p\.npz is missing; give the training command again"):
         Predictions.load(path.with_name("p.npz"))
 
 

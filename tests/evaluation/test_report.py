@@ -148,8 +148,9 @@ def test_the_report_leads_with_the_recommended_certificate(written, capsys):
     first = " ".join(printed(content, folder, capsys).split())
     assert first.startswith(
         "No threshold of the log odds is certified for at most 5 % wrong with 95 % confidence. "
-        f"About {plan['n_calibration']:,} calibration images would do four times in five, for "
-        f"{100 * plan['coverage']:.0f} % coverage; there are 300. ({found['reason']})"
+        f"With about {plan['n_calibration']:,} calibration images (there are 300) a threshold at "
+        f"{100 * plan['coverage']:.0f} % coverage would be certified four times in five. "
+        f"({found['reason']})"
     )
 
 
@@ -217,7 +218,7 @@ def test_where_every_prediction_is_wrong_no_warning_is_given(tmp_path, capsys):
     record = evaluation_record(held_out, test, default_config(), score="selection")
     record["training"] = {"steps": 12, "seconds": 3.5}
     shown = printed(report.write_report(record, test, default_config(), tmp_path), tmp_path, capsys)
-    assert "At no coverage is the error low enough for any number of" in shown
+    assert "The error is too high at every" in shown
     assert "Test accuracy 0.00 %" in shown
     assert (tmp_path / "risk_coverage.png").exists()
 

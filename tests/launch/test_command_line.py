@@ -76,6 +76,8 @@ def test_a_bad_config_is_refused_before_anything_costs_money(cloud: Cloud):
     cloud.script("bin/python3", "echo a reason >&2; exit 2")
     for verb in ("create", "setup", "run"):
         assert cloud.tpu(verb, *words, status=2) == "launch/tpu.sh: a reason\n"
+    options = cloud.tpu("create", "--type=v4-8", "--", "--config.train.epoch=3", status=2)
+    assert "--config is missing, without which --config.train.epoch=3 is not checked" in options
     assert not cloud.calls()
     cloud.tpu("status", CONFIG, status=1)  # which asks the cloud, and no trainer
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,20 +58,23 @@ class Job:
         python.write_text(f'#!/bin/sh\n{check}\nshift 3; exec bash "$FAKE_ROOT/trainer" "$@"\n')
         python.chmod(0o755)
 
-    def start(self, *arguments: str, restart: int = 0, tasks: int = 1) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, restart: int = 0, tasks: int = 1, job_id: str = "42"
+    ) -> subprocess.Popen[str]:
         (self.cloud.root / "tasks").unlink(missing_ok=True)
         return self.cloud.start(
             # As Slurm starts it; what begins with SIGINT ignored, as pytest may, cannot mind it.
             *("env", "--default-signal=INT", "bash", "launch/slurm.sbatch"),
             *(arguments or (CONFIG, f"--workdir={self.run}")),
             SLURM_SUBMIT_DIR=str(self.checkout),
-            SLURM_JOB_ID="42",
+            SLURM_JOB_ID=job_id,
+            SBATCH="--nodes=2 --gpus-per-node=4",
             SLURM_RESTART_COUNT=str(restart),
             FAKE_TASKS=str(tasks),
         )
 
-    def do(self, *arguments: str, restart: int = 0, tasks: int = 1) -> tuple[int, str]:
-        child = self.start(*arguments, restart=restart, tasks=tasks)
+    def do(self, *arguments: str, **options: Any) -> tuple[int, str]:
+        child = self.start(*arguments, **options)
         output, errors = child.communicate(timeout=600)
         return child.returncode, output + errors
 
@@ -168,8 +172,15 @@ def test_the_dry_run_is_the_command_and_arguments_arrive(job: Job):
     assert shlex.split(shown)[2:7] == [
         *("bash", "launch/slurm.sbatch", "--task", ".venv/bin/python", "-u")
     ]
+    job.cloud.script("bin/sbatch", 'printf "%s\\0" "$@" >"$FAKE_ROOT/sbatch"')
+    assert job.do(*words, job_id="")[0] == 0  # not in a job: it submits itself
+    submitted = (job.cloud.root / "sbatch").read_text().split("\0")[:-1]
+    assert submitted == ["--nodes=2", "--gpus-per-node=4", "launch/slurm.sbatch", *words]
     (job.cloud.root / "bad").touch()
+    (job.cloud.root / "sbatch").unlink()
     assert job.do("--dry-run", *words)[0] == 2  # a config that the trainer refuses
+    assert job.do(*words, job_id="")[0] == 2
+    assert not (job.cloud.root / "sbatch").exists()
     job.cloud.trainer('for a; do printf "%s\\0" "$a"; done >"$FAKE_ROOT/argv"')
     assert job.do(*words)[0] == 0
     assert (job.cloud.root / "argv").read_text().split("\0")[:-1] == words

@@ -250,7 +250,7 @@ def _understood(where: str, named: Mapping[str, str], unknown: Sequence[str]) ->
 def _unclear(where: str, problem: str) -> InputError:
     return InputError(
         f"{where}: {problem}. Splits must be called by names that are understood: "
-        f"{', '.join(_SPLITS)}. Rename them, or move what is none; but if these folders are "
+        f"{', '.join(_SPLITS)}. Rename the folders, or move those that are not splits. If they are "
         "classes, put them, or links to them, into FOLDER/train/"
     )
 

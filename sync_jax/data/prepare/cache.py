@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +24,17 @@ class Entry(NamedTuple):
     key: str  # of the lock that its makers hold
 
 
-def clean(data_dir: str, remove: Sequence[str]) -> None:
+def clean(data_dir: str, remove: Sequence[str], names: Iterable[str]) -> None:
     """Lists what a folder of prepared data sets holds, or removes what is named ('all': all of it).
 
-    Nothing is removed that a preparation or a run uses, and no link is followed.
+    Nothing is removed that a preparation or a run uses, and no link is followed. `names` are those
+    of our datasets: their downloads are ours.
     """
     root = expand(data_dir).resolve()
     with disk_errors(root):
-        known = {str(entry.path.relative_to(root)): entry for entry in sorted(_entries(root))}
+        known = {
+            str(entry.path.relative_to(root)): entry for entry in sorted(_entries(root, names))
+        }
         if not remove:
             _show(root, known)
         for name in remove:
@@ -51,7 +54,7 @@ def clean(data_dir: str, remove: Sequence[str]) -> None:
         raise InputError(f"{'; '.join(kept)}; remove it when that has ended")
 
 
-def _entries(root: Path) -> Iterator[Entry]:
+def _entries(root: Path, names: Iterable[str]) -> Iterator[Entry]:
     prefix = incomplete_prefix("")[:-1]
     for about in (*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")):
         first, *_, key, _ = (".", *about.parent.relative_to(root).parts)[-3:]
@@ -63,7 +66,8 @@ def _entries(root: Path) -> Iterator[Entry]:
             and _OURS in about.read_text(errors="replace")
         ):
             yield Entry(about.parent, f"tfds-{key}" if first == "tfds" else key)
-    for path in (*root.glob(f"{prefix}*"), *root.glob("downloads/*")):
+    # TFDS keeps files in downloads/ too, and users put some there for it.
+    for path in (*root.glob(f"{prefix}*"), *(root / "downloads" / name for name in names)):
         if path.is_dir() and path.resolve() == path:
             unfinished = path.name.startswith(prefix)
             key = path.name.removeprefix(prefix).rpartition("-")[0] if unfinished else path.name
@@ -71,7 +75,7 @@ def _entries(root: Path) -> Iterator[Entry]:
 
 
 def _show(root: Path, known: dict[str, Entry]) -> None:
-    say(f"{root} holds {len(known)} data sets, downloads and unfinished preparations")
+    say(f"{root} holds {len(known)} of: data sets, downloads, unfinished preparations")
     for name, (path, _) in known.items():
         source = ""
         with contextlib.suppress(Exception):  # a damaged file is no reason not to list it
@@ -84,11 +88,12 @@ def _show(root: Path, known: dict[str, Entry]) -> None:
         date = datetime.date.fromtimestamp(path.stat().st_mtime)
         say(f"  {name}: {size / 1e6:,.1f} MB, {date}{source and f', from {source}'}")
     ours = {name.partition("/")[0] for name in known}
-    others = [x for x in sorted(os.listdir(root)) if x not in ours and not x.endswith(".lock")]
+    listed = sorted(os.listdir(root)) if root.is_dir() else []
+    others = [x for x in listed if x not in ours and not x.endswith(".lock")]
     if others:
         say(f"  and what is not removed here: {', '.join(others)}")
     if known:
-        say("--mode=clean --remove=NAME removes one of them, --remove=all all")
+        say("--mode=clean --remove=NAME removes one, --remove=all removes all of these")
 
 
 def _remove(root: Path, entry: Entry) -> None:

@@ -123,7 +123,7 @@ class Prepared:
             self._say(f"{problem}; {folder} has no digests, and is used as it is")
 
     def _make(self, make: Callable[[], None]) -> str:
-        """Makes something in the prepared folder; returns why this user may not, or ''."""
+        """Makes something in the prepared folder; returns why it is not permitted, or ''."""
         try:
             with exclusive(self.root, self.key, self._say):
                 make()
