@@ -20,6 +20,7 @@ written), 75 stopped by SIGTERM with its state saved, 130 interrupted.
 """
 
 import io
+import os
 import re
 import sys
 import traceback
@@ -118,6 +119,8 @@ def main(arguments: list[str]) -> None:
         _stop(error, 1)
     except errors.TerminatedError as error:
         _stop(f"{error}; the same command goes on from there", 75)
+    except BrokenPipeError:  # whoever read our lines, such as head, has ended
+        os._exit(1)
     except OSError as error:  # what no one expected: a disk that is full, a folder that vanished
         where = error.filename or f"a file of --workdir={_WORKDIR.value or 'runs'}"
         _stop(f"{where} cannot be used: {error.strerror or error}", 1)

@@ -77,8 +77,8 @@ def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
         return ""
     return (
         f"{calibration_size:,} calibration images cannot certify an error rate of "
-        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}; a larger "
-        "config.data.calibration_size can"
+        f"{', '.join(beyond)} at config.evaluation.delta={delta:g}; more of "
+        "them can"
     )
 
 

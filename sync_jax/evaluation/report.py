@@ -149,8 +149,9 @@ def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
         lines = textwrap.wrap(heading, max(longest[k], word, 8), break_on_hyphens=False)
         headings[k] = "\n".join(lines)
         longest[k] = max(longest[k], *map(len, lines))
-    words = [" ".join(column).split() for column in columns[:keys]]
-    taken = sum(min(max(map(len, each), default=0), width // 3) + gap for each in words)
+    words = [" ".join([headings[k], *columns[k]]).split() for k in range(keys)]
+    least = [min(max(map(len, each)), width // 3) for each in words]
+    taken = sum(least) + gap * keys
     title, first = table.title, keys
     while first < len(headings):
         end, room = first, width + gap - taken
@@ -159,7 +160,10 @@ def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
             end += 1
         chosen = [*range(keys), *range(first, end)]
         made = rich.table.Table(
-            *(rich.table.Column(headings[k], overflow="fold") for k in chosen[:keys]),
+            *(
+                rich.table.Column(headings[k], overflow="fold", min_width=least[k])
+                for k in range(keys)
+            ),
             *(rich.table.Column(headings[k], justify="right", no_wrap=True) for k in chosen[keys:]),
             title=title,
             box=rich.box.SIMPLE_HEAD,
@@ -231,7 +235,8 @@ def _lead(report: dict[str, Any]) -> str:
         covered = number(found["test"]["coverage"], spec=".1f")
         return (
             f"Answer when the log odds are at least {threshold}: at most {wrong} wrong with {sure} "
-            f"confidence; answers {covered} %. (Its assumptions stand below the certificates.)"
+            f"confidence; answers {covered} % of the test images. (Its "
+            "assumptions stand below the certificates.)"
         )
     if (plan := found["calibration_plan"]) is not None:
         advice = (
@@ -244,7 +249,7 @@ def _lead(report: dict[str, Any]) -> str:
         advice = "The error is too high at every coverage; more calibration images would not help"
     return (
         f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
-        f"confidence. {advice}. ({found['reason']})"
+        f"confidence. {advice}."
     )
 
 
