@@ -306,7 +306,7 @@ def test_lost_predictions_are_made_again_and_the_report_with_them(
     (tmp_path / "predictions_test.npz").unlink()
     cut = tmp_path / "predictions_calibration.npz"
     cut.write_bytes(cut.read_bytes()[:500])
-    with pytest.raises(InputError, match=r"is damaged: .*; the training command of a finished run"):
+    with pytest.raises(InputError, match=r"is damaged: .*; give the training command again"):
         train.evaluate(tiny.config(data_dir), tmp_path)
     monkeypatch.setattr(Trainer, "step", None)
     train.train_and_evaluate(tiny.config(data_dir), tmp_path)

@@ -38,7 +38,7 @@ CASES = {
     "no number": Bad([QUICKSTART, "--config.train.epochs=many"], "config.train.epochs=many"),
     "unknown method": Bad(
         [QUICKSTART, "--config.method=snyc"],
-        "config.method='snyc' .*did you mean 'sync'.*choose from ccl_sc, ce, deep_gamblers, ",
+        "config.method='snyc' .*did you mean 'sync'.*choose from aurc, ccl_sc, ce, deep_gamblers, ",
     ),
     "unknown dataset": Bad(
         [QUICKSTART, "--config.data.name=mnist"],
