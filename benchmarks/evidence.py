@@ -141,7 +141,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder and its file."""
+        """The name of its folder and its file."""
         trial = f"-trial{self.trial}" if self.trial else ""
         return f"{self.setting}/{self.row}{trial}-seed{self.seed}"
 
@@ -316,7 +316,7 @@ def keep(path: Path, test: Predictions, about: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What is kept of a run."""
+    """The errors and ranks that are kept of a run."""
 
     wrong: np.ndarray  # [n]
     ranks: Mapping[str, np.ndarray]  # [n] by score: higher is more confident

@@ -257,7 +257,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _explain(arguments: list[str], error: Exception) -> object:
-    """What is wrong with an option, or with an override of the config."""
+    """Returns what is wrong with an option, or with an override of the config."""
     from sync_jax.config import FIELDS, unknown_field
     from sync_jax.errors import InputError
 

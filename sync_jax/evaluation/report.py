@@ -331,7 +331,7 @@ def _outcome(certificate: dict[str, Any]) -> str:
 
 
 def _certificate_notes(report: dict[str, Any]) -> list[str]:
-    """How many calibration examples are needed, and how many classes have certificates."""
+    """Lines on the calibration examples needed, and on the classes that have certificates."""
     score, own = report["scores"][report["method_score"]], label_of(report, report["method_score"])
     plan = score["calibration_plans"][0]
     needs = ", ".join(

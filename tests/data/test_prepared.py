@@ -1,4 +1,4 @@
-"""What is prepared: digests that tell damage, folders that cannot be written, and removal."""
+"""Prepared data: digests that tell damage, folders that cannot be written, and removal."""
 
 import contextlib
 import errno

@@ -181,7 +181,7 @@ def test_the_joint_risk_on_average_has_a_table_without_a_delta(written, capsys):
 
 
 def test_at_80_columns_no_number_is_cut(tmp_path, monkeypatch, capsys):
-    """Of long labels, ensembles and comparisons, piped and in a terminal."""
+    """Long labels, ensembles and comparisons, piped and in a terminal."""
     label = "an own score with a long label, and a wordwhichisverylongindeed"
     monkeypatch.setitem(SCORES, "selection", dataclasses.replace(SCORES["selection"], label=label))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What a folder of prepared data sets holds, and its removal: `--mode=clean`."""
+"""Listing and removing prepared data sets: `--mode=clean`."""
 
 import contextlib
 import datetime

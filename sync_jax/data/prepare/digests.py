@@ -39,7 +39,7 @@ def verify(folder: Path, wanted: Callable[[str], bool]) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote: `files` and `source`; both are empty where there is nothing."""
+    """Reads `files` and `source`, as `write` wrote them; both are empty where there is nothing."""
     try:
         text = (folder / FILE).read_text()
     except FileNotFoundError:
