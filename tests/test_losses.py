@@ -371,7 +371,7 @@ def test_a_shuffled_prior_leaves_padding_out():
 
 @pytest.mark.parametrize(("second", "correct"), [(None, [0, 1, 1]), (SECOND, [1, 1, 0])])
 def test_correctness_as_the_target_of_g(second, correct):
-    """Of the second augmentation where there is one; of equal logits the first is predicted."""
+    """Judges the second augmentation where there is one; of equal logits the first is predicted."""
     g, correct = np.array([1 / 2, 3 / 4, 1 / 4]), np.array(correct)
     (_, terms), _ = member(sync_target="correctness", second_logits=second)
     expected = -np.mean(np.log(np.where(correct, g, 1 - g)))

@@ -439,7 +439,7 @@ def test_ranks_and_shuffled_priors_are_of_the_whole_batch(changes):
 
 
 def test_a_second_image_gives_logits_that_are_constants():
-    """Of the network before the step; neither its gradient nor its statistics feel them."""
+    """Second logits are of the network before the step, and change no gradient or statistic."""
 
     def objective(outputs, batch, memory, step, trained):
         loss, terms, memory = plain_objective(outputs, batch, memory, step, trained)

@@ -200,7 +200,7 @@ NAMED = {
 
 
 def arguments(name):
-    """What stands before the loss or correctness, and the keywords from there on."""
+    """Returns what precedes the loss or correctness, and the keywords from there on."""
     confidence, wrong = example(300)
     if name == "paired_bootstrap_interval":
         pair = {"loss_a": wrong, "confidence_b": -confidence, "loss_b": 1 - wrong}

@@ -9,7 +9,7 @@ from sync_jax.runtime.orbax_log import orbax_log
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """What is left for the terminal: errors that can be raised nowhere, and records of logging."""
+    """Collects what reaches the terminal: unraisable errors, and records of logging."""
     left = []
     monkeypatch.setattr(sys, "unraisablehook", lambda error: left.append(error.exc_value))
     handler = logging.Handler()

@@ -282,7 +282,7 @@ for begin in (
 
 @pytest.mark.slow
 def test_a_workdir_that_is_not_one_folder_ends_all_before_the_data_are_read(tmp_path):
-    """Whether it was there before or not; nothing is left in it."""
+    """The folder may be there before or not; nothing is left in it."""
     own = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
     own[1].mkdir(parents=True)
     children = start(APART, range(2), processes.free_port(), *own)
