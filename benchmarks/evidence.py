@@ -450,6 +450,7 @@ def main() -> None:
     parser.add_argument(
         "--confusion", type=Path, help=".npy [100, 100], human labels by true class"
     )
+    parser.add_argument("--shard", default="1/1", help="i/n: the i-th of n processes")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evidence"), help="of unfinished runs"
     )
@@ -471,8 +472,10 @@ def main() -> None:
     compilation_cache.use(default_config().process.compilation_cache)
     folders = {"cifar100": arguments.cifar100, "cars": arguments.cars}
     data = Data(folders, arguments.confusion)
-    for number, cell in enumerate(todo, start=1):
-        print(f"=== {number} of {len(todo)}: {cell.name}", flush=True)
+    shard, shards = map(int, arguments.shard.split("/"))
+    mine = [cell for i, cell in enumerate(todo) if i % shards == shard - 1]
+    for number, cell in enumerate(mine, start=1):
+        print(f"=== {number} of {len(mine)}: {cell.name}", flush=True)
         run(cell, data, arguments.out)
 
 
