@@ -4,14 +4,19 @@
     python -m benchmarks.evidence --cifar100=FOLDER --stage=family   # goes on where it was stopped
     python -m benchmarks.evidence --table                            # from what is kept
 
+Several such commands at once share the cells: on two cores two processes, each bound to one, did
+1.7 times as much as one. Stages run in their order, for later ones read what earlier ones found.
+
 A cell is a setting, a row (a method with its options) and a seed. Of each the test errors and the
 ranks of the test examples by each score are kept in benchmarks/results/evidence, from which every
 number of the tables is computed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import shutil
@@ -22,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from scipy.optimize import minimize_scalar
 
 from benchmarks.step import describe_machine
 from sync_jax import metrics, train
@@ -30,13 +36,15 @@ from sync_jax.data import registry
 from sync_jax.data.datasets.memory import MemoryDataset
 from sync_jax.data.images import decode, square
 from sync_jax.data.splits import load_test
+from sync_jax.evaluation.comparison import combine
 from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.record import fit_parameters
 from sync_jax.runtime import compilation_cache
 from sync_jax.runtime.files import write_atomically
 from sync_jax.runtime.memory import keep_freed_memory
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.training_log import read_metrics
-from sync_jax.scores import SCORES
+from sync_jax.scores import SCORES, softmax, softmax_response
 from sync_jax.trainer import resolve
 
 KEPT = Path("benchmarks/results/evidence")
@@ -51,8 +59,9 @@ class Setting:
 
     data: str
     epochs: float
-    seconds: float  # of a run, on two cores
+    seconds: float  # of a run, on one core
     held_out: int = 5000
+    seeds: int = 3  # in the main table
     per_class: int = 0  # training images; 0: all
     noise: str = ""  # "symmetric": 20 % of the labels are others; "human": a confusion matrix's
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -61,30 +70,32 @@ class Setting:
 _FASHION = {"data.crop_padding": 1, "data.flip": True, "optimizer.learning_rate": 0.2}
 _CIFAR = {"data.crop_padding": 4, "data.flip": True, "optimizer.learning_rate": 0.1}
 _RESNET = _CIFAR | {"model.name": "resnet18", "model.width": 8}
+_FASHION_MNIST = Setting("fashion_mnist", 7, 140, held_out=6000, config=_FASHION)
+_FULL = Setting("cifar100", 12, 380, config=_CIFAR)
+_FEW = Setting("cifar100", 60, 230, per_class=54, config=_CIFAR)
 SETTINGS = {
-    "fashion": Setting("fashion_mnist", 7, 60, held_out=6000, config=_FASHION),
-    "full-12": Setting("cifar100", 12, 230, config=_CIFAR),
-    "full-40": Setting("cifar100", 40, 740, config=_CIFAR),
-    "few-20": Setting("cifar100", 100, 95, per_class=20, config=_CIFAR),
-    "few-54": Setting("cifar100", 60, 140, per_class=54, config=_CIFAR),
-    "few-150": Setting("cifar100", 35, 220, per_class=150, config=_CIFAR),
-    "few-54-resnet": Setting("cifar100", 40, 400, per_class=54, config=_RESNET),
-    "fashion-noise": Setting(
-        "fashion_mnist", 7, 60, held_out=6000, noise="symmetric", config=_FASHION
-    ),
-    "full-12-noise": Setting("cifar100", 12, 230, noise="symmetric", config=_CIFAR),
-    "few-54-noise": Setting("cifar100", 60, 140, per_class=54, noise="symmetric", config=_CIFAR),
-    "few-54-human": Setting("cifar100", 60, 140, per_class=54, noise="human", config=_CIFAR),
-    "cars": Setting("cars", 40, 400, held_out=567, config=_CIFAR),
+    "few-54": _FEW,
+    "full-12": _FULL,
+    "fashion": _FASHION_MNIST,
+    "few-20": dataclasses.replace(_FEW, epochs=100, per_class=20, seconds=150),
+    "few-54-noise": dataclasses.replace(_FEW, noise="symmetric"),
+    "few-54-human": dataclasses.replace(_FEW, noise="human"),
+    "few-150": dataclasses.replace(_FEW, epochs=35, per_class=150, seconds=370, seeds=1),
+    "fashion-noise": dataclasses.replace(_FASHION_MNIST, noise="symmetric", seeds=1),
+    "full-12-noise": dataclasses.replace(_FULL, noise="symmetric", seeds=1),
+    "few-54-resnet": dataclasses.replace(_FEW, epochs=40, seconds=800, seeds=1, config=_RESNET),
+    "full-40": dataclasses.replace(_FULL, epochs=40, seconds=1250, seeds=1),
+    "cars": Setting("cars", 40, 600, held_out=567, config=_CIFAR),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method with its options."""
+    """A method with its options; of several members, the probabilities' mean, at one's cost."""
 
     method: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    members: int = 1
 
 
 _CORRECTNESS = {"loss.sync_target": "correctness", "loss.coverage_weight": 0.0}
@@ -94,8 +105,18 @@ FAMILY = {
     "sync": Row("sync"),
     "control": Row("sync", _POSTERIOR | {"loss.risk_weight": "equal"}),
     "posterior": Row("sync", {"loss.logit_prior": "fixed", "loss.sync_target": "correctness"}),
-    "posterior-learnt": Row("sync", _POSTERIOR | {"loss.logit_prior": "learnt"}),
-    "weight-by-value": Row("sync", {"loss.prior_weight": 1.0, "loss.prior_power": 1.0}),
+    "posterior-unpenalised": Row("sync", _POSTERIOR | {"loss.logit_prior": "learnt"}),
+    "posterior-learnt": Row(
+        "sync", _POSTERIOR | {"loss.logit_prior": "learnt", "loss.risk_weight": "equal"}
+    ),
+    "value-1": Row("sync", {"loss.prior_weight": 1.0, "loss.prior_power": 1.0}),
+    "value-3": Row("sync", {"loss.prior_weight": 1.0}),
+    "value-1-posterior": Row(
+        "sync",
+        _POSTERIOR
+        | {"loss.risk_weight": "equal", "loss.prior_weight": 1.0}
+        | {"loss.prior_power": 1.0},
+    ),
     **{f"rank-{c:g}": Row("sync", _RANK | {"target_coverage": c}) for c in (0.05, 0.2, 0.5, 0.8)},
     "rank-shuffled": Row(
         "sync", _RANK | {"target_coverage": 0.05, "loss.prior_source": "shuffled"}
@@ -106,6 +127,12 @@ FAMILY = {
         )
         for source in ("auxiliary_head", "true_class", "margin", "average")
     },
+    "rank-agreement": Row(
+        "sync", _RANK | {"target_coverage": 0.05, "loss.prior_source": "agreement", "loss.views": 2}
+    ),
+    "rank-running": Row("sync", _RANK | {"target_coverage": 0.05, "loss.rank_window": 2048}),
+    "evidence-second-view": Row("sync", _RANK | {"target_coverage": 0.05, "loss.views": 2}),
+    "evidence-held-out": Row("sync", _RANK | {"target_coverage": 0.05, "loss.evidence_share": 0.1}),
 }
 RIVALS = {
     "ce": Row("ce"),
@@ -115,18 +142,30 @@ RIVALS = {
     "self_adaptive+em": Row("self_adaptive", {"loss.entropy_weight": 0.01}),
     "ccl_sc": Row("ccl_sc"),
     "mc_dropout": Row("mc_dropout", {"loss.dropout": 0.2}),
+    "aurc": Row("aurc", {"warmup_share": 0.5}),
+    "label_smoothing": Row("ce", {"loss.label_smoothing": 0.1}),
+    "logit_norm": Row("ce", {"loss.logit_norm": 0.1}),
+    "weight_decay": Row("ce", {"optimizer.weight_decay": 2e-3}),
+    "weight_average": Row("ce", {"optimizer.average_decay": 0.999}),
+    "ensemble": Row("ce", members=2),
 }
 ROWS = RIVALS | FAMILY
-# The same number of trials for every method: its defaults, and three values of what it tunes.
-TRIALS: dict[str, list[dict[str, Any]]] = {
-    "ce": [{}, *({"optimizer.learning_rate": x} for x in (0.05, 0.2, 0.4))],
-    "selectivenet": [{}, *({"target_coverage": c} for c in (0.5, 0.7, 0.9))],
-    "sync": [{}, *({"loss.sync_weight": x} for x in (0.1, 1.0, 2.0))],
-    "rank-0.05": [{}, *({"optimizer.learning_rate": x} for x in (0.05, 0.2, 0.4))],
-    "deep_gamblers": [{}, *({"loss.payoff": x} for x in (4.0, 6.0, 10.0))],
-    "self_adaptive": [{}, *({"loss.target_momentum": x} for x in (0.8, 0.95, 0.99))],
-    "ccl_sc": [{}, *({"loss.contrast_weight": x} for x in (0.1, 0.3, 3.0))],
-    "mc_dropout": [{}, *({"loss.dropout": x} for x in (0.1, 0.3, 0.5))],
+CONTROLS = ("control", "rank-shuffled")
+# Beside its row's own config, every method is tried with two values of what its paper tunes.
+_RATES: dict[str, Sequence[float]] = {"optimizer.learning_rate": (0.05, 0.2)}
+TRIALS: dict[str, Mapping[str, Sequence[float]]] = {
+    "ce": _RATES,
+    "control": _RATES,
+    "selectivenet": {"target_coverage": (0.5, 0.95)},
+    "sync": {"loss.sync_weight": (0.1, 2.0)},
+    "deep_gamblers": {"loss.payoff": (6.0, 15.0)},
+    "self_adaptive": {"loss.target_momentum": (0.8, 0.99)},
+    "ccl_sc": {"loss.contrast_weight": (0.3, 3.0)},
+    "mc_dropout": {"loss.dropout": (0.1, 0.4)},
+    "aurc": {"warmup_share": (0.25, 0.75)},
+    "label_smoothing": {"loss.label_smoothing": (0.05, 0.2)},
+    "logit_norm": {"loss.logit_norm": (0.05, 0.2)},
+    "weight_decay": {"optimizer.weight_decay": (1e-3, 4e-3)},
 }
 
 
@@ -150,42 +189,101 @@ class Cell:
         """The file of its ranks and errors."""
         return KEPT / f"{self.name}.npz"
 
+    @property
+    def label(self) -> str:
+        """The row, and what its trial changes."""
+        changed = {name.rpartition(".")[2]: x for name, x in trials(self.row)[self.trial].items()}
+        return " ".join((self.row, *(f"{name}={x:g}" for name, x in changed.items())))
+
     def overrides(self) -> dict[str, Any]:
         """The fields that differ from the default config."""
         setting, row = SETTINGS[self.setting], ROWS[self.row]
-        trial = TRIALS[self.row][self.trial] if self.trial else {}
+        epochs = setting.epochs / row.members
         shared = {
             "optimizer.schedule": "linear",
             "model.width": 16,
-            "train.epochs": float(setting.epochs),
+            "train.epochs": float(epochs),
             "data.calibration_size": setting.held_out,
-            "log.calibration_every_epochs": float(setting.epochs),
-            "checkpoint.every_epochs": setting.epochs / 5,
+            "log.calibration_every_epochs": float(epochs),
+            "checkpoint.every_epochs": epochs / 5,
             "checkpoint.keep": 1,
             "process.watchdog_seconds": 0.0,
         }
         own = {"method": row.method, "seed": self.seed}
-        return {**shared, **setting.config, **row.config, **trial, **own}
+        chosen = {**shared, **setting.config, **row.config, **trials(self.row)[self.trial], **own}
+        if share := chosen.pop("warmup_share", None):
+            chosen["loss.warmup_epochs"] = share * epochs
+        return chosen
+
+
+def trials(row: str) -> list[dict[str, Any]]:
+    """What a row is tuned over; its own config first."""
+    return [{}, *({name: x} for name, values in TRIALS.get(row, _RATES).items() for x in values)]
+
+
+def tuned(row: str) -> int:
+    """The trial with the least AURC on calibration, by the method's own score."""
+    found = [Cell("few-54", row, TUNING_SEED, trial) for trial in range(len(trials(row)))]
+    areas = [calibration_area(cell, own=True) for cell in found if cell.kept.exists()]
+    return int(np.argmin(areas)) if len(areas) == len(found) else 0
+
+
+def calibration_area(cell: Cell, *, own: bool = False) -> float:
+    """AURC on calibration: by the method's own score, or the less of it and the SR's."""
+    about = Kept.read(cell.kept).about
+    areas: dict[str, float] = about["calibration"]
+    return areas[about["score"]] if own else min(areas[about["score"]], areas["softmax_response"])
+
+
+def ratios(setting: str) -> dict[str, float]:
+    """The calibration AURC of each member of the family, over that of ce; {} until all are run."""
+    members = [Cell(setting, row, 0) for row in FAMILY]
+    reference = Cell(setting, "ce", 0)
+    if setting == "full-12":
+        members = [cell for cell in members if cell.row in finalists()]
+    if not members or not all(cell.kept.exists() for cell in (reference, *members)):
+        return {}
+    return {x.row: calibration_area(x) / calibration_area(reference) for x in members}
+
+
+def finalists() -> list[str]:
+    """The members that are run in full-12: the best four in few-54; controls are not members."""
+    found = ratios("few-54")
+    return sorted((x for x in found if x not in CONTROLS), key=found.__getitem__)[:4]
+
+
+def member() -> str:
+    """The member with the least sum of ratios in few-54 and full-12; '' until it is known."""
+    few, full = ratios("few-54"), ratios("full-12")
+    return min(full, key=lambda row: few[row] + full[row]) if full else ""
 
 
 def cells(stage: str) -> list[Cell]:
-    """The cells of a stage, the cheapest settings first."""
-    two = ("few-54", "full-12")
-    if stage == "tuning":
-        trials = [(row, trial) for row in TRIALS for trial in range(len(TRIALS[row]))]
-        return [Cell("few-54", row, TUNING_SEED, trial) for row, trial in trials]
+    """The cells of a stage; some are known once an earlier stage is done."""
+    main = ["ce", "selectivenet", "sync", "control"]
+    main += [x for x in (member(),) if x and x not in main]
     if stage == "family":
-        return [Cell(setting, row, 0) for setting in two for row in ("ce", *FAMILY)]
+        first = [Cell("few-54", row, 0) for row in ("ce", *FAMILY)]
+        return first + [Cell("full-12", row, 0) for row in ("ce", *finalists())]
+    if stage == "tuning":
+        rows = [*main, *(row for row in TRIALS if row not in main)]
+        numbered = [(row, trial) for row in rows for trial in range(len(trials(row)))]
+        return [Cell("few-54", row, TUNING_SEED, trial) for row, trial in numbered]
     if stage == "rivals":
-        return [Cell(setting, row, 0) for setting in two for row in RIVALS]
-    main = ("ce", "selectivenet", "sync", "control", "rank-0.05")
+        return [Cell(x, row, 0, tuned(row)) for x in ("few-54", "full-12") for row in RIVALS]
     if stage == "large":
-        large, few = ("few-54-resnet", "full-40"), ("ce", "control", "rank-0.05")
-        return [Cell(setting, row, 0) for setting in large for row in few]
+        rows = [x for x in main if x not in ("selectivenet", "sync")]
+        return [Cell(x, row, 0, tuned(row)) for x in ("few-54-resnet", "full-40") for row in rows]
     if stage == "confirm":
-        return [Cell("cars", row, seed) for seed in range(3) for row in main]
-    settings = [name for name in SETTINGS if name not in ("cars", "full-40", "few-54-resnet")]
-    return [Cell(setting, row, seed) for seed in range(3) for setting in settings for row in main]
+        return [Cell("cars", row, seed, tuned(row)) for seed in range(3) for row in main]
+    settings = [x for x in SETTINGS if x not in ("cars", "full-40", "few-54-resnet")]
+    return [
+        Cell(setting, row, seed, tuned(row))
+        for seed in range(3)
+        for setting in settings
+        if seed < SETTINGS[setting].seeds
+        for row in main
+    ]
 
 
 STAGES = ("family", "tuning", "main", "rivals", "large", "confirm")
@@ -264,27 +362,30 @@ def read_pictures(folder: Path, size: int) -> Arrays:
 
 def run(cell: Cell, data: Data, out: Path) -> None:
     """Trains a cell, or goes on with it, and keeps its errors and ranks."""
-    config: ConfigDict = default_config()
-    config.data.name = "memory"
-    with config.ignore_type():
-        config.update_from_flattened_dict(cell.overrides())
-    resolve(config)
-    dataset, workdir = data.of(cell.setting), out / cell.name
-    began = time.monotonic()
-    processes = Processes()
-    with train.prepared(config, dataset, workdir, processes) as job:
-        state = train.fit(job, train.begin(job)).state
-        seconds = time.monotonic() - began
-        calibration = job.trainer.predict(state, job.calibration_part)
-        test = job.trainer.predict(state, load_test(dataset))
-    own = job.trainer.method.score
+    dataset, workdir, began = data.of(cell.setting), out / cell.name, time.monotonic()
+    splits: list[list[Predictions]] = []
+    for number in range(ROWS[cell.row].members):
+        config: ConfigDict = default_config()
+        config.data.name = "memory"
+        with config.ignore_type():
+            config.update_from_flattened_dict(cell.overrides())
+        config.seed += 1000 * number
+        resolve(config)
+        folder = workdir / str(number)
+        with train.prepared(config, dataset, folder, Processes()) as job:
+            state = train.fit(job, train.begin(job)).state
+            parts = job.calibration_part, load_test(dataset)
+            splits.append([job.trainer.predict(state, part) for part in parts])
+            own = job.trainer.method.score
+    calibration, test = map(combine, zip(*splits, strict=True)) if splits[1:] else splits[0]
     about = {
         "config": cell.overrides(),
-        "calibration": {name: scored(calibration, name) for name in {"softmax_response", own}},
+        "calibration": scored(calibration, calibration),
+        "test": scored(test, calibration),
         "calibration_accuracy": float(1 - calibration.wrong.mean()),
-        "training_accuracy": read_metrics(workdir)[-1].get("accuracy"),
+        "training_accuracy": [x["accuracy"] for x in read_metrics(folder) if "loss" in x][-1],
         "score": own,
-        "seconds": seconds,
+        "seconds": time.monotonic() - began,
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
     }
@@ -292,9 +393,29 @@ def run(cell: Cell, data: Data, out: Path) -> None:
     shutil.rmtree(workdir)
 
 
-def scored(predictions: Predictions, score: str) -> float:
-    """AURC by a score."""
-    return metrics.aurc(predictions.confidence(score), loss=predictions.wrong)
+def scored(predictions: Predictions, calibration: Predictions) -> dict[str, float]:
+    """AURC by every score, and by SR at the temperature with the least NLL on calibration."""
+    areas = {
+        name: predictions.confidence(name, **fit_parameters(calibration, score=score))
+        for name, score in SCORES.items()
+        if score.applies(predictions.outputs)
+    }
+    logits = {"logits": predictions.outputs["logits"].astype(np.float64)}
+    temperature = fitted_temperature(calibration)
+    areas["temperature"] = softmax_response({"logits": logits["logits"] / temperature})
+    return {name: metrics.aurc(area, loss=predictions.wrong) for name, area in areas.items()}
+
+
+def fitted_temperature(calibration: Predictions) -> float:
+    """The temperature with the least negative log-likelihood (Guo et al., 2017)."""
+    logits = calibration.outputs["logits"].astype(np.float64)
+
+    def likelihood(log_temperature: float) -> float:
+        probabilities = softmax(logits / np.exp(log_temperature))
+        return metrics.negative_log_likelihood(probabilities, calibration.labels)
+
+    found = minimize_scalar(likelihood, bounds=(-3, 3), method="bounded")
+    return float(np.exp(found.x))
 
 
 def keep(path: Path, test: Predictions, about: dict[str, Any]) -> None:
@@ -332,19 +453,19 @@ class Kept:
 
 
 def tables(stages: Sequence[str]) -> Iterator[str]:
-    """Yields the lines of a table for each setting that has kept runs."""
-    wanted = dict.fromkeys(cell for stage in stages for cell in cells(stage) if not cell.trial)
-    for setting in SETTINGS:
-        runs: dict[str, dict[int, Kept]] = {}
-        for cell in wanted:
-            if cell.setting == setting and cell.seed != TUNING_SEED and cell.kept.exists():
-                runs.setdefault(cell.row, {})[cell.seed] = Kept.read(cell.kept)
-        if runs:
-            yield from _table(setting, runs)
+    """Yields the lines of a table for each stage and setting that has kept runs."""
+    for stage in stages:
+        runs: dict[str, dict[str, dict[int, Kept]]] = {}
+        for cell in cells(stage) if stage != "tuning" else ():
+            if cell.kept.exists():
+                rows = runs.setdefault(cell.setting, {})
+                rows.setdefault(cell.label, {})[cell.seed] = Kept.read(cell.kept)
+        for setting, rows in runs.items():
+            yield from _table(f"{stage}: {setting}", rows)
 
 
-def _table(setting: str, runs: Mapping[str, Mapping[int, Kept]]) -> Iterator[str]:
-    yield f"\n### {setting}\n"
+def _table(title: str, runs: Mapping[str, Mapping[int, Kept]]) -> Iterator[str]:
+    yield f"\n### {title}\n"
     errors = " | ".join(f"{coverage} %" for coverage in COVERAGES)
     own = "row, score | seeds | AURC x1000 | minus ce [95 %] | p (Holm)"
     yield f"| {own} | {errors} | accuracy % |"
@@ -357,11 +478,11 @@ def _table(setting: str, runs: Mapping[str, Mapping[int, Kept]]) -> Iterator[str
         )
     }
     areas = {line: _areas(seeds, line[1]) for line, seeds in lines.items()}
-    reference = ("ce", "softmax_response")
+    reference = next((line for line in lines if line[0].split()[0] == "ce"), None)
     against = {
         line: difference(areas[line], areas[reference])
         for line in lines
-        if reference in lines and line != reference
+        if reference is not None and line != reference
     }
     corrected = holm({line: p for line, (*_, p) in against.items()})
     for line in sorted(
@@ -450,7 +571,6 @@ def main() -> None:
     parser.add_argument(
         "--confusion", type=Path, help=".npy [100, 100], human labels by true class"
     )
-    parser.add_argument("--shard", default="1/1", help="i/n: the i-th of n processes")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evidence"), help="of unfinished runs"
     )
@@ -464,7 +584,7 @@ def main() -> None:
         wanted = cells(stage)
         left = [cell for cell in wanted if not cell.kept.exists() and cell not in todo]
         todo |= dict.fromkeys(left)
-        hours = sum(SETTINGS[cell.setting].seconds for cell in left) / 3600
+        hours = sum(SETTINGS[cell.setting].seconds for cell in left) / 7200
         print(f"{stage}: {len(wanted)} cells, {len(left)} to run, about {hours:.1f} h on two cores")
     if arguments.list:
         return
@@ -472,11 +592,30 @@ def main() -> None:
     compilation_cache.use(default_config().process.compilation_cache)
     folders = {"cifar100": arguments.cifar100, "cars": arguments.cars}
     data = Data(folders, arguments.confusion)
-    shard, shards = map(int, arguments.shard.split("/"))
-    mine = [cell for i, cell in enumerate(todo) if i % shards == shard - 1]
-    for number, cell in enumerate(mine, start=1):
-        print(f"=== {number} of {len(mine)}: {cell.name}", flush=True)
-        run(cell, data, arguments.out)
+    for stage in stages:
+        work(stage, data, arguments.out)
+
+
+def work(stage: str, data: Data, out: Path) -> None:
+    """Runs the cells of a stage that no other process is at; waits for those until all are kept."""
+    while left := [cell for cell in cells(stage) if not cell.kept.exists()]:
+        for cell in left:
+            with contextlib.suppress(BlockingIOError), claimed(out / f"{cell.name}.lock"):
+                if not cell.kept.exists():
+                    print(f"=== {stage}: {cell.name}, {len(left)} left", flush=True)
+                    run(cell, data, out)
+                break
+        else:
+            time.sleep(10)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Holds a lock, which ends with the process; BlockingIOError where another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 if __name__ == "__main__":

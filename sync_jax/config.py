@@ -207,6 +207,8 @@ _LATER = {
     "loss.detach_features": False,
     "loss.logit_prior": "none",
     "loss.views": 1,
+    "loss.rank_window": 0,
+    "loss.evidence_share": 0.0,
     "loss.label_smoothing": 0.0,
     "loss.logit_norm": 0.0,
     "optimizer.average_decay": 0.0,

@@ -84,20 +84,33 @@ def aurc_loss(logits: Array, labels: Array, *, mask: Array | None = None) -> tup
     return loss, {"aurc_loss": loss}
 
 
-def confidence_ranks(confidence: Array, mask: Array | None) -> tuple[Array, Array]:
+def confidence_ranks(
+    confidence: Array, mask: Array | None, earlier: Array | None = None
+) -> tuple[Array, Array]:
     """Ranks `[batch]` among the real examples, 1 for the most confident, and their number.
 
+    Confidences of `earlier` batches `[m]` are ranked among too; NaN stands for none.
     Equal confidences share the mean of their ranks, so that no order of examples matters. As
     constants.
     """
     confidence = jax.lax.stop_gradient(confidence)
     real = jnp.ones_like(confidence) if mask is None else (mask > 0).astype(jnp.float32)
-    above = jnp.sum(real * (confidence > confidence[:, None]), axis=-1)
-    equal = jnp.sum(real * (confidence == confidence[:, None]), axis=-1)
+    among = confidence
+    if earlier is not None:
+        among = jnp.concatenate([confidence, earlier])
+        real = jnp.concatenate([real, (~jnp.isnan(earlier)).astype(jnp.float32)])
+    above = jnp.sum(real * (among > confidence[:, None]), axis=-1)
+    equal = jnp.sum(real * (among == confidence[:, None]), axis=-1)
     return above + (equal + 1.0) / 2.0, jnp.sum(real)
 
 
-def rank_weights(confidence: Array, *, target_coverage: float, mask: Array | None = None) -> Array:
+def rank_weights(
+    confidence: Array,
+    *,
+    target_coverage: float,
+    earlier: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
     """Weights with which examples enter the mean selective risk over coverages from c to 1.
 
     Let r be the share of the examples that are at least as confident as an example, l(r) its loss,
@@ -108,11 +121,12 @@ def rank_weights(confidence: Array, *, target_coverage: float, mask: Array | Non
         w(r) = -log(max(r, c)) / (1 - c)
 
     Its mean over r is 1. c near 1 gives equal weights, and c near 0 AURC's own, -log r. In a batch
-    of n the example of rank k has r = (k - 1/2) / n. `[batch]`, constants.
+    of n the example of rank k has r = (k - 1/2) / n; `earlier` as of `confidence_ranks`. `[batch]`,
+    constants.
     """
     if target_coverage == 1:
         return jnp.ones(confidence.shape, jnp.float32)
-    rank, count = confidence_ranks(confidence, mask)
+    rank, count = confidence_ranks(confidence, mask, earlier)
     share = jnp.clip((rank - 0.5) / jnp.maximum(count, 1.0), 1e-9, 1.0)
     # The bound in float64: near 1, c and its logarithm would round to nothing.
     return jnp.minimum(-jnp.log(share), -math.log(target_coverage)) / (1.0 - target_coverage)
@@ -170,6 +184,8 @@ def sync_loss(
     divergence: str = "bce",
     second_logits: Array | None = None,
     average_response: Array | None = None,
+    earlier_responses: Array | None = None,
+    held_out: Array | None = None,
     mask: Array | None = None,
 ) -> tuple[Array, Terms]:
     """SelectiveNet's objective with the softmax response as a selective prior.
@@ -190,7 +206,9 @@ def sync_loss(
     or 'mse'. `prior_weight=0, sync_weight=0` is SelectiveNet.
 
     `second_logits` are those of another augmentation of the same examples; `average_response`
-    `[batch]` is the q of 'average'.
+    `[batch]` is the q of 'average'. 'rank' ranks among the `earlier_responses` `[m]` too, q of
+    earlier batches, below 0 for none. Examples `held_out` `[batch]` teach g alone, by the
+    synchronisation, and the others all but that.
 
     Raises:
         ValueError: an option is unknown, or an array that it needs is missing.
@@ -201,6 +219,10 @@ def sync_loss(
         prior_source, logits, auxiliary_logits, labels, second_logits, average_response, mask
     )
     response = jax.lax.stop_gradient(response)
+    synchronised = classified = mask
+    if held_out is not None:
+        real = jnp.ones(labels.shape) if mask is None else mask
+        synchronised, classified = jnp.where(held_out, real, 0.0), jnp.where(held_out, 0.0, real)
     prior = jnp.exp(prior_power * response)
     if sync_target == "prior":
         target = prior
@@ -220,7 +242,10 @@ def sync_loss(
     if risk_weight == "selection":
         weights = selection * weights
     elif risk_weight == "rank":
-        weights *= rank_weights(response, target_coverage=target_coverage, mask=mask)
+        earlier = None if earlier_responses is None else jnp.log(earlier_responses)  # NaN below 0
+        weights *= rank_weights(
+            response, target_coverage=target_coverage, earlier=earlier, mask=classified
+        )
     elif risk_weight != "equal":
         raise ValueError(f"risk_weight must be 'selection', 'rank' or 'equal', got {risk_weight!r}")
     selective, terms = _selective_objective(
@@ -231,9 +256,9 @@ def sync_loss(
         target_coverage=target_coverage,
         coverage_weight=coverage_weight,
         alpha=alpha,
-        mask=mask,
+        mask=classified,
     )
-    synchronisation = masked_mean(distance, mask)
+    synchronisation = masked_mean(distance, synchronised)
     terms = terms | {"synchronisation": synchronisation}
     return selective + sync_weight * synchronisation, terms
 

@@ -112,7 +112,7 @@ def _aurc(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> L
     """AURC as the loss (Zhou et al., 2025): `losses.aurc_loss`.
 
     Their harmonic weights, by the rank of the softmax response. They train a network further that
-    cross-entropy has trained: `loss.warmup_epochs`; ours begins with it unless told to.
+    cross-entropy has trained, which the warm-up stands for.
     """
     del config
     return losses.aurc_loss(outputs["logits"], labels, mask=mask)
@@ -162,8 +162,10 @@ def _sync(outputs: Outputs, labels: Array, mask: Array, config: ConfigDict) -> L
         target_coverage=config.target_coverage,
         second_logits=outputs.get("second_logits"),
         average_response=outputs.get("average_response"),
+        earlier_responses=outputs.get("earlier_responses"),
+        held_out=outputs.get("held_out"),
         mask=mask,
-        **_own(config, "sync", "detach_features", "logit_prior", "views", "prior_momentum"),
+        **_own(config, "sync", *_NOT_THE_LOSS),
     )
 
 
@@ -174,27 +176,52 @@ def _check_sync(config: ConfigDict, num_classes: int) -> None:
             "config.loss.prior_source='agreement' compares two augmentations; set "
             "config.loss.views=2"
         )
+    if config.loss.rank_window and config.loss.prior_source != "class_head":
+        raise InputError(
+            "config.loss.rank_window keeps softmax responses of the class head; use "
+            "config.loss.prior_source='class_head'"
+        )
 
 
-def _create_averages(params: Any, train_size: int, config: ConfigDict) -> Any:
-    """A mean response per training example, below 0 before its first visit; {} if none reads it."""
+def _create_responses(params: Any, train_size: int, config: ConfigDict) -> Any:
+    """The confidences that a member of the family keeps, by name; {} for most.
+
+    'average' is a mean per training example, below 0 before its first visit; 'earlier' are those of
+    the last batches, below 0 where there was none; 'held_out' examples teach g alone.
+    """
     del params
-    averages = config.loss.prior_source == "average"
-    return jnp.full(train_size, -1.0, jnp.float32) if averages else {}
+    kept = {}
+    if config.loss.prior_source == "average":
+        kept["average"] = jnp.full(train_size, -1.0, jnp.float32)
+    if config.loss.rank_window:
+        kept["earlier"] = jnp.full(config.loss.rank_window, -1.0, jnp.float32)
+    if config.loss.evidence_share:
+        draws = jax.random.uniform(jax.random.key(0), (train_size,))
+        kept["held_out"] = draws < config.loss.evidence_share
+    return kept
 
 
-def _update_averages(
-    table: Any, outputs: Outputs, batch: Batch, config: ConfigDict, trained: Trained
+def _update_responses(
+    memory: Any, outputs: Outputs, batch: Batch, config: ConfigDict, trained: Trained
 ) -> tuple[Any, Outputs]:
-    """Exponential moving averages of the softmax response that begin with its first value."""
+    """Exponential moving averages that begin with the first value; the last batches' responses."""
     del trained
-    if config.loss.prior_source != "average":
-        return table, {}
-    before = table[batch["index"]]
+    after, remembered = {}, {}
     now = losses.softmax_response_prior(outputs["logits"], power=1.0)
-    momentum = jnp.where(before < 0, 0.0, config.loss.prior_momentum)
-    after = momentum * before + (1.0 - momentum) * now
-    return visited(table, batch, after), {"average_response": after}
+    if "average" in memory:
+        before = memory["average"][batch["index"]]
+        momentum = jnp.where(before < 0, 0.0, config.loss.prior_momentum)
+        average = momentum * before + (1.0 - momentum) * now
+        after["average"] = visited(memory["average"], batch, average)
+        remembered["average_response"] = average
+    if "earlier" in memory:
+        newest = jnp.where(batch["mask"] > 0, now, -1.0)
+        after["earlier"] = jnp.concatenate([memory["earlier"], newest])[-config.loss.rank_window :]
+        remembered["earlier_responses"] = memory["earlier"]
+    if "held_out" in memory:
+        after["held_out"] = memory["held_out"]
+        remembered["held_out"] = memory["held_out"][batch["index"]]
+    return after, remembered
 
 
 def _three_heads(outputs: Outputs) -> tuple[Array, Array, Array]:
@@ -368,7 +395,13 @@ _SYNC = _SELECTIVE | {
     "detach_features": Option(False, "", "the selection head teaches the backbone nothing"),
     "logit_prior": Option("none", ("none", "fixed", "learnt"), "log odds of SR in g's logit"),
     "views": Option(1, "[1, 2]", "augmentations of an image in a step"),
+    "rank_window": Option(0, "[0, 1000000]", "earlier examples that 'rank' ranks among too"),
+    "evidence_share": Option(0.0, "[0, 1)", "of the training examples, which teach g alone"),
 }
+_NOT_THE_LOSS = (
+    *("detach_features", "logit_prior", "views", "prior_momentum"),
+    *("rank_window", "evidence_share"),
+)
 _CE = {
     "label_smoothing": Option(0.0, "[0, 1)", "share of the target that all classes divide"),
     "logit_norm": Option(0.0, "[0, inf)", "temperature of normalised logits; 0: as they are"),
@@ -386,17 +419,17 @@ _CONTRAST = {
     "encoder_momentum": Option(0.999, "[0, 1)", "of the encoder that makes the keys"),
 }
 _TARGETS = Memory(lambda params, size, config: jnp.ones(size, jnp.float32), _update_target_table)
-_AVERAGES = Memory(_create_averages, _update_averages)
+_RESPONSES = Memory(_create_responses, _update_responses)
 _QUEUES = Memory(_create_queues, _update_queues)
 _GATED, _ABSTAINING = ("selection", "auxiliary"), ("abstention",)
 # Each objective's docstring gives its source and where ours differs, and why; losses.py has the
 # equations.
 METHODS: dict[str, Method] = {
     "ce": Method((), _ce, "softmax_response", _CE),
-    "aurc": Method((), _aurc, "softmax_response"),
+    "aurc": Method((), _aurc, "softmax_response", warmup=1 / 2),
     "mc_dropout": Method(("dropout",), _mc_dropout, "softmax_response", _DROPOUT),
     "selectivenet": Method(_GATED, _selectivenet, "selection", _SELECTIVE),
-    "sync": Method(_GATED, _sync, "selection", _SYNC, _AVERAGES, check=_check_sync),
+    "sync": Method(_GATED, _sync, "selection", _SYNC, _RESPONSES, check=_check_sync),
     "deep_gamblers": Method(
         _ABSTAINING, _deep_gamblers, "abstention", _PAYOFF, warmup=1 / 3, check=_check_payoff
     ),

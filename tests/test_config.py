@@ -39,6 +39,8 @@ BAD = {
     "loss.sync_target": (("wrong",), "choose from correctness, prior"),
     "loss.logit_prior": (("learned",), "choose from fixed, learnt, none"),
     "loss.views": ((0, 3), "between 1 and 2"),
+    "loss.rank_window": ((-1, 1_000_001), "between 0 and 1000000"),
+    "loss.evidence_share": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.label_smoothing": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.logit_norm": ((-0.1, NAN, INFINITY), "at least 0"),
     "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
@@ -342,7 +344,7 @@ def test_a_config_without_todays_options_trained_as_their_first_defaults_do():
     del older["optimizer"]["average_decay"]
     for name in (
         *("prior_source", "prior_momentum", "risk_weight", "sync_target", "detach_features"),
-        *("logit_prior", "views", "label_smoothing", "logit_norm"),
+        *("logit_prior", "views", "rank_window", "evidence_share", "label_smoothing", "logit_norm"),
     ):
         del older["loss"][name]
     assert describe_differences(default_config(), older) == []

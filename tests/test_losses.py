@@ -394,6 +394,36 @@ def test_rank_weights_by_hand():
     ):
         weights = losses.rank_weights(confidence, target_coverage=c, mask=mask)
         np.testing.assert_allclose(weights[real], expected, rtol=1e-5)
+    earlier = jnp.array([0.7, jnp.nan, 0.5])  # of two batches before
+    rank, count = losses.confidence_ranks(confidence, mask, earlier)
+    assert count == 6
+    np.testing.assert_array_equal(rank[real], [4, 1, 6, 4])
+
+
+def test_examples_held_out_teach_g_alone():
+    logits = jnp.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    chosen, labels = jnp.array([1.0, -1.0, 0.5]), jnp.array([0, 0, 1])
+    held_out = jnp.array([False, True, False])
+    options = SYNC | {"risk_weight": "equal", "sync_target": "correctness", "held_out": held_out}
+
+    def loss(logits, chosen):
+        return losses.sync_loss(logits, chosen, 2 * logits, labels, **options)
+
+    classes, selection = jax.grad(lambda *x: loss(*x)[0], argnums=(0, 1))(logits, chosen)
+    assert not classes[1].any()
+    assert classes[0].any()
+    assert classes[2].any()
+    terms = loss(logits, chosen)[1]
+    expected = math.log(1 + math.exp(-1.0))  # g of the second, which is wrong
+    np.testing.assert_allclose(terms["synchronisation"], expected, rtol=1e-6)
+    without = jnp.array([0, 2])
+    rest = losses.sync_loss(
+        logits[without], chosen[without], 2 * logits[without], labels[without],
+        **options | {"held_out": None},
+    )[1]  # fmt: skip
+    np.testing.assert_allclose(terms["selective_risk"], rest["selective_risk"], rtol=1e-6)
+    np.testing.assert_allclose(terms["auxiliary_loss"], rest["auxiliary_loss"], rtol=1e-6)
+    assert selection[1] != 0
 
 
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9])

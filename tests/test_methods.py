@@ -64,6 +64,8 @@ def unusual_config() -> ConfigDict:
             "detach_features": True,
             "logit_prior": "fixed",
             "views": 2,
+            "rank_window": 4,
+            "evidence_share": 0.35,
             "label_smoothing": 0.15,
             "logit_norm": 0.25,
             "payoff": 1.9,
@@ -188,6 +190,7 @@ def test_which_fields_matter(name, fields):
         "logit_prior": "none",
         "views": 1,
         "queue_size": 1,
+        "rank_window": 0,
     }
     changed = set()
     for field, value in changes.items():
@@ -318,13 +321,14 @@ def test_the_average_response_begins_with_the_first_and_then_moves():
     first = step_of("sync", **options)
     expected = np.full(8, -1.0)
     expected[index[real]] = response[real]
-    np.testing.assert_allclose(first[2], expected, rtol=1e-6)
+    np.testing.assert_allclose(first[2]["average"], expected, rtol=1e-6)
     plain = step_of("sync", **options | {"prior_source": "class_head"})
     np.testing.assert_allclose(first[0], plain[0], rtol=1e-6)
-    later = step_of("sync", memory=jnp.full(8, 0.2), **options)
+    later = step_of("sync", memory={"average": jnp.full(8, 0.2)}, **options)
     average = 0.75 * 0.2 + 0.25 * response
-    np.testing.assert_allclose(later[2][index[real]], average[real], rtol=1e-6)
-    assert (later[2][np.array([3, 7, 6])] == np.float32(0.2)).all()  # 6 is masked
+    table = later[2]["average"]
+    np.testing.assert_allclose(table[index[real]], average[real], rtol=1e-6)
+    assert (table[np.array([3, 7, 6])] == np.float32(0.2)).all()  # 6 is masked
     g = jax.nn.sigmoid(outputs["selection_logits"])
     expected = losses.masked_mean(jnp.square(g - average), mask)
     np.testing.assert_allclose(later[1]["synchronisation"], expected, rtol=1e-5)
@@ -357,3 +361,20 @@ def test_the_loss_reads_the_target_after_its_update_and_not_its_gradient():
     np.testing.assert_allclose(loss, value, rtol=1e-6)
     np.testing.assert_allclose(gradient["logits"], gradients[0], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(gradient["abstention_logits"], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_ranks_among_the_last_responses_and_a_share_that_teaches_g_alone():
+    outputs, _, mask = make_outputs()
+    response = np.exp(jax.nn.log_softmax(outputs["logits"]).max(axis=-1))
+    options = {"risk_weight": "rank", "rank_window": 9}
+    first = step_of("sync", **options)
+    newest = np.where(mask > 0, response, -1.0)
+    np.testing.assert_allclose(first[2]["earlier"], [-1, -1, -1, *newest], rtol=1e-6)
+    alone = step_of("sync", **options | {"rank_window": 0})
+    np.testing.assert_allclose(first[0], alone[0], rtol=1e-6)  # nothing came before
+    before = jnp.linspace(0.1, 0.9, 9)
+    then = step_of("sync", memory={"earlier": before}, **options)
+    np.testing.assert_allclose(then[2]["earlier"], [*before[6:], *newest], rtol=1e-6)
+    assert abs(then[1]["selective_risk"] - alone[1]["selective_risk"]) > 1e-4
+    held_out = [step_of("sync", evidence_share=x)[1]["auxiliary_loss"] for x in (0.0, 0.3, 0.6)]
+    assert len({float(x) for x in held_out}) == 3
