@@ -51,6 +51,7 @@ FIELDS: dict[str, Option] = {
     "data.workers": Option(0, "[0, 256]", "host: processes that decode; 0: threads of this one"),
     "data.calibration_size": Option(6000, _SIZE, "held out of train; 0: a tenth, or your folder"),
     "data.split_seed": Option(0, _SEED, "of that hold-out, so that runs of all seeds share it"),
+    "data.fold": Option("", "", "2/5: hold out the second of five parts of train instead"),
     "data.crop_padding": Option(2, "[0, 64]", "pixels of padding before a random crop; 0: none"),
     "data.flip": Option(True, "", "mirror left to right at random"),
     "data.rotation": Option(0.0, "[0, 180]", "degrees, at random either way"),
@@ -200,6 +201,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # What trainings did that have no such field.
 _LATER = {
+    "data.fold": "",
     "loss.prior_source": "class_head",
     "loss.prior_momentum": 0.9,
     "loss.risk_weight": "selection",

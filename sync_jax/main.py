@@ -59,6 +59,7 @@ _MODE = flags.DEFINE_enum(
         "train",
         "evaluate",
         "sweep",
+        "labels",
         "compare",
         "ensemble",
         "check",
@@ -69,11 +70,12 @@ _MODE = flags.DEFINE_enum(
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of the finished run in --workdir anew, with other "
     "--config.evaluation.* values; it needs no --config. sweep: train every combination of the "
-    "--vary values. compare: one table of the --runs. ensemble: evaluate the mean of their "
-    "probabilities. check: say whether the options and the config are good, without data or "
-    "devices. methods: list methods, scores and backbones with their options. clean: list what "
-    "--config.data.data_dir holds, or remove what --remove names. help: show the most needed "
-    "commands.",
+    "--vary values. labels: train on all but one of --folds parts in turn, and list the training "
+    "examples whose label is probably wrong. compare: one table of the --runs. ensemble: evaluate "
+    "the mean of their probabilities. check: say whether the options and the config are good, "
+    "without data or devices. methods: list methods, scores and backbones with their options. "
+    "clean: list what --config.data.data_dir holds, or remove what --remove names. help: show the "
+    "most needed commands.",
 )
 _REMOVE = flags.DEFINE_list(
     "remove", [], "clean: prepared data sets and downloads to remove, as --mode=clean lists them."
@@ -83,6 +85,9 @@ _RUNS = flags.DEFINE_list(
 )
 _VARY = flags.DEFINE_multi_string(
     "vary", [], "sweep: a field and its values, such as seed=0,1,2; may be given repeatedly."
+)
+_FOLDS = flags.DEFINE_integer(
+    "folds", 5, "labels: parts of the training split, each judged by a network of the others.", 2
 )
 _MIXED = flags.DEFINE_bool(
     "mixed", False, "compare, ensemble: also runs that differ in data, network or schedule."
@@ -216,9 +221,11 @@ def _do_together(mode: str, config: ConfigDict) -> None:
     name = Path(file.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}-{config.method}-seed{config.seed}")
     sharding.check_devices()
-    for line in trainer.choose_network(config, workdir) if mode in ("train", "evaluate") else ():
+    for line in (
+        trainer.choose_network(config, workdir) if mode in ("train", "labels", "evaluate") else ()
+    ):
         say(line)
-    if mode in ("train", "sweep") and (
+    if mode in ("train", "sweep", "labels") and (
         complaint := compilation_cache.use(config.process.compilation_cache)
     ):
         print(printable(complaint))
@@ -231,7 +238,10 @@ def _do_together(mode: str, config: ConfigDict) -> None:
     else:
         from sync_jax import sweep
 
-        if not sweep.sweep(config, _VARY.value, Path(_WORKDIR.value or "runs"), name=name):
+        if mode == "labels":
+            out = Path(_WORKDIR.value or f"runs/{name}-labels")
+            sweep.label_errors(config, out, folds=_FOLDS.value)
+        elif not sweep.sweep(config, _VARY.value, Path(_WORKDIR.value or "runs"), name=name):
             _stop("some runs diverged", 1)
 
 

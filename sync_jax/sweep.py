@@ -13,8 +13,19 @@ import jax
 from ml_collections import ConfigDict
 
 from sync_jax.config import default_config, find_method
+from sync_jax.data import registry
+from sync_jax.data.info import Dataset
+from sync_jax.data.loading import known_info
 from sync_jax.errors import InputError, NonFiniteError, suggestion
 from sync_jax.evaluation.comparison import FREE, compare
+from sync_jax.evaluation.label_errors import (
+    LIST,
+    LabelErrors,
+    describe,
+    find_label_errors,
+    joined,
+    write_label_errors,
+)
 from sync_jax.evaluation.report import read_report
 from sync_jax.models import candidates, find_backbone
 from sync_jax.options import flatten
@@ -22,7 +33,7 @@ from sync_jax.runtime.console import say
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.workdir import check_run, check_shared
 from sync_jax.scores import SCORES
-from sync_jax.train import has_predictions, train_and_evaluate
+from sync_jax.train import begin, fit, has_predictions, prepared, train_and_evaluate
 from sync_jax.trainer import choose_network, resolve
 
 
@@ -73,6 +84,38 @@ def sweep(config: ConfigDict, vary: Sequence[str], out: Path, *, name: str) -> b
     for folder in failed:
         say(f"{folder} diverged and is not in the table")
     return not failed
+
+
+def label_errors(
+    config: ConfigDict, out: Path, *, folds: int, dataset: Dataset | None = None
+) -> LabelErrors:
+    """Trains on all but one of several folds of the training split in turn, and lists label errors.
+
+    A label is judged by the network that has not seen it. `out` gets label_errors.csv, and a folder
+    per fold; repeating the call goes on where it was stopped. The dataset is by default the
+    config's.
+    """
+    dataset = dataset or registry.dataset(config.data)
+    predicted = []
+    for number in range(1, folds + 1):
+        run = config.copy_and_resolve_references()
+        run.data.fold, run.data.calibration_size = f"{number}/{folds}", 0
+        # Nothing is chosen by the fold, so that its labels are judged by what never saw them.
+        run.checkpoint.keep_best = 0
+        say(f"=== fold {number} of {folds}")
+        workdir, processes = out / f"fold-{number}", Processes(seconds=run.process.wait_seconds)
+        check_run(run, workdir)
+        with prepared(run, dataset, workdir, processes) as job:
+            state = fit(job, begin(job)).state
+            predicted.append(job.trainer.predict(state, job.calibration_part))
+        jax.clear_caches()
+    every, info = joined(predicted), known_info(dataset)
+    errors = find_label_errors(every)
+    if jax.process_index() == 0:
+        write_label_errors(errors, out, info.class_names, None)
+        say(describe(errors, len(every.labels), info.class_names))
+        say(f"they are listed in {out / LIST}, the most suspect first")
+    return errors
 
 
 def own_scores(config: ConfigDict) -> list[str]:

@@ -1,9 +1,11 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from sync_jax import sweep
+from sync_jax.data.datasets.memory import MemoryDataset
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.runtime import sharding
 from tests import tiny
@@ -89,3 +91,29 @@ def test_a_sweep_skips_what_is_finished_names_what_diverges_and_compares(
         "self_adaptive, SR": [0],
         "self_adaptive, -abstention": [0],
     }
+
+
+def test_planted_label_errors_are_listed_by_networks_that_never_saw_them(tmp_path):
+    """A tenth of the labels are moved on by one; of a random list a tenth would be right."""
+    arrays, rng = tiny.contents(), np.random.default_rng(0)
+    labels = arrays["train-labels-idx1-ubyte"].astype(np.int32)
+    planted = rng.permutation(len(labels))[:23]
+    noisy = labels.copy()
+    noisy[planted] = (labels[planted] + 1) % 10
+    names = tuple("abcdefghij")
+    dataset = MemoryDataset(arrays["train-images-idx3-ubyte"][..., None], noisy, names)
+    config = tiny.config(tmp_path, train__epochs=12.0, data__name="memory", method="ce")
+    found = sweep.label_errors(config, tmp_path / "out", folds=2, dataset=dataset)
+    assert np.isin(found.index, planted).mean() > 0.5
+    assert np.isin(planted, found.index).mean() > 0.5
+    assert (np.diff(found.quality) >= 0).all()
+    lines = (tmp_path / "out" / "label_errors.csv").read_text().splitlines()
+    assert lines[0] == "index,file,label,suggested,probability_of_label"
+    first = int(found.index[0])
+    suggested = names[found.suggested[0]]
+    expected = f"{first},,{names[noisy[first]]},{suggested},{found.quality[0]:.6f}"
+    assert lines[1:][0] == expected
+    assert len(lines) == 1 + len(found.index)
+    for number in (1, 2):  # half of the examples, in turn
+        saved = json.loads((tmp_path / "out" / f"fold-{number}" / "config.json").read_text())
+        assert saved["data"]["fold"] == f"{number}/2"

@@ -1,11 +1,13 @@
 """The three disjoint parts of the evaluation protocol: train, calibration and test."""
 
 import dataclasses
+import re
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from sync_jax.data.info import Dataset, DatasetInfo, Images
+from sync_jax.errors import InputError
 
 _ROWS = 4096  # moved at once
 
@@ -22,9 +24,14 @@ class Part:
 def part_sizes(section: ConfigDict, info: DatasetInfo) -> tuple[int, int]:
     """The sizes of the training and the calibration part.
 
-    The calibration part is an official split where there is one. Otherwise it is held out of the
-    training split, and 0 in the `data` section stands for a tenth.
+    The calibration part is a fold of the training split, if the `data` section asks for one, or an
+    official split where there is one. Otherwise it is held out of the training split, and 0 in the
+    section stands for a tenth.
     """
+    if section.fold:
+        number, count = parse_fold(section.fold)
+        held_out = fold_sizes(info.num_train, count)[number - 1]
+        return info.num_train - held_out, held_out
     if info.num_calibration:
         return info.num_train, info.num_calibration
     held_out: int = section.calibration_size or round(info.num_train / 10)
@@ -37,13 +44,15 @@ def load_train_and_calibration(
     """Reads the examples to train on, and those to choose thresholds on: see `part_sizes`."""
     info = dataset.info()
     assert info is not None
-    if info.num_calibration:
+    if info.num_calibration and not section.fold:
         train, calibration = (_whole(dataset, x, decode) for x in ("train", "calibration"))
         return train, calibration
     images, labels = dataset.load("train", decode=decode)
-    kept, held_out = stratified_split(
-        labels, holdout=part_sizes(section, info)[1], seed=section.split_seed
-    )
+    if section.fold:
+        kept, held_out = fold_split(labels, *parse_fold(section.fold), seed=section.split_seed)
+    else:
+        held_out_size = part_sizes(section, info)[1]
+        kept, held_out = stratified_split(labels, holdout=held_out_size, seed=section.split_seed)
     to_train, to_calibrate = _divided(images, kept, held_out)
     return Part(to_train, labels[kept], kept), Part(to_calibrate, labels[held_out], held_out)
 
@@ -56,6 +65,34 @@ def load_test(dataset: Dataset, *, decode: bool = False) -> Part:
 def _whole(dataset: Dataset, split: str, decode: bool) -> Part:
     images, labels = dataset.load(split, decode=decode)
     return Part(images, labels, np.arange(len(labels)))
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """Reads "2/5", the second of five folds; raises InputError where that is none."""
+    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count or count < 2:
+        raise InputError(f"config.data.fold={text!r} must be such as '2/5', the second of five")
+    return number, count
+
+
+def fold_sizes(size: int, count: int) -> list[int]:
+    """The sizes of folds, which differ by one at most."""
+    return [(size + i) // count for i in range(count)]
+
+
+def fold_split(
+    labels: np.ndarray, number: int, count: int, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The examples outside and inside one of several disjoint folds, each of them stratified.
+
+    The arguments and the result are as of `stratified_split`; the folds together hold all examples.
+    """
+    rest = np.arange(len(labels))
+    for size in fold_sizes(len(labels), count)[:number]:
+        kept, held_out = stratified_split(labels[rest], holdout=size, seed=seed)
+        fold, rest = rest[held_out], rest[kept]
+    return np.setdiff1d(np.arange(len(labels)), fold), fold
 
 
 def _divided(images: Images, kept: np.ndarray, held_out: np.ndarray) -> tuple[Images, Images]:

@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync_jax.data.splits import stratified_split
+from sync_jax.data.splits import fold_sizes, fold_split, parse_fold, stratified_split
+from sync_jax.errors import InputError
 
 
 @given(
@@ -55,3 +57,26 @@ def test_every_example_is_as_likely_to_be_held_out():
     # Each count is binomial(400, 0.3): mean 120, standard deviation 9.2.
     assert counts.sum() == 400 * 12
     assert np.abs(counts - 120).max() < 4 * 9.2
+
+
+@given(labels=st.lists(st.integers(0, 3), min_size=8, max_size=60), count=st.integers(2, 6))
+def test_folds_hold_every_example_once_and_are_stratified(labels, count):
+    labels = np.array(labels)
+    folds = [fold_split(labels, i + 1, count, seed=3) for i in range(count)]
+    together = np.concatenate([held_out for _, held_out in folds])
+    np.testing.assert_array_equal(np.sort(together), np.arange(len(labels)))
+    for size, (kept, held_out) in zip(fold_sizes(len(labels), count), folds, strict=True):
+        assert len(held_out) == size
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate([kept, held_out])), np.arange(len(labels))
+        )
+        for label in np.unique(labels):
+            # Each fold is a stratified part of what the ones before it left, within one of them.
+            assert abs(np.sum(labels[held_out] == label) - np.mean(labels == label) * size) < 2
+
+
+def test_the_name_of_a_fold():
+    assert parse_fold("2/5") == (2, 5)
+    for text in ("0/5", "6/5", "1/1", "2", "a/b", "-1/5", " 1/5"):
+        with pytest.raises(InputError, match="such as '2/5'"):
+            parse_fold(text)
