@@ -19,7 +19,7 @@ from sync_jax.data.loading import training_feed
 from sync_jax.data.placement import Placement, free_memory
 from sync_jax.data.recipe import Augmentation
 from sync_jax.data.resident import ResidentSplit
-from sync_jax.data.splits import Part
+from sync_jax.data.splits import Part, parse_fold
 from sync_jax.errors import InputError, NonFiniteError
 from sync_jax.evaluation.predictions import Predictions, predict
 from sync_jax.evaluation.record import known_scores
@@ -60,6 +60,8 @@ def resolve(config: ConfigDict) -> list[str]:
     """
     validate(config)
     parse_steps(config.profile.steps)
+    if config.data.fold:
+        parse_fold(config.data.fold)
     known_scores(config, find_method(config.method).score)
     return complete(config.model)
 

@@ -112,6 +112,7 @@ BAD = {
 # Any value of their type will do.
 FREE = {
     "data.folder",
+    "data.fold",
     "data.data_dir",
     "data.source",
     "process.compilation_cache",

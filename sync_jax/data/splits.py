@@ -34,8 +34,8 @@ def part_sizes(section: ConfigDict, info: DatasetInfo) -> tuple[int, int]:
         return info.num_train - held_out, held_out
     if info.num_calibration:
         return info.num_train, info.num_calibration
-    held_out: int = section.calibration_size or round(info.num_train / 10)
-    return info.num_train - held_out, held_out
+    size: int = section.calibration_size or round(info.num_train / 10)
+    return info.num_train - size, size
 
 
 def load_train_and_calibration(
