@@ -127,6 +127,7 @@ FAMILY = {
         )
         for source in ("auxiliary_head", "true_class", "margin", "average")
     },
+    "rank-error": Row("sync", _RANK | {"loss.rank_floor": "error"}),
     "rank-agreement": Row(
         "sync", _RANK | {"target_coverage": 0.05, "loss.prior_source": "agreement", "loss.views": 2}
     ),

@@ -205,6 +205,7 @@ _LATER = {
     "loss.prior_source": "class_head",
     "loss.prior_momentum": 0.9,
     "loss.risk_weight": "selection",
+    "loss.rank_floor": "target",
     "loss.sync_target": "prior",
     "loss.detach_features": False,
     "loss.logit_prior": "none",

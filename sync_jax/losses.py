@@ -107,7 +107,7 @@ def confidence_ranks(
 def rank_weights(
     confidence: Array,
     *,
-    target_coverage: float,
+    target_coverage: float | Array,
     earlier: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
@@ -120,14 +120,17 @@ def rank_weights(
 
         w(r) = -log(max(r, c)) / (1 - c)
 
-    Its mean over r is 1. c near 1 gives equal weights, and c near 0 AURC's own, -log r. In a batch
-    of n the example of rank k has r = (k - 1/2) / n; `earlier` as of `confidence_ranks`. `[batch]`,
-    constants.
+    Its mean over r is 1. c near 1 gives equal weights, and c near 0 AURC's own, -log r; an array
+    `[]` is kept from both ends. In a batch of n the example of rank k has r = (k - 1/2) / n;
+    `earlier` as of `confidence_ranks`. `[batch]`, constants.
     """
-    if target_coverage == 1:
+    if isinstance(target_coverage, float) and target_coverage == 1:
         return jnp.ones(confidence.shape, jnp.float32)
     rank, count = confidence_ranks(confidence, mask, earlier)
     share = jnp.clip((rank - 0.5) / jnp.maximum(count, 1.0), 1e-9, 1.0)
+    if isinstance(target_coverage, Array):
+        c = jnp.clip(jax.lax.stop_gradient(target_coverage), 0.01, 0.99)
+        return jnp.minimum(-jnp.log(share), -jnp.log(c)) / (1.0 - c)
     # The bound in float64: near 1, c and its logarithm would round to nothing.
     return jnp.minimum(-jnp.log(share), -math.log(target_coverage)) / (1.0 - target_coverage)
 
@@ -179,6 +182,7 @@ def sync_loss(
     prior_power: float = 3.0,
     prior_weight: float = 0.0,
     risk_weight: str = "selection",
+    rank_floor: str = "target",
     sync_target: str = "prior",
     sync_weight: float = 0.5,
     divergence: str = "bce",
@@ -199,7 +203,9 @@ def sync_loss(
         + (1 - alpha) * mean(h) + sync_weight * mean(D(g, t))
 
     `risk_weight` is 'selection': w = g * p^prior_weight, coverage = mean(w), 'rank':
-    w = `rank_weights` of q * p^prior_weight, or 'equal': w = p^prior_weight. In the latter two w is
+    w = `rank_weights` of q * p^prior_weight, whose coverages begin at the target or, with
+    `rank_floor` 'error', at the batch's error rate, so that they are equal where the network fits
+    nothing and AURC's where it fits all; or 'equal': w = p^prior_weight. In the latter two w is
     a constant and coverage = mean(g), so that with coverage_weight=0 g learns from the
     synchronisation alone. `sync_target` is 'prior': t = p, or 'correctness': t = 1 where the
     largest of `second_logits`, if given, else of `logits` is the label's. `divergence` is D, 'bce'
@@ -243,9 +249,13 @@ def sync_loss(
         weights = selection * weights
     elif risk_weight == "rank":
         earlier = None if earlier_responses is None else jnp.log(earlier_responses)  # NaN below 0
-        weights *= rank_weights(
-            response, target_coverage=target_coverage, earlier=earlier, mask=classified
-        )
+        floor: float | Array = target_coverage
+        if rank_floor == "error":
+            wrong = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
+            floor = masked_mean(wrong, classified)
+        elif rank_floor != "target":
+            raise ValueError(f"rank_floor must be 'target' or 'error', got {rank_floor!r}")
+        weights *= rank_weights(response, target_coverage=floor, earlier=earlier, mask=classified)
     elif risk_weight != "equal":
         raise ValueError(f"risk_weight must be 'selection', 'rank' or 'equal', got {risk_weight!r}")
     selective, terms = _selective_objective(

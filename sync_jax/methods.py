@@ -389,6 +389,7 @@ _SYNC = _SELECTIVE | {
     "prior_power": Option(3.0, "[0, inf)", "exponent of the confidence in the prior"),
     "prior_weight": Option(0.0, "[0, inf)", "exponent of the prior in the weight"),
     "risk_weight": Option("selection", ("selection", "rank", "equal"), "what weighs the risk"),
+    "rank_floor": Option("target", ("target", "error"), "where the coverages of 'rank' begin"),
     "sync_target": Option("prior", ("prior", "correctness"), "of g"),
     "sync_weight": Option(0.5, "[0, inf)", "weight of the synchronisation term"),
     "divergence": Option("bce", ("bce", "mse"), "between g and its target"),

@@ -36,6 +36,7 @@ BAD = {
     ),
     "loss.prior_momentum": ((-0.1, 1.0, NAN), "in [0, 1)"),
     "loss.risk_weight": (("value",), "choose from equal, rank, selection"),
+    "loss.rank_floor": (("risk",), "choose from error, target"),
     "loss.sync_target": (("wrong",), "choose from correctness, prior"),
     "loss.logit_prior": (("learned",), "choose from fixed, learnt, none"),
     "loss.views": ((0, 3), "between 1 and 2"),
@@ -345,7 +346,15 @@ def test_a_config_without_todays_options_trained_as_their_first_defaults_do():
     del older["optimizer"]["average_decay"]
     for name in (
         *("prior_source", "prior_momentum", "risk_weight", "sync_target", "detach_features"),
-        *("logit_prior", "views", "rank_window", "evidence_share", "label_smoothing", "logit_norm"),
+        *(
+            "logit_prior",
+            "views",
+            "rank_window",
+            "evidence_share",
+            "rank_floor",
+            "label_smoothing",
+            "logit_norm",
+        ),
     ):
         del older["loss"][name]
     assert describe_differences(default_config(), older) == []

@@ -400,6 +400,28 @@ def test_rank_weights_by_hand():
     np.testing.assert_array_equal(rank[real], [4, 1, 6, 4])
 
 
+def test_rank_weights_that_begin_at_the_batchs_error_rate():
+    """Of four examples one is wrong; equal where all are wrong, AURC's where none is, nearly."""
+    logits = jnp.array([[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [1.0, 0.0]])
+    options = SYNC | {"risk_weight": "rank", "prior_weight": 0.0}
+    each = np.log1p(np.exp([-4.0, -3.0, -2.0, -1.0]))
+    shares = np.array([1, 3, 5, 7]) / 8
+
+    def risk(labels, **changed):
+        arrays = logits, jnp.zeros(4), logits, jnp.asarray(labels)
+        return losses.sync_loss(*arrays, **options | changed)[1]["selective_risk"]
+
+    for labels, floor in (([0, 1, 0, 1], 0.25), ([1, 0, 1, 1], 0.99), ([0, 1, 0, 0], 0.01)):
+        wrong = np.array(labels) != [0, 1, 0, 0]
+        cross_entropy = each + wrong * np.array([4.0, 3.0, 2.0, 1.0])
+        weights = np.minimum(-np.log(shares), -np.log(floor))
+        expected = (weights * cross_entropy).sum() / weights.sum()
+        np.testing.assert_allclose(risk(labels, rank_floor="error"), expected, rtol=1e-5)
+        np.testing.assert_allclose(risk(labels, target_coverage=floor), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="rank_floor must be"):
+        risk([0, 1, 0, 0], rank_floor="x")
+
+
 def test_examples_held_out_teach_g_alone():
     logits = jnp.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     chosen, labels = jnp.array([1.0, -1.0, 0.5]), jnp.array([0, 0, 1])

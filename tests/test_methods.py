@@ -60,6 +60,7 @@ def unusual_config() -> ConfigDict:
             "prior_source": "auxiliary_head",
             "prior_momentum": 0.35,
             "risk_weight": "equal",
+            "rank_floor": "target",
             "sync_target": "prior",
             "detach_features": True,
             "logit_prior": "fixed",
@@ -185,6 +186,7 @@ def test_which_fields_matter(name, fields):
         "prior_source": "class_head",
         "risk_weight": "selection",
         "sync_target": "correctness",
+        "rank_floor": "error",
         # Of the network, the step and the memory.
         "detach_features": False,
         "logit_prior": "none",
