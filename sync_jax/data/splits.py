@@ -173,7 +173,7 @@ def grouped_split(
     for each in keys[several[keys]]:
         found, counts = np.unique(label[rows[each]], return_counts=True)
         before, after = held[found] - wanted[found], held[found] + counts - wanted[found]
-        if np.abs(after).sum() < np.abs(before).sum():
+        if (after**2).sum() < (before**2).sum():
             chosen[each], held[found] = True, held[found] + counts
     rest = np.flatnonzero(~several[number])
     if len(rest):
