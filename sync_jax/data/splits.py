@@ -173,7 +173,8 @@ def grouped_split(
     for each in keys[several[keys]]:
         found, counts = np.unique(label[rows[each]], return_counts=True)
         before, after = held[found] - wanted[found], held[found] + counts - wanted[found]
-        if (after**2).sum() < (before**2).sum():
+        fits = held.sum() + sizes[each] / 2 <= wanted.sum()
+        if fits and np.abs(after).sum() < np.abs(before).sum():
             chosen[each], held[found] = True, held[found] + counts
     rest = np.flatnonzero(~several[number])
     if len(rest):
