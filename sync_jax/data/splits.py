@@ -144,8 +144,8 @@ def grouped_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Holds out whole groups at random, of every class as nearly in proportion as they allow.
 
-    Groups of several examples are taken in random order, each where it brings the classes nearer to
-    their shares; examples of no group then fill up. So the hold-out may have a few more or fewer
+    Groups of several examples are taken in random order, each where it brings the classes and the
+    whole nearer to their shares; examples of no group then fill up. So the hold-out may have a few more or fewer
     than `holdout`. A class of two groups or more is in both parts. Without groups of several
     examples it is `stratified_split`, whose other arguments and results it has.
 
@@ -170,12 +170,14 @@ def grouped_split(
     wanted = share * np.bincount(label[several[number]], minlength=len(classes))
     held = np.zeros(len(classes), np.int64)
     chosen = np.zeros(len(sizes), bool)
-    for each in keys[several[keys]]:
+    # The second time around, what was taken too early can be given back.
+    for each in np.tile(keys[several[keys]], 2):
         found, counts = np.unique(label[rows[each]], return_counts=True)
-        before, after = held[found] - wanted[found], held[found] + counts - wanted[found]
-        fits = held.sum() + sizes[each] / 2 <= wanted.sum()
-        if fits and np.abs(after).sum() < np.abs(before).sum():
-            chosen[each], held[found] = True, held[found] + counts
+        sign = -1 if chosen[each] else 1
+        before, total = held[found] - wanted[found], (held - wanted).sum()
+        gain = np.abs(before).sum() - np.abs(before + sign * counts).sum()
+        if gain + abs(total) - abs(total + sign * sizes[each]) > 0:
+            chosen[each], held[found] = not chosen[each], held[found] + sign * counts
     rest = np.flatnonzero(~several[number])
     if len(rest):
         alone = np.bincount(label[rest], minlength=len(classes))
