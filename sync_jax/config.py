@@ -40,6 +40,12 @@ FIELDS: dict[str, Option] = {
     "data.data_dir": Option(os.path.join("~", ".cache", "sync_jax"), "", "prepared datasets"),
     "data.source": Option("", "", "folder with the published files; empty: look for them"),
     "data.folder": Option("", "", "image_folder: the pictures, as folder/class/picture"),
+    "data.duplicates": Option(
+        "group", ("group", "keep", "refuse"), "image_folder: equal pictures go to one side only"
+    ),
+    "data.group": Option(
+        "", "", "image_folder: pictures that go together: 'parent' or a regular expression"
+    ),
     # Of encoded pictures, in pixels. Training crops squares that are stored; evaluation takes the
     # middle of them.
     "data.image_size": Option(64, "[8, 1024]", "side of the network's input"),
@@ -202,6 +208,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 # What trainings did that have no such field.
 _LATER = {
     "data.fold": "",
+    "data.duplicates": "group",
+    "data.group": "",
     "loss.prior_source": "class_head",
     "loss.prior_momentum": 0.9,
     "loss.risk_weight": "selection",
@@ -221,6 +229,8 @@ _LATER = {
 def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
     """Fields by path of a saved config, of this version or an earlier one, in today's terms."""
     fields = _LATER | dict(flatten(saved))
+    if "duplicates" not in saved.get("data", {}) and fields.get("data.name") == "image_folder":
+        fields["data.duplicates"] = "keep"  # nothing changes for other datasets
     if fields.pop("train.steps_per_dispatch", None) is None:
         return fields
     sizes = _SIZES.get(str(fields.get("model.name")), {})

@@ -128,7 +128,7 @@ def prepared(
         ):
             processes.share("connecting the devices")
             sharding.connect(mesh)
-            processes.print(describe(trainer, len(calibration_part.labels)))
+            processes.print(describe(trainer, calibration_part))
             processes.print(placement.reason)
             yield Job(
                 trainer, dataset, train_part, calibration_part, workdir, processes, checkpoints,
@@ -136,14 +136,17 @@ def prepared(
             )  # fmt: skip
 
 
-def describe(trainer: Trainer, calibration_size: int) -> str:
+def describe(trainer: Trainer, calibration: Part) -> str:
     """One line on the training that is about to begin."""
+    grouped = ""
+    if calibration.groups is not None:
+        grouped = f" in {len(np.unique(calibration.groups)):,} groups"
     config, devices, count = trainer.config, trainer.mesh.size, jax.process_count()
     info = trainer.info
     processes = f" of {count} processes" if count > 1 else ""
     return (
         f"{config.method} on {config.data.name}: {trainer.train_size:,} training and "
-        f"{calibration_size:,} calibration images of {info.num_classes} classes "
+        f"{len(calibration.labels):,} calibration images{grouped} of {info.num_classes} classes "
         f"({few(info.class_names)}); {config.model.name} with "
         f"{trainer.num_parameters:,} parameters; {trainer.total_steps:,} steps of "
         f"{config.train.batch_size} on {devices} {jax.devices()[0].platform.upper()} device"

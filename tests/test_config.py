@@ -47,6 +47,7 @@ BAD = {
     "optimizer.schedule": (("constant",), "choose from cosine, linear, step"),
     "seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.split_seed": ((-1, 2**31), "between 0 and 2147483647"),
+    "data.duplicates": (("drop", ""), "choose from group, keep, refuse"),
     "data.crop_padding": ((-1, 65), "between 0 and 64"),
     "data.image_size": ((0, 7, 1025), "between 8 and 1024"),
     "data.min_crop_area": ((0.0, -0.1, 1.1, NAN), "in (0, 1]"),
@@ -114,6 +115,7 @@ BAD = {
 FREE = {
     "data.folder",
     "data.fold",
+    "data.group",
     "data.data_dir",
     "data.source",
     "process.compilation_cache",

@@ -111,6 +111,12 @@ class Dataset(Protocol):
         done, a line at a time.
         """
 
+    def groups(self, split: str) -> np.ndarray | None:
+        """Groups of dependent examples of a split, such as copies, `[n]` integers; None: none.
+
+        A number means the same group in every split.
+        """
+
     def load(self, split: str, *, decode: bool = False) -> tuple[Images, np.ndarray]:
         """Reads an official split, in its order: images, and labels `[n]` int32.
 

@@ -19,6 +19,7 @@ class Part:
     images: Images
     labels: np.ndarray
     index: np.ndarray
+    groups: np.ndarray | None = None  # [n] integers; examples of one number depend on each other
 
 
 def part_sizes(section: ConfigDict, info: DatasetInfo) -> tuple[int, int]:
@@ -48,13 +49,17 @@ def load_train_and_calibration(
         train, calibration = (_whole(dataset, x, decode) for x in ("train", "calibration"))
         return train, calibration
     images, labels = dataset.load("train", decode=decode)
+    groups, seed = dataset.groups("train"), section.split_seed
     if section.fold:
-        kept, held_out = fold_split(labels, *parse_fold(section.fold), seed=section.split_seed)
+        kept, held_out = fold_split(labels, *parse_fold(section.fold), groups=groups, seed=seed)
     else:
-        held_out_size = part_sizes(section, info)[1]
-        kept, held_out = stratified_split(labels, holdout=held_out_size, seed=section.split_seed)
-    to_train, to_calibrate = _divided(images, kept, held_out)
-    return Part(to_train, labels[kept], kept), Part(to_calibrate, labels[held_out], held_out)
+        size = part_sizes(section, info)[1]
+        kept, held_out = grouped_split(labels, groups, holdout=size, seed=seed)
+    parts = zip((kept, held_out), _divided(images, kept, held_out), strict=True)
+    train, calibration = (
+        Part(x, labels[rows], rows, None if groups is None else groups[rows]) for rows, x in parts
+    )
+    return train, calibration
 
 
 def load_test(dataset: Dataset, *, decode: bool = False) -> Part:
@@ -64,7 +69,7 @@ def load_test(dataset: Dataset, *, decode: bool = False) -> Part:
 
 def _whole(dataset: Dataset, split: str, decode: bool) -> Part:
     images, labels = dataset.load(split, decode=decode)
-    return Part(images, labels, np.arange(len(labels)))
+    return Part(images, labels, np.arange(len(labels)), dataset.groups(split))
 
 
 def parse_fold(text: str) -> tuple[int, int]:
@@ -82,15 +87,17 @@ def fold_sizes(size: int, count: int) -> list[int]:
 
 
 def fold_split(
-    labels: np.ndarray, number: int, count: int, *, seed: int
+    labels: np.ndarray, number: int, count: int, *, groups: np.ndarray | None = None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The examples outside and inside one of several disjoint folds, each of them stratified.
 
-    The arguments and the result are as of `stratified_split`; the folds together hold all examples.
+    The arguments and the result are as of `grouped_split`; the folds together hold all examples.
     """
     rest = np.arange(len(labels))
-    for size in fold_sizes(len(labels), count)[:number]:
-        kept, held_out = stratified_split(labels[rest], holdout=size, seed=seed)
+    for i in range(number):
+        size = len(rest) // (count - i)  # the last takes all
+        some = None if groups is None else groups[rest]
+        kept, held_out = grouped_split(labels[rest], some, holdout=size, seed=seed)
         fold, rest = rest[held_out], rest[kept]
     return np.setdiff1d(np.arange(len(labels)), fold), fold
 
@@ -130,3 +137,59 @@ def stratified_split(
         of_class = order[labels[order] == label]
         is_held_out[of_class[:quota]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def grouped_split(
+    labels: np.ndarray, groups: np.ndarray | None, *, holdout: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out whole groups at random, of every class as nearly in proportion as they allow.
+
+    Groups of several examples are taken in random order, each where it brings the classes and the
+    whole nearer to their shares; examples of no group then fill up. So the hold-out may have a few more or fewer
+    than `holdout`. A class of two groups or more is in both parts. Without groups of several
+    examples it is `stratified_split`, whose other arguments and results it has.
+
+    Args:
+        labels: [n] integers.
+        groups: [n] integers, equal ones of one group; None: each example is its own.
+        holdout: examples to hold out.
+        seed: of NumPy's PCG64.
+    """
+    if groups is None or len(np.unique(groups)) == len(groups):
+        return stratified_split(labels, holdout=holdout, seed=seed)
+    _, first, group, sizes = np.unique(
+        groups, return_index=True, return_inverse=True, return_counts=True
+    )
+    classes, label = np.unique(labels, return_inverse=True)
+    number = np.argsort(np.argsort(first))[group]  # by the first example, whatever they are called
+    sizes = sizes[np.argsort(first)]
+    keys = np.argsort(np.random.PCG64(seed).random_raw(len(sizes)), kind="stable")
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(sizes)[:-1])
+    several = sizes > 1
+    share = holdout / len(labels)
+    wanted = share * np.bincount(label[several[number]], minlength=len(classes))
+    held = np.zeros(len(classes), np.int64)
+    chosen = np.zeros(len(sizes), bool)
+    # The second time around, what was taken too early can be given back.
+    for each in np.tile(keys[several[keys]], 2):
+        found, counts = np.unique(label[rows[each]], return_counts=True)
+        sign = -1 if chosen[each] else 1
+        before, total = held[found] - wanted[found], (held - wanted).sum()
+        gain = np.abs(before).sum() - np.abs(before + sign * counts).sum()
+        if gain + abs(total) - abs(total + sign * sizes[each]) > 0:
+            chosen[each], held[found] = not chosen[each], held[found] + sign * counts
+    rest = np.flatnonzero(~several[number])
+    if len(rest):
+        alone = np.bincount(label[rest], minlength=len(classes))
+        total = share * np.bincount(label, minlength=len(classes))
+        quota = np.clip(np.round(total - held).astype(np.int64), 0, alone)
+        order = rest[np.argsort(np.argsort(keys)[number[rest]], kind="stable")]
+        for i, count in enumerate(quota):
+            chosen[number[order[label[order] == i][:count]]] = True
+    for i in range(len(classes)):  # both parts need every class
+        of_class = np.unique(number[label == i])
+        inside = chosen[of_class]
+        if len(of_class) > 1 and (inside.all() or not inside.any()):
+            smallest = of_class[np.argmin(sizes[of_class])]
+            chosen[smallest] = not chosen[smallest]
+    return np.flatnonzero(~chosen[number]), np.flatnonzero(chosen[number])

@@ -30,6 +30,7 @@ class Predictions:
     outputs: dict[str, np.ndarray]  # float32, as `SelectiveNetwork` returns them
     labels: np.ndarray  # [n] int32
     index: np.ndarray  # [n] int64, positions in the official split
+    groups: np.ndarray | None = None  # [n] integers, equal for examples that depend on each other
 
     @property
     def predicted(self) -> np.ndarray:
@@ -81,6 +82,8 @@ class Predictions:
         """Writes an .npz file, complete or not at all."""
         outputs = {f"outputs/{name}": output for name, output in self.outputs.items()}
         arrays: dict[str, Any] = {"labels": self.labels, "index": self.index, **outputs}
+        if self.groups is not None:
+            arrays["groups"] = self.groups
         write_atomically(path, lambda file: np.savez(file, **arrays))
 
     @classmethod
@@ -99,24 +102,25 @@ class Predictions:
             }
             if "logits" not in outputs or len({len(array) for array in arrays.values()}) > 1:
                 raise ValueError("arrays are missing or of different lengths")
-            _check(outputs, arrays["labels"], arrays["index"])
-            return cls(outputs, arrays["labels"], arrays["index"])
+            rows = {x: arrays[x] for x in ("labels", "index", "groups") if x in arrays}
+            _check(outputs, rows)
+            return cls(outputs, **rows)
         except FileNotFoundError:
             raise InputError(f"{path} is missing{again}") from None
         except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
             raise InputError(f"{path} is damaged: {error}{again}") from error
 
 
-def _check(outputs: dict[str, np.ndarray], labels: np.ndarray, index: np.ndarray) -> None:
+def _check(outputs: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> None:
     """Raises ValueError where these can be no `Predictions`."""
-    classes = outputs["logits"].shape[-1]
+    classes, labels = outputs["logits"].shape[-1], rows["labels"]
     for name, output in outputs.items():
         shape = (len(labels), classes) if name in ("logits", "auxiliary_logits") else (len(labels),)
         if output.dtype.kind != "f" or output.shape != shape or not output.size:
             raise ValueError(f"{name} is {output.dtype} {output.shape}, no output of a network")
         if not np.all(np.isfinite(output)):
             raise ValueError(f"{name} holds a number that is not finite")
-    for name, array in {"labels": labels, "index": index}.items():
+    for name, array in rows.items():
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected integers [n]")
     if labels.min() < 0 or labels.max() >= classes:
@@ -157,4 +161,4 @@ def predict(
         name: np.concatenate([row[name] for row in rows])[:size].astype(np.float32)
         for name in rows[0]
     }
-    return Predictions(outputs, part.labels, part.index)
+    return Predictions(outputs, part.labels, part.index, part.groups)

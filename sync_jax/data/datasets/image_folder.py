@@ -1,6 +1,6 @@
 """The user's own pictures: a folder per class.
 
-    <class>/<picture>                      a fifth of each class becomes the test split
+    <class>/<picture>                      a fifth of each class becomes the test split, when read
     train/<class>/..., test/<class>/...    the test split as given
     train/..., val/...                     val is the test split
     train/..., val/..., test/...           val is the calibration split, whole
@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,10 +24,11 @@ from ml_collections import ConfigDict
 
 from sync_jax.data.images import SUFFIXES
 from sync_jax.data.info import DatasetInfo, contents, few
+from sync_jax.data.prepare import copies
 from sync_jax.data.prepare.archives import Listing, Picture, is_picture
-from sync_jax.data.prepare.pictures import SPLITS, PictureDataset
-from sync_jax.data.prepare.staging import Log, check_folder, expand
-from sync_jax.data.splits import stratified_split
+from sync_jax.data.prepare.pictures import MOMENTS, SPLITS, PictureDataset, mean_and_std
+from sync_jax.data.prepare.staging import Log, check_folder, damage, expand
+from sync_jax.data.splits import grouped_split
 from sync_jax.errors import InputError
 
 # Hugging Face's names of splits, and ours for calibration.
@@ -46,7 +47,7 @@ _TEST_SHARE = 5  # one in so many, where the tree has no split folders
 class ImageFolder(PictureDataset):
     """Pictures of a folder per class, prepared in `data_dir/image_folder/<folder>/<version>`."""
 
-    VERSION = "2.0.0"
+    VERSION = "2.1.0"  # since then the test split is held out when pictures are read
     LARGEST_SIDE = 512  # photographs of a telephone's size would take minutes an epoch to decode
 
     def __init__(self, section: ConfigDict):
@@ -73,17 +74,95 @@ class ImageFolder(PictureDataset):
     def info(self) -> DatasetInfo | None:
         """See `Dataset.info`."""
         info = super().info()
-        if info is None or not os.path.isdir(self.pictures):
+        if info is None or not self.is_prepared():
             return info
-        return dataclasses.replace(info, note=self._tree[0].note)  # earlier versions wrote none
+        with damage(self.folder / MOMENTS):
+            moments = np.load(self.folder / MOMENTS, allow_pickle=False)
+            mean, std = mean_and_std(moments[self._division["train"][1]])
+        note = "; ".join(filter(None, (info.note, *self._notes())))
+        return dataclasses.replace(info, mean=mean, std=std, note=note)
+
+    def _notes(self) -> Iterator[str]:
+        """Lines on pictures that are left out, and on folders that may be groups."""
+        for split, size in self._stored.items():
+            kept = sum(len(rows) for of, rows in self._division.values() if of == split)
+            if kept < size:
+                yield (
+                    f"{size - kept:,} pictures of {split} are left out: they equal pictures of "
+                    "another split, or are of one of its groups"
+                )
+        if not self.section.group:
+            table = self._table
+            places = {
+                (label, os.path.dirname(file))
+                for label, file in zip(table.label, table.file, strict=True)
+            }
+            of_class = Counter(label for label, _ in places)
+            # In each split a class has a folder.
+            nested = sorted(x for label, x in places if of_class[label] > len(self._stored))
+            if nested:
+                yield (
+                    f"pictures of a class lie in several folders ({few(nested)}); if those of one "
+                    "folder depend on each other, as of a patient, say --config.data.group=parent"
+                )
 
     def _expected(self) -> DatasetInfo | None:
         """Upper bounds of the sizes, for a file may turn out to be no picture."""
         if not os.path.isdir(self.pictures):
             return None
         listing, _ = self._tree
-        counts = {split: len(pictures) for split, pictures in listing.splits.items()}
-        return self._describe(listing.class_names, counts)
+        return self._describe(listing.class_names, _counts(listing))
+
+    @functools.cached_property
+    def _table(self) -> copies.Table:
+        """See `PictureDataset`; this version's folders have one."""
+        with damage(self.folder / copies.TABLE):
+            table = copies.read_table(self.folder)
+            if table is None or len(table.file) != sum(self._stored.values()):
+                raise ValueError("it has not a line for each picture")
+            return table
+
+    @functools.cached_property
+    def _division(self) -> dict[str, tuple[str, np.ndarray]]:
+        """Whole groups are on one side: test keeps its own, then calibration, and train the rest.
+
+        Without a folder for test a fifth of the rest is held out.
+        """
+        stored = {split: np.flatnonzero(self._table.split == split) for split in self._stored}
+        taken, found = np.empty(0, np.int64), {}
+        for split in reversed(stored):
+            groups = self._groups[stored[split]]
+            found[split] = split, np.flatnonzero(~np.isin(groups, taken))
+            taken = np.union1d(taken, groups)
+        if "test" not in found:
+            rest = found["train"][1]
+            labels, groups = (x[stored["train"]][rest] for x in (self._table.label, self._groups))
+            size = len(rest) // _TEST_SHARE
+            kept, held_out = grouped_split(labels, groups, holdout=size, seed=0)
+            found |= {"train": ("train", rest[kept]), "test": ("train", rest[held_out])}
+        return {split: found[split] for split in SPLITS if split in found}
+
+    @functools.cached_property
+    def _groups(self) -> np.ndarray:
+        """The group of every picture in pictures.csv: equal ones, and what `data.group` joins."""
+        table, duplicates = self._table, self.section.duplicates
+        if duplicates == "refuse" and (report := copies.report(table)["equal"])["groups"]:
+            raise InputError(
+                f"config.data.duplicates='refuse': {report['pictures']:,} pictures of "
+                f"{self.pictures} are equal to others, such as {few(report['files'][0])}; all are "
+                f"in {self.folder / copies.REPORT}"
+            )
+        keys = [] if duplicates == "keep" else [table.pixels]
+        if self.section.group:
+            keys.append(group_names(self.section.group, table))
+        return copies.linked(*keys) if keys else np.arange(len(table.file))
+
+    def groups(self, split: str) -> np.ndarray | None:
+        """See `Dataset.groups`; None where no two pictures are linked."""
+        if len(np.unique(self._groups)) == len(self._groups):
+            return None
+        of, rows = self._division[split]
+        return self._groups[self._table.split == of][rows]
 
     def _check_source(self, digest: str) -> None:
         # The pictures need not be there any more; if they are, they must be the same.
@@ -96,7 +175,7 @@ class ImageFolder(PictureDataset):
 
     def _find(self, log: Log) -> Listing:
         listing, others = self._tree
-        counts = {split: len(pictures) for split, pictures in listing.splits.items()}
+        counts = _counts(listing)
         ignored = f"; {others:,} other files ignored" if others else ""
         found = contents(listing.class_names, counts, listing.note)
         log(f"{self.pictures} has {found}{ignored}")
@@ -146,7 +225,7 @@ def scan(folder: Path) -> tuple[Listing, int]:
         for split, entries in found.items()
     }
     if "test" not in listed:
-        listed |= _hold_out(listed["train"], where)
+        _check_hold_out(listed["train"], where)
     note = "; ".join(
         f"the {split} split is the folder {root!r}"
         for split, root in roots.items()
@@ -261,14 +340,46 @@ def _unwrapped(name: str, inside: Mapping[str, Sequence[str]]) -> str:
     return inner if inside[name] == [name] and inside[inner] else name
 
 
-def _hold_out(pictures: list[Picture], where: str) -> dict[str, list[Picture]]:
-    """A fifth of each class for test: the same one every time."""
-    labels = np.asarray([picture.label for picture in pictures])
-    smallest = int(np.bincount(labels).min())
+def _check_hold_out(pictures: list[Picture], where: str) -> None:
+    smallest = int(np.bincount([picture.label for picture in pictures]).min())
     if smallest < _TEST_SHARE:
         raise InputError(
             f"{where}: a class has {smallest} pictures; at least {_TEST_SHARE} of each are needed "
             "to hold some out for test, or give train and test folders of your own"
         )
-    kept, held_out = stratified_split(labels, holdout=len(pictures) // _TEST_SHARE, seed=0)
-    return {"train": [pictures[i] for i in kept], "test": [pictures[i] for i in held_out]}
+
+
+def _counts(listing: Listing) -> dict[str, int]:
+    """The sizes of the splits, as far as the names of the files tell."""
+    counts = {split: len(pictures) for split, pictures in listing.splits.items()}
+    if "test" not in counts:
+        counts["test"] = counts["train"] // _TEST_SHARE
+        counts["train"] -= counts["test"]
+    return counts
+
+
+def group_names(group: str, table: copies.Table) -> np.ndarray:
+    """The names of the pictures' groups, as `config.data.group` says.
+
+    'parent' is the folder of a picture. Anything else is a regular expression that is searched in
+    its path: its first part in parentheses is the group, or all of the match. A path without a
+    match is a group of its own.
+    """
+    if group == "parent":
+        return np.asarray([os.path.dirname(file) for file in table.file])
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise InputError(f"config.data.group={group!r} is no regular expression: {error}") from None
+    matches = [pattern.search(file) for file in table.file]
+    if not any(matches):
+        raise InputError(
+            f"config.data.group={group!r} matches no path, such as {table.file[0]}; it is a "
+            "regular expression, or 'parent'"
+        )
+    return np.asarray(
+        [
+            f"={match[1 if pattern.groups else 0]}" if match else f"-{file}"
+            for match, file in zip(matches, table.file, strict=True)
+        ]
+    )

@@ -24,6 +24,7 @@ class MemoryDataset:
         labels: np.ndarray,
         class_names: Sequence[str],
         test: Examples | None = None,
+        groups: ArrayLike | None = None,
     ):
         """Checks and measures the arrays.
 
@@ -33,6 +34,8 @@ class MemoryDataset:
             labels: `[n]` integers from 0 to the number of class names - 1.
             class_names: one for each label.
             test: images and labels of a test split, of the same kind; None: there is none.
+            groups: `[n]` integers or strings; examples of one group, such as a patient's, depend on
+                each other. None: all are independent.
 
         Raises:
             ValueError: naming the argument that does not fit.
@@ -41,6 +44,15 @@ class MemoryDataset:
         self._splits = {"train": _checked("images", images, labels, classes)}
         if test is not None:
             self._splits["test"] = _checked("test images", *test, classes)
+        self._groups = None
+        if groups is not None:
+            given = np.asarray(groups)
+            if given.shape != (len(labels),) or given.dtype.kind not in "iuSU":
+                raise ValueError(
+                    f"groups must be {len(labels)} integers or strings, one for each example; got "
+                    f"{given.dtype} of shape {given.shape}"
+                )
+            self._groups = np.unique(given, return_inverse=True)[1]
         shape = self._splits["train"][0].shape[1:]
         for kept, _ in self._splits.values():
             if kept.shape[1:] != shape:
@@ -69,6 +81,10 @@ class MemoryDataset:
 
     def prepare(self, log: Callable[[str], None] = say) -> None:
         """Does nothing."""
+
+    def groups(self, split: str) -> np.ndarray | None:
+        """See `Dataset.groups`."""
+        return self._groups if split == "train" else None
 
     def load(self, split: str, *, decode: bool = False) -> Examples:
         """See `Dataset.load`."""

@@ -30,6 +30,7 @@ class Picture(NamedTuple):
     path: Path
     offset: int = 0
     size: int = -1
+    group: str = ""  # of a column that the user names
 
     def read(self) -> bytes:
         """Its bytes; raises an OSError where the file ends before."""
@@ -54,11 +55,11 @@ class Listing:
         digest = hashlib.sha256()
         times: dict[Path, tuple[int, int]] = {}
         for split, pictures in sorted(self.splits.items()):
-            for name, label, path, offset, size in pictures:
+            for name, label, path, offset, size, group in pictures:
                 if path not in times or size < 0:
                     status = os.stat(path)
                     times[path] = status.st_size, status.st_mtime_ns
-                line = (split, name, label, offset, size, *times[path])
+                line = (split, name, label, offset, size, *times[path], *([group] if group else ()))
                 digest.update("\0".join(map(str, line)).encode(errors="surrogateescape") + b"\n")
         return digest.hexdigest()
 

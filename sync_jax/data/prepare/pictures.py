@@ -3,6 +3,9 @@
 A prepared folder holds, beside what TFDS puts there and what prepare.records reads:
 
     sync_jax.json           the facts of `DatasetInfo`, and the digest of what it was made from
+    pictures.csv            the names and fingerprints of the pictures, see prepare.copies
+    data_report.json        copies among them
+    moments_train.npy       `[n, 2, 3]`, of each training picture the channels' means and squares
     bad_files.txt           pictures that cannot be decoded, and why; only if there are any
 """
 
@@ -12,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -27,6 +30,7 @@ from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 
 from sync_jax.data.images import BadImageError, Layout, decode, square
 from sync_jax.data.info import DatasetInfo, Pictures, contents
+from sync_jax.data.prepare import copies
 from sync_jax.data.prepare.archives import Listing, Picture
 from sync_jax.data.prepare.records import (
     DecodedPictures,
@@ -56,7 +60,7 @@ from sync_jax.errors import InputError
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_text
 
-INFO, BAD_FILES = "sync_jax.json", "bad_files.txt"
+INFO, BAD_FILES, MOMENTS = "sync_jax.json", "bad_files.txt", "moments_train.npy"
 SPLITS = ("train", "calibration", "test")  # not every dataset has a calibration split
 SHARD = 1024  # pictures in a file: of ImageNet's, 110 MB
 # ImageNet's mean and deviation, which the field's codes use for the published datasets.
@@ -90,7 +94,7 @@ class PictureDataset(Prepared):
             known = json.loads(path.read_text())
             info = self._describe(
                 tuple(known["class_names"]),
-                {x: known[f"num_{x}"] for x in SPLITS if f"num_{x}" in known},
+                {split: len(rows) for split, (_, rows) in self._division.items()},
                 tuple(known["mean"]),
                 tuple(known["std"]),
             )
@@ -118,8 +122,21 @@ class PictureDataset(Prepared):
             num_test=counts["test"],
             num_calibration=counts.get("calibration", 0),
             stored_shape=(stored, stored, 3),
-            squares_bytes=missing_bytes(self.folder, self.layout, counts),
+            squares_bytes=missing_bytes(
+                self.folder, self.layout, self._stored if self.is_prepared() else counts
+            ),
         )
+
+    @property
+    def _stored(self) -> dict[str, int]:
+        """The numbers of pictures in the prepared folder, by split of the records."""
+        known = json.loads((self.folder / INFO).read_text())
+        return {x: known[f"num_{x}"] for x in SPLITS if f"num_{x}" in known}
+
+    @functools.cached_property
+    def _division(self) -> dict[str, tuple[str, np.ndarray]]:
+        """Where each split is: in which split of the records, and its rows there."""
+        return {split: (split, np.arange(count)) for split, count in self._stored.items()}
 
     def _expected(self) -> DatasetInfo | None:
         """The info before it is prepared."""
@@ -131,17 +148,18 @@ class PictureDataset(Prepared):
     def load(self, split: str, *, decode: bool = False) -> tuple[Pictures, np.ndarray]:
         """See `Dataset.load`."""
         self._require()
-        self._verify(*((split,) if decode else ()))
         info = self.info()
         assert info is not None
         self._require(split, info.splits)
-        every = {x: Records(self.folder, x) for x in info.splits}
+        self._verify(*((self._division[split][0],) if decode else ()))
+        every = {x: Records(self.folder, x) for x in self._stored}
+        split, rows = self._division[split]
         labels = every[split].labels()
         if labels.max() >= info.num_classes:
             raise InputError(
                 f"{self.folder} is damaged: {split} has labels beyond its classes; delete it"
             )
-        rows = np.arange(len(labels))
+        labels = labels[rows]
         if decode:
             return DecodedPictures(rows, self.layout.size, every[split], self.layout), labels
         if info.squares_bytes:
@@ -176,6 +194,8 @@ class PictureDataset(Prepared):
         )
         for leftover in (work, self.scratch):
             shutil.rmtree(leftover, ignore_errors=True)
+        if line := copies.describe(builder.copies):
+            log(line)
         bad, total = builder.bad_files, sum(map(len, source.splits.values()))
         for line in bad[:5]:
             log(f"cannot be read, left out: {line}")
@@ -235,7 +255,8 @@ class Shard:
     path: Path
     labels: list[int]
     bad: list[str]  # a line for each picture that was left out
-    sums: list[list[float]]  # `[2, 3]`, over its pictures, of a channel's mean and mean square
+    rows: list[list[str]]  # of each kept one file, group and fingerprint
+    moments: list[list[list[float]]]  # `[n, 2, 3]`, each channel's mean and mean square
     num_bytes: int
 
 
@@ -255,6 +276,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         self._listing, self._digest, self._work = listing, digest, work
         self._largest_side = dataset.LARGEST_SIDE
         self._shards: dict[str, list[Shard]] = {}
+        self.copies: dict[str, Any] = {}
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -288,7 +310,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
     def _write(
         self, path: Path, pictures: Sequence[Picture], pool: ThreadPool, serializer: Any
     ) -> Shard:
-        labels, bad, sums, num_bytes = [], [], np.zeros((2, 3)), 0
+        labels, bad, rows, moments, num_bytes = [], [], [], [], 0
         temporary = path.with_suffix(".incomplete")
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         load = functools.partial(load_picture, largest_side=self._largest_side)
@@ -296,17 +318,18 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             if isinstance(loaded, str):
                 bad.append(f"{picture.name}: {loaded}")
                 continue
-            data, moments = loaded
+            data, own, fingerprint = loaded
             example = {"image": data, "label": picture.label, "file": _text(picture.name)}
             record = serializer.serialize_example(self.info.features.encode_example(example))
             writer.write(record)
             labels.append(picture.label)
+            rows.append([printable(_text(picture.name)), _text(picture.group), *fingerprint])
             num_bytes += len(record)
-            sums += moments
+            moments.append(own.tolist())
         writer.close()
         flush(temporary)
         temporary.replace(path)
-        shard = Shard(path, labels, bad, sums.tolist(), num_bytes)
+        shard = Shard(path, labels, bad, rows, moments, num_bytes)
         # From now on it is finished.
         known = dataclasses.asdict(shard) | {"path": str(path)}
         write_text(path.with_suffix(".json"), json.dumps(known))
@@ -345,20 +368,34 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
     def _write_info(self) -> None:
         folder, shards = Path(self.data_path), self._shards
         counts = {split: sum(len(s.labels) for s in shards[split]) for split in shards}
-        mean, squares = np.sum([s.sums for s in shards["train"]], axis=0) / counts["train"]
+        moments = np.asarray([x for shard in shards["train"] for x in shard.moments])
+        np.save(folder / MOMENTS, moments)
+        mean, std = mean_and_std(moments)
         bad = self.bad_files
         if bad:
             (folder / BAD_FILES).write_text("".join(f"{printable(line)}\n" for line in bad))
+        copies.write_table(folder, self._rows())
+        table = copies.read_table(folder)
+        assert table is not None
+        self.copies = copies.report(table)
+        copies.write_report(folder, self.copies)
         known = {
             "class_names": [_text(name) for name in self._listing.class_names],
-            "mean": mean.tolist(),
-            "std": np.sqrt(np.maximum(squares - mean**2, 1e-6)).tolist(),
+            "mean": mean,
+            "std": std,
             **{f"num_{split}": count for split, count in counts.items()},
             "note": _text(self._listing.note),
             "bad_files": len(bad),
             "digest": self._digest,
         }
         (folder / INFO).write_text(json.dumps(known, indent=1) + "\n")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        """The rows of pictures.csv."""
+        for split, shards in self._shards.items():
+            for shard in shards:
+                for label, (file, group, *rest) in zip(shard.labels, shard.rows, strict=True):
+                    yield (split, file, label, group, *rest)
 
     @property
     def bad_files(self) -> list[str]:
@@ -371,11 +408,13 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, np.ndarray] | str:
+def load_picture(
+    picture: Picture, *, largest_side: int | None
+) -> tuple[bytes, np.ndarray, copies.Print] | str:
     """Reads a picture and makes sure that it can be decoded.
 
-    One with a longer short side is resized to `largest_side`, as a JPEG. Returns its bytes, and
-    `[2, 3]` the mean of each channel and of its square; or what is wrong with it.
+    One with a longer short side is resized to `largest_side`, as a JPEG. Returns its bytes, the
+    mean of each channel and of its square `[2, 3]`, and its fingerprint; or what is wrong with it.
     """
     try:
         data = picture.read()
@@ -388,7 +427,8 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
         raise InputError(f"{picture.path} cannot be read: {error.strerror or error}") from error
     short = min(image.size)
     size = min(short, _MEASURED)
-    pixels = square(image, size, size) / 255.0
+    middle = square(image, size, size)
+    pixels, fingerprint = middle / 255.0, copies.fingerprint(data, image, middle)
     if largest_side and short > largest_side:
         width, height = (max(round(x * largest_side / short), 1) for x in image.size)
         out = BytesIO()
@@ -396,7 +436,14 @@ def load_picture(picture: Picture, *, largest_side: int | None) -> tuple[bytes, 
             out, "JPEG", quality=95, subsampling=0
         )
         data = out.getvalue()
-    return data, np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
+    moments = np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
+    return data, moments, fingerprint
+
+
+def mean_and_std(moments: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of pictures of `moments` `[n, 2, 3]`."""
+    mean, squares = moments.mean(axis=0)
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares - mean**2, 1e-6)).tolist())
 
 
 def _finished(path: Path) -> Shard | None:
