@@ -144,10 +144,10 @@ def grouped_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Holds out whole groups at random, of every class as nearly in proportion as they allow.
 
-    Groups of several examples are taken in random order, each where it brings the classes and the
-    whole nearer to their shares; examples of no group then fill up. So the hold-out may have a few more or fewer
-    than `holdout`. A class of two groups or more is in both parts. Without groups of several
-    examples it is `stratified_split`, whose other arguments and results it has.
+    Groups of several examples are taken in random order, each where it brings the classes nearer to
+    their shares and the whole is not passed by more than half a group. Examples of no group then
+    fill up. A class of two groups or more is in both parts. Without groups of several examples it
+    is `stratified_split`, whose other arguments and results it has.
 
     Args:
         labels: [n] integers.
@@ -176,7 +176,7 @@ def grouped_split(
         sign = -1 if chosen[each] else 1
         before, total = held[found] - wanted[found], (held - wanted).sum()
         gain = np.abs(before).sum() - np.abs(before + sign * counts).sum()
-        if gain + abs(total) - abs(total + sign * sizes[each]) > 0:
+        if gain > 0 and abs(total + sign * sizes[each]) <= max(abs(total), sizes[each] / 2):
             chosen[each], held[found] = not chosen[each], held[found] + sign * counts
     rest = np.flatnonzero(~several[number])
     if len(rest):
