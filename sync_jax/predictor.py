@@ -65,7 +65,7 @@ class SelectiveClassifier:
             )
         nothing = np.zeros(len(inputs), np.int32)  # labels are not known
         predictions = self.trainer.predict(self.state, Part(inputs, nothing, nothing))
-        confidence, _, predicted, _ = predictions.decided(self.score, **self.parameters)
+        confidence, _, predicted, *_ = predictions.decided(self.score, **self.parameters)
         return Prediction(
             self.classes[predicted],
             confidence,
@@ -78,6 +78,7 @@ def fit(
     images_or_features: ArrayLike,
     labels: ArrayLike,
     *,
+    groups: ArrayLike | None = None,
     method: str = "sync",
     model: str | None = None,
     calibration: float = 0.1,
@@ -92,6 +93,8 @@ def fit(
         images_or_features: images `[n, height, width]` or `[n, height, width, channels]` uint8, or
             features `[n, d]`, such as another network's embeddings, of any real dtype.
         labels: `[n]`, integers or strings; at least two classes.
+        groups: `[n]` integers or strings; examples of one group, such as a patient's, depend on
+            each other, and are held out together. None: all are independent.
         method: a name in `methods.METHODS`, or yours as 'package.module:NAME'.
         model: a backbone, likewise of `models.BACKBONES`; None: 'cnn' for images, 'mlp' for
             features.
@@ -119,7 +122,7 @@ def fit(
     classes, numbers = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"labels hold {len(classes)} class; a classifier needs two")
-    dataset = MemoryDataset(inputs, numbers, tuple(map(str, classes)))
+    dataset = MemoryDataset(inputs, numbers, tuple(map(str, classes)), groups=groups)
     config = _config(inputs, calibration)
     config.method, config.seed = method, seed
     config.model.name = model or ("mlp" if inputs.ndim == 2 else "cnn")

@@ -59,24 +59,27 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if processes.from_first("the workdir", lambda: is_finished(config, workdir)):
         return
     with prepared(config, registry.dataset(config.data), workdir, processes) as job:
-        if line := beyond_proof(config, len(job.calibration_part.labels)):
+        if line := beyond_proof(config, job.calibration_part):
             processes.print(line)
         finish(job, fit(job, begin(job)))
 
 
-def beyond_proof(config: ConfigDict, calibration_size: int) -> str:
+def beyond_proof(config: ConfigDict, calibration: Part) -> str:
     """One line on the target risks that no calibration split of this size can certify, or ''."""
+    size, what = len(calibration.labels), "images"
+    if calibration.groups is not None:
+        size, what = len(np.unique(calibration.groups)), "groups of images"
     delta = config.evaluation.delta
     needed = {risk: fewest_accepted(risk, delta) for risk in config.evaluation.target_risks}
     beyond = [
         f"{100 * risk:g} % (at least {n:,} are needed, without an error)"
         for risk, n in sorted(needed.items(), reverse=True)
-        if n > calibration_size
+        if n > size
     ]
     if not beyond:
         return ""
     return (
-        f"{calibration_size:,} calibration images cannot certify an error rate of "
+        f"{size:,} calibration {what} cannot certify an error rate of "
         f"{', '.join(beyond)} at config.evaluation.delta={delta:g}; more of "
         "them can"
     )

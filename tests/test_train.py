@@ -20,6 +20,7 @@ from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
 from sync_jax.data.placement import Placement
 from sync_jax.data.recipe import Augmentation
+from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.report import read_report
@@ -173,20 +174,20 @@ def test_the_test_split_is_read_once_and_last(finished):
 def test_what_no_calibration_split_of_a_size_can_certify_is_said():
     """Without an error 59 examples prove 5 % at delta 0.05, for 0.95^59 < 0.05 < 0.95^58."""
     config = default_config()
-    assert train.beyond_proof(config, 299) == ""
-    assert "rate of 1 % (at least 299 are needed, without an error) at" in train.beyond_proof(
-        config, 298
-    )
-    assert (
-        "of 2 % (at least 149 are needed, without an error), 1 % (at least 299"
-        in train.beyond_proof(config, 59)
-    )
-    assert (
-        "of 5 % (at least 59 are needed, without an error), 2 % (at least 149"
-        in train.beyond_proof(config, 58)
-    )
+
+    def line(size, groups=None):
+        return train.beyond_proof(
+            config, Part(np.zeros(size), np.zeros(size), np.arange(size), groups)
+        )
+
+    assert line(299) == ""
+    assert "rate of 1 % (at least 299 are needed, without an error) at" in line(298)
+    assert "of 2 % (at least 149 are needed, without an error), 1 % (at least 299" in line(59)
+    assert "of 5 % (at least 59 are needed, without an error), 2 % (at least 149" in line(58)
+    twins = line(598, np.arange(598) % 298)
+    assert twins.startswith("298 calibration groups of images cannot certify an error rate of 1 %")
     config.evaluation.delta = 0.5
-    assert train.beyond_proof(config, 69) == ""  # 0.99^69 < 0.5 < 0.99^68
+    assert line(69) == ""  # 0.99^69 < 0.5 < 0.99^68
 
 
 def test_auto_takes_what_the_machine_can_train_and_stays_with_it(data_dir, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sync_jax import guarantees
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.runtime.files import write_atomically
@@ -21,6 +22,16 @@ class Ranked(NamedTuple):
     wrong: np.ndarray  # [n] float64, 1 where the prediction is not the label
     predicted: np.ndarray  # [n] integers, the predicted class
     num_classes: int
+    groups: np.ndarray | None = None  # [n] integers; None: the examples are independent
+
+    def independent(self) -> "Ranked":
+        """One example of each group, for certificates: see `guarantees.one_per_group`."""
+        if self.groups is None:
+            return self
+        rows = guarantees.one_per_group(self.groups)
+        return Ranked(
+            self.confidence[rows], self.wrong[rows], self.predicted[rows], self.num_classes
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +67,8 @@ class Predictions:
     def ranked(self, score: str | Score, **parameters: Any) -> Ranked:
         """The examples under a score; see `confidence`."""
         confidence = self.confidence(score, **parameters)
-        return Ranked(confidence, self.wrong, self.predicted, self.outputs["logits"].shape[-1])
+        num_classes = self.outputs["logits"].shape[-1]
+        return Ranked(confidence, self.wrong, self.predicted, num_classes, self.groups)
 
     def decided(self, score: Score, **parameters: Any) -> Ranked:
         """The examples as a threshold sees them: by the score's unsaturated form, in float32.

@@ -92,9 +92,11 @@ def evaluation_record(
         held_out, decided = (part.decided(own, **parameters) for part in (calibration, test))
         entry |= threshold_record(held_out, decided, config)
     best = record["scores"]["softmax_response"]["certificates"][0]
-    held_out = calibration.decided(known["log_odds"])
+    held_out = calibration.decided(known["log_odds"]).independent()
     plan = None if best["feasible"] else enough(held_out, config)
     record["recommended"] |= best | {"calibration_plan": plan}
+    if calibration.groups is not None:  # each certificate's n_calibration is their number
+        record["calibration"]["groups"] = len(np.unique(calibration.groups))
     if score != "softmax_response":
         difference = metrics.paired_bootstrap_interval(
             metrics.aurc,
@@ -112,7 +114,7 @@ def ranking_record(
 ) -> dict[str, Any]:
     """The part of the record that every score has; arguments as of `evaluation_record`."""
     parameters = fit_parameters(calibration, score=score)
-    confidence, wrong, _, _ = test.ranked(score, **parameters)
+    confidence, wrong = test.ranked(score, **parameters)[:2]
     return {
         "label": score.label,
         "parameters": parameters,
@@ -171,8 +173,9 @@ def threshold_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> d
     """Thresholds of the softmax response and the method's own score, as `Predictions.decided`.
 
     Other scores have none: several saturate in float32, and of a dozen none could be chosen by its
-    certificates.
+    certificates. Where calibration examples have groups, certificates and plans are by one of each.
     """
+    alone = calibration.independent()
 
     def calibrated(coverage: float) -> dict[str, Any]:
         threshold = metrics.threshold_for_coverage(calibration.confidence, coverage=coverage)
@@ -181,9 +184,9 @@ def threshold_record(calibration: Ranked, test: Ranked, config: ConfigDict) -> d
     return {
         "deployed": [calibrated(coverage) for coverage in _coverages(config)],
         "operating_point": calibrated(config.target_coverage),
-        "certificates": certificates(calibration, test, config),
-        "class_certificates": class_certificates(calibration, test, config),
-        "calibration_plans": calibration_plans(calibration, config),
+        "certificates": certificates(alone, test, config),
+        "class_certificates": class_certificates(alone, test, config),
+        "calibration_plans": calibration_plans(alone, config),
     }
 
 

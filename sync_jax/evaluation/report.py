@@ -238,15 +238,16 @@ def _lead(report: dict[str, Any]) -> str:
             f"confidence; answers {covered} % of the test images. (Its "
             "assumptions stand below the certificates.)"
         )
+    what = "groups" if "groups" in report["calibration"] else "images"
     if (plan := found["calibration_plan"]) is not None:
         advice = (
-            f"With about {plan['n_calibration']:,} calibration images (there are "
+            f"With about {plan['n_calibration']:,} calibration {what} (there are "
             f"{found['n_calibration']:,}) a threshold at "
             f"{number(plan['coverage'], spec='.0f')} % coverage would be certified four times in "
             "five"
         )
     else:
-        advice = "The error is too high at every coverage; more calibration images would not help"
+        advice = "The error is too high at every coverage; more calibration data would not help"
     return (
         f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
         f"confidence. {advice}."
@@ -342,12 +343,21 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
     certified: dict[float, list[bool]] = {}
     for row in score["class_certificates"]:
         certified.setdefault(row["target_risk"], []).append(row["feasible"])
+    lines, groups = [], report["calibration"].get("groups")
+    if groups is not None:
+        lines.append(
+            f"The {report['calibration']['n']:,} calibration examples are of {groups:,} groups. "
+            "Certificates are by one example of each, drawn at random; so every group weighs the "
+            "same in the risk that they bound."
+        )
     counts = ", ".join(
         f"{sum(feasible)} of {len(feasible)} at {100 * target:g} %"
         for target, feasible in certified.items()
     )
+    what = "examples" if groups is None else "groups"
     return [
-        f"Calibration examples for one threshold at {100 * plan['coverage']:g} % coverage by "
+        *lines,
+        f"Calibration {what} for one threshold at {100 * plan['coverage']:g} % coverage by "
         f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}.",
         f"Predicted classes with a certificate of their own, all together, by {own}: {counts}.",
     ]

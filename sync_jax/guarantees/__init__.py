@@ -23,13 +23,15 @@ are accepted alike in float32 and float64. Thresholds that you give stay as they
 
 "Nothing" beyond what all assume: that calibration examples are independent draws from the
 distribution that the promise is about (for conformal risk control: exchangeable with the new
-example). `risk` is the selective risk on that distribution: the share of errors among the accepted.
-The probability is over the draw of the calibration split, in conformal risk control over that of
-the new example too. Neither JAX nor the rest of sync_jax is needed:
+example). Pictures of one patient or video are not: give the methods one of each group, which
+`one_per_group` draws. `risk` is the selective risk on that distribution: the share of errors among
+the accepted. The probability is over the draw of the calibration split, in conformal risk control
+over that of the new example too. Neither JAX nor the rest of sync_jax is needed:
 `from sync_jax.guarantees import sgr`.
 """
 
 from sync_jax.guarantees.binomial import clopper_pearson_upper as clopper_pearson_upper
+from sync_jax.guarantees.calibration import one_per_group as one_per_group
 from sync_jax.guarantees.certificate import Certificate as Certificate
 from sync_jax.guarantees.methods import conformal_risk_control as conformal_risk_control
 from sync_jax.guarantees.methods import group_certificates as group_certificates

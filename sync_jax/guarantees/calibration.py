@@ -83,3 +83,24 @@ def calibration_split(confidence: ArrayLike, correct: ArrayLike) -> CalibrationS
     order = np.argsort(-scores, kind="stable")
     errors = np.concatenate(([0], np.cumsum(right[order] == 0)))
     return CalibrationSplit(scores[order], errors, dtype if dtype.kind == "f" else np.dtype(float))
+
+
+def one_per_group(groups: ArrayLike) -> IntArray:
+    """Draws one example of each group: positions `[number of groups]`, sorted.
+
+    Examples of a group depend on each other, as the pictures of a patient do, so that no method
+    here holds for all of them. It holds for one of each group, drawn without a look at confidences
+    and errors, if the groups are independent draws. `risk` is then that of a group's random
+    example: every group weighs the same, whatever its size.
+
+    The draw is the same each time, and does not depend on how the groups are called. `groups` [n]
+    are integers or strings.
+    """
+    group = np.asarray(groups)
+    if group.ndim != 1 or not group.size:
+        raise ValueError(f"groups must be [n], got shape {group.shape}")
+    if (group != group).any():  # NaN equals nothing
+        raise ValueError("groups contains NaN")
+    keys = np.random.PCG64(0).random_raw(group.size)
+    order = np.argsort(keys, kind="stable")
+    return np.sort(order[np.unique(group[order], return_index=True)[1]])

@@ -20,6 +20,7 @@ from sync_jax.guarantees import (
     group_certificates,
     learn_then_test,
     methods,
+    one_per_group,
     sgr,
     sgr_fixed_sequence,
 )
@@ -127,6 +128,76 @@ def violations(method, population, n, *, target_risk=TARGET, delta=0.1, draws=DR
 def kept(rate, delta, draws=DRAWS):
     """The check that the promises pass and the broken bounds fail."""
     return rate <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
+
+
+# --- Groups of dependent examples -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Patients:
+    """Groups whose examples are all right or all wrong, and share a confidence but for noise."""
+
+    sizes: tuple[int, int]  # drawn evenly from; large groups err more often, if they differ
+    error: float = 0.12
+
+    def draw(self, rng, n):
+        """Confidence, correctness and group of n groups' examples."""
+        small, large = self.sizes
+        size = rng.integers(small, large + 1, n)
+        surer = rng.random(n) < 0.5
+        # Of the surer half each group errs with `error`, of the others with twice that.
+        chance = np.where(surer, self.error, 2 * self.error)
+        if large > small:
+            chance = chance * (0.5 + (size - small) / (large - small))
+        right = rng.random(n) >= chance
+        group = np.repeat(np.arange(n), size)
+        confidence = surer[group] + rng.random(len(group))
+        return confidence, right[group], group
+
+    def risk(self, threshold):
+        """The group-weighted risk: of groups of all sizes alike the errors average out."""
+        upper, lower = np.clip(2 - threshold, 0, 1), np.clip(1 - threshold, 0, 1)
+        return self.error * (upper + 2 * lower) / max(upper + lower, 1e-12)
+
+
+@unchecked()
+def broken(method, patients, *, alone, groups=50, target_risk=0.11, delta=0.1, draws=1000):
+    """How often the risk is above the bound, by all examples or by one of each group."""
+    rng, count = np.random.default_rng(1), 0
+    for _ in range(draws):
+        confidence, correct, group = patients.draw(rng, groups)
+        rows = one_per_group(group) if alone else slice(None)
+        found = method(
+            confidence[rows], correct=correct[rows], target_risk=target_risk, delta=delta
+        )
+        if found.feasible:
+            count += patients.risk(found.threshold) > found.bound
+    return count / draws
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(20, 20), (1, 60)])
+@pytest.mark.parametrize("name", ["sgr", "bonferroni", "hybrid with a fixed sequence"])
+def test_fifty_groups_of_dependent_examples_keep_the_promise_by_one_of_each(name, sizes):
+    """All of their examples break it in far more splits than delta: the control."""
+    for error in (0.12, 0.2):  # just above the target, where it is easily broken, and far
+        patients = Patients(sizes, error)
+        assert kept(broken(METHODS[name], patients, alone=True, target_risk=0.11), 0.1, 1000)
+    assert broken(METHODS[name], Patients((20, 20), 0.12), alone=False, draws=200) > 0.25
+
+
+def test_one_example_of_each_group_whatever_the_groups_are_called():
+    groups = np.random.default_rng(0).integers(0, 40, 300)
+    rows = one_per_group(groups)
+    assert len(rows) == len(np.unique(groups)) == len(np.unique(groups[rows]))
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, one_per_group([f"patient {40 - x}" for x in groups]))
+    np.testing.assert_array_equal(one_per_group(np.arange(9)), np.arange(9))
+    first = [np.flatnonzero(groups == g)[0] for g in np.unique(groups)]
+    assert 0 < np.isin(rows, first).sum() < 15  # some eighth of them: drawn, not the first
+    for bad in ([], [[1]], [0.5, np.nan]):
+        with pytest.raises(ValueError, match="groups"):
+            one_per_group(bad)
 
 
 # --- The promises ---------------------------------------------------------------------------------
