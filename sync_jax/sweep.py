@@ -112,7 +112,7 @@ def label_errors(
     every, info = joined(predicted), known_info(dataset)
     errors = find_label_errors(every)
     if jax.process_index() == 0:
-        write_label_errors(errors, out, info.class_names, None)
+        write_label_errors(errors, out, info.class_names, dataset.files("train"))
         say(describe(errors, len(every.labels), info.class_names))
         say(f"they are listed in {out / LIST}, the most suspect first")
     return errors

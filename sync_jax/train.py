@@ -18,7 +18,7 @@ from sync_jax.data.loading import known_info, load_data
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
 from sync_jax.errors import InputError, TerminatedError
-from sync_jax.evaluation.predictions import Predictions
+from sync_jax.evaluation.predictions import Predictions, write_examples
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
 from sync_jax.guarantees.binomial import fewest_accepted
@@ -286,6 +286,7 @@ def finish(job: Job, fitted: Fitted) -> None:
         "writing the predictions",
         lambda: calibration.save(workdir / "predictions_calibration.npz"),
     )
+    of_calibration = "calibration" if trainer.info.num_calibration else "train"
     if any(processes.share("the evaluation on test", job.stopping())):
         raise TerminatedError("stopped by SIGTERM before the evaluation on test")
     test_part = processes.together(
@@ -297,6 +298,12 @@ def finish(job: Job, fitted: Fitted) -> None:
 
     def report() -> None:
         test.save(workdir / "predictions_test.npz")
+        named = {"calibration": (calibration, of_calibration), "test": (test, "test")}
+        examples = {
+            name: (predictions, job.dataset.files(split))
+            for name, (predictions, split) in named.items()
+        }
+        write_examples(workdir / "examples.csv", examples, trainer.info.class_names)
         evaluate_finished(trainer.config, workdir, speed=measure_speed(trainer, fitted))
 
     processes.from_first("the report", report)

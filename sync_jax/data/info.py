@@ -111,6 +111,9 @@ class Dataset(Protocol):
         done, a line at a time.
         """
 
+    def files(self, split: str) -> np.ndarray | None:
+        """The names of a split's pictures, `[n]` in its order; None where they have none."""
+
     def groups(self, split: str) -> np.ndarray | None:
         """Groups of dependent examples of a split, such as copies, `[n]` integers; None: none.
 

@@ -66,7 +66,7 @@ def write_label_errors(
     errors: LabelErrors,
     folder: Path,
     class_names: Sequence[str],
-    files: Sequence[str] | None,
+    files: np.ndarray | None,
 ) -> None:
     """Writes label_errors.csv: a line per suspected example; `files` are those of the split."""
     text = io.StringIO()

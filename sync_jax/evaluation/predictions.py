@@ -1,8 +1,9 @@
 """A network's outputs on a split, as they are made, saved and read."""
 
+import csv
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from sync_jax import guarantees
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
-from sync_jax.runtime.files import write_atomically
+from sync_jax.runtime.files import write_atomically, write_text
 from sync_jax.scores import SCORES, Score, softmax
 
 
@@ -121,6 +122,27 @@ class Predictions:
             raise InputError(f"{path} is missing{again}") from None
         except Exception as error:  # zipfile and NumPy raise almost anything on a damaged file
             raise InputError(f"{path} is damaged: {error}{again}") from error
+
+
+def write_examples(
+    path: Path,
+    splits: Mapping[str, tuple[Predictions, np.ndarray | None]],
+    class_names: Sequence[str],
+) -> None:
+    """Writes a CSV that says which example each row of predictions_*.npz is.
+
+    `splits` has, by name, the predictions and the names of the official split's files, to which
+    `Predictions.index` points; None where they have none.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("split", "row", "index", "file", "class"))
+    for split, (predictions, files) in splits.items():
+        pairs = zip(predictions.index, predictions.labels, strict=True)
+        for row, (index, label) in enumerate(pairs):
+            file = "" if files is None else files[index]
+            writer.writerow((split, row, index, file, class_names[label]))
+    write_text(path, text.getvalue())
 
 
 def _check(outputs: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> None:

@@ -166,6 +166,10 @@ def test_a_patient_is_on_one_side(tmp_path, group, names):
     assert {split: len(part.labels) for split, part in found.items()} == {
         "train": 32, "calibration": 8, "test": 8,
     }  # fmt: skip
+    dataset = registry.dataset(data)
+    for split, part in {"train": found["calibration"], "test": found["test"]}.items():
+        for image, file in zip(part.images[:], dataset.files(split)[part.index], strict=True):
+            assert np.array_equal(image, np.asarray(Image.open(tmp_path / "pictures" / file)))
     groups = [{*part.groups.tolist()} for part in found.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 12
     assert all((np.bincount(part.labels) > 0).all() for part in found.values())

@@ -309,6 +309,14 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     train.train_and_evaluate(config, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["calibration"]["n"], report["test"]["n"]) == (6, 24)
+    lines = (tmp_path / "run" / "examples.csv").read_text().splitlines()
+    assert lines[0] == "split,row,index,file,class"
+    assert [lines[1], lines[6]] == [
+        "calibration,0,0,val/ant/000.png,ant",
+        "calibration,5,5,val/cat & dog/001.png,cat & dog",
+    ]
+    assert lines[7 + 9] == "test,9,9,test/bee/001.png,bee"
+    assert len(lines) == 1 + 6 + 24
     shown = capsys.readouterr().out
     assert "60 training and 6 calibration images of 3 classes (ant, bee, cat & dog); mlp" in shown
     assert "; the calibration split is the folder 'val'\n" in shown

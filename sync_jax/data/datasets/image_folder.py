@@ -115,12 +115,10 @@ class ImageFolder(PictureDataset):
 
     @functools.cached_property
     def _table(self) -> copies.Table:
-        """See `PictureDataset`; this version's folders have one."""
-        with damage(self.folder / copies.TABLE):
-            table = copies.read_table(self.folder)
-            if table is None or len(table.file) != sum(self._stored.values()):
-                raise ValueError("it has not a line for each picture")
-            return table
+        table = self._pictures
+        if table is None:  # this version writes one
+            raise InputError(f"{self.folder} is damaged: it lacks {copies.TABLE}; delete it")
+        return table
 
     @functools.cached_property
     def _division(self) -> dict[str, tuple[str, np.ndarray]]:

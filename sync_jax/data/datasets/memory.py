@@ -82,6 +82,11 @@ class MemoryDataset:
     def prepare(self, log: Callable[[str], None] = say) -> None:
         """Does nothing."""
 
+    def files(self, split: str) -> np.ndarray | None:
+        """See `Dataset.files`; None."""
+        del split
+        return None
+
     def groups(self, split: str) -> np.ndarray | None:
         """See `Dataset.groups`."""
         return self._groups if split == "train" else None

@@ -138,6 +138,21 @@ class PictureDataset(Prepared):
         """Where each split is: in which split of the records, and its rows there."""
         return {split: (split, np.arange(count)) for split, count in self._stored.items()}
 
+    @functools.cached_property
+    def _pictures(self) -> copies.Table | None:
+        """pictures.csv; None where an earlier version has prepared the folder."""
+        with damage(self.folder / copies.TABLE):
+            table = copies.read_table(self.folder)
+            if table is not None and len(table.file) != sum(self._stored.values()):
+                raise ValueError("it has not a line for each picture")
+            return table
+
+    def files(self, split: str) -> np.ndarray | None:
+        """See `Dataset.files`; None where an earlier version has prepared it."""
+        of, rows = self._division[split]
+        table = self._pictures
+        return None if table is None else table.file[table.split == of][rows]
+
     def _expected(self) -> DatasetInfo | None:
         """The info before it is prepared."""
         raise NotImplementedError

@@ -70,6 +70,11 @@ class Prepared:
             self._build(source, tell)
         tell(f"prepared in {self.folder}")
 
+    def files(self, split: str) -> np.ndarray | None:
+        """See `Dataset.files`."""
+        del split
+        return None
+
     def groups(self, split: str) -> np.ndarray | None:
         """See `Dataset.groups`."""
         del split
