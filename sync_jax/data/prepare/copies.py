@@ -22,7 +22,7 @@ from sync_jax.runtime.files import write_text
 
 TABLE, REPORT = "pictures.csv", "data_report.json"
 COLUMNS = ("split", "file", "label", "group", "sha256", "pixels", "dhash")
-NEAR = 2  # differing bits of 64, at most
+NEAR = 2  # differing bits of each half of the hash, at most
 _NAMED = 200  # groups in the report, of each kind
 
 
@@ -31,7 +31,7 @@ class Print(NamedTuple):
 
     sha256: str  # of the file
     pixels: str  # of size and decoded pixels
-    dhash: str  # 64 bits in hexadecimal
+    dhash: str  # 128 bits in hexadecimal
 
 
 def fingerprint(data: bytes, image: Image.Image, middle: np.ndarray) -> Print:
@@ -40,18 +40,22 @@ def fingerprint(data: bytes, image: Image.Image, middle: np.ndarray) -> Print:
     return Print(
         hashlib.sha256(data).hexdigest(),
         hashlib.sha256(size + image.tobytes()).hexdigest(),
-        f"{dhash(middle):016x}",
+        f"{dhash(middle):032x}",
     )
 
 
 def dhash(square: np.ndarray) -> int:
-    """Difference hash (Krawetz, 2013) of `[side, side, 3]` uint8: 64 bits.
+    """Difference hash (Krawetz, 2013) of `[side, side, 3]` uint8: 128 bits.
 
-    A bit says whether a place of an 8 x 8 grid is darker than its neighbour to the right.
+    The first 64 say whether a place of an 8 x 8 grid is darker than its neighbour to the right, the
+    last whether it is darker than that below. Pictures of one colour have 0.
     """
-    grey = Image.fromarray(square).convert("L").resize((9, 8), Image.Resampling.BILINEAR)
-    values = np.asarray(grey)
-    return int.from_bytes(np.packbits(values[:, :-1] < values[:, 1:]).tobytes(), "big")
+    grey = Image.fromarray(square).convert("L")
+    wide, high = (
+        np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) for size in ((9, 8), (8, 9))
+    )
+    bits = np.concatenate([wide[:, :-1] < wide[:, 1:], high[:-1] < high[1:]])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 class Table(NamedTuple):
@@ -63,7 +67,7 @@ class Table(NamedTuple):
     group: np.ndarray
     sha256: np.ndarray
     pixels: np.ndarray
-    dhash: np.ndarray  # uint64
+    dhash: np.ndarray  # [n, 2] uint64
 
 
 def write_table(folder: Path, rows: Iterable[Sequence[Any]]) -> None:
@@ -85,7 +89,8 @@ def read_table(folder: Path) -> Table | None:
         raise ValueError(f"{TABLE} has the columns {', '.join(header)}")
     columns = [np.asarray(column) for column in zip(*rows, strict=True)]
     columns[2] = columns[2].astype(np.int64)
-    columns[6] = np.asarray([int(x, 16) for x in columns[6]], np.uint64)
+    halves = [(int(x[:16], 16), int(x[16:], 16)) for x in columns[6]]
+    columns[6] = np.asarray(halves, np.uint64)
     return Table(*columns)
 
 
@@ -103,21 +108,21 @@ def linked(*keys: np.ndarray) -> np.ndarray:
 
 
 def nearly_equal(hashes: np.ndarray) -> np.ndarray:
-    """Groups `[n]` of pictures with hashes that differ in `NEAR` bits at most, or are so linked.
+    """Groups `[n]` of pictures whose hashes `[n, 2]` are near in both halves, or are so linked.
 
-    Two of 64 bits cannot differ in each of three parts of the hash, so that only hashes which
-    share a part are compared.
+    Two bits cannot differ in each of three parts of a half, so that only hashes which share a part
+    of the first are compared.
     """
-    distinct, inverse = np.unique(hashes, return_inverse=True)
+    distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
     ends = [np.empty((2, 0), np.int64)]
     for shift, bits in ((0, 21), (21, 21), (42, 22)):
-        part = (distinct >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+        part = (distinct[:, 0] >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
         order = np.argsort(part, kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(part[order])) + 1):
             for i, one in enumerate(bucket[:-1]):
                 others = bucket[i + 1 :]
-                close = np.bitwise_count(distinct[one] ^ distinct[others]) <= NEAR
-                found = others[close]
+                distances = np.bitwise_count(distinct[one] ^ distinct[others])
+                found = others[(distances <= NEAR).all(axis=1)]
                 ends.append(np.stack([np.full(len(found), one), found]))
     return _components(len(distinct), np.concatenate(ends, axis=1))[inverse]
 
@@ -137,8 +142,8 @@ def report(table: Table) -> dict[str, Any]:
     the files of the first groups, those across splits before others.
     """
     equal = linked(table.pixels)
-    # Pictures of one colour have a hash of 0, whatever the colour: only equal ones are near.
-    flat = table.dhash == 0
+    # Pictures of one colour have the same hash, whatever the colour: only equal ones are near.
+    flat = ~table.dhash.any(axis=1)
     near = -1 - np.arange(len(equal))
     near[~flat] = nearly_equal(table.dhash[~flat])
     return {
