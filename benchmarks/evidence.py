@@ -248,9 +248,10 @@ def ratios(setting: str) -> dict[str, float]:
 
 
 def finalists() -> list[str]:
-    """The members that are run in full-12: the best four in few-54; controls are not members."""
-    found = ratios("few-54")
-    return sorted((x for x in found if x not in CONTROLS), key=found.__getitem__)[:4]
+    """The members that are run in full-12: those near the best in few-54; no controls."""
+    found = {x: ratio for x, ratio in ratios("few-54").items() if x not in CONTROLS}
+    near = min(found.values(), default=0.0) + 0.04
+    return [x for x in sorted(found, key=found.__getitem__) if found[x] <= near]
 
 
 def member() -> str:
