@@ -43,6 +43,9 @@ FIELDS: dict[str, Option] = {
     "data.duplicates": Option(
         "group", ("group", "keep", "refuse"), "image_folder: equal pictures go to one side only"
     ),
+    "data.unknown_classes": Option(
+        "refuse", ("refuse", "drop"), "image_folder: pictures of a class that train has not"
+    ),
     "data.group": Option(
         "", "", "image_folder: pictures that go together: 'parent' or a regular expression"
     ),
@@ -210,6 +213,7 @@ _LATER = {
     "data.fold": "",
     "data.duplicates": "group",
     "data.group": "",
+    "data.unknown_classes": "refuse",
     "loss.prior_source": "class_head",
     "loss.prior_momentum": 0.9,
     "loss.risk_weight": "selection",

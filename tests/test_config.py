@@ -48,6 +48,7 @@ BAD = {
     "seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.split_seed": ((-1, 2**31), "between 0 and 2147483647"),
     "data.duplicates": (("drop", ""), "choose from group, keep, refuse"),
+    "data.unknown_classes": (("keep", ""), "choose from drop, refuse"),
     "data.crop_padding": ((-1, 65), "between 0 and 64"),
     "data.image_size": ((0, 7, 1025), "between 8 and 1024"),
     "data.min_crop_area": ((0.0, -0.1, 1.1, NAN), "in (0, 1]"),

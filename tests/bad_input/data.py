@@ -51,10 +51,10 @@ CASES = {
         album({f"{fold}/{name}": 9 for fold in "12" for name in "ab"}),
     ),
     "an empty class": Bad(
-        NEW_ALBUM, "train has no picture of 'bee'; known are .jpg", album({"ant": 20, "bee": 0})
+        NEW_ALBUM, "the folder bee has no picture; known are .jpg", album({"ant": 20, "bee": 0})
     ),
     "pictures that are pipes and links to nothing": Bad(
-        NEW_ALBUM, "train has no picture of 'bee'", no_files
+        NEW_ALBUM, "the folder bee has no picture", no_files
     ),
     "a class of too few": Bad(NEW_ALBUM, "a class has 4 pictures", album({"ant": 20, "bee": 4})),
     "a class of broken pictures": Bad(

@@ -66,7 +66,9 @@ def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
         dataset.load("train")
     scanned = []
     scan = image_folder.scan
-    monkeypatch.setattr(image_folder, "scan", lambda path: scanned.append(path) or scan(path))
+    monkeypatch.setattr(
+        image_folder, "scan", lambda path, **x: scanned.append(path) or scan(path, **x)
+    )
     assert dataset.info().num_train == 12  # as the files' names tell
     lines = []
     dataset.prepare(lines.append)
@@ -236,6 +238,32 @@ def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
         )
         found |= {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
     assert found == {image.tobytes(): label for image, label in written}
+
+
+def test_a_test_split_that_lacks_a_class_or_has_one_more(tmp_path):
+    """The first is a line, the second refused or dropped; training needs all of its classes."""
+    root = tmp_path / "pictures"
+    write_pictures(root, {"train": 4})
+    write_pictures(root / "test", {"": 3}, classes=("ant", "bee", "dodo"))
+    with pytest.raises(InputError, match=r"test has classes that train has not, dodo; --config"):
+        registry.dataset(section(tmp_path)).prepare()
+    data = section(tmp_path, unknown_classes="drop", duplicates="keep")
+    dataset, _ = prepared(data)
+    info = dataset.info()
+    assert info.splits == {"train": 12, "test": 6}
+    assert info.class_names == CLASSES
+    assert "3 pictures of test are dropped, of unknown classes (dodo)" in info.note
+    assert "test has no picture of cat & dog" in info.note
+    np.testing.assert_array_equal(load(data, "test")[1], [0, 0, 0, 1, 1, 1])
+    shutil.rmtree(root / "train" / "bee")
+    (root / "train" / "bee").mkdir()
+    with pytest.raises(InputError, match=r"the folder train/bee has no picture; known are .jpg"):
+        image_folder.scan(root, drop_unknown=True)
+    shutil.rmtree(root / "test" / "ant")
+    shutil.rmtree(root / "train" / "bee")
+    shutil.rmtree(root / "test" / "bee")
+    with pytest.raises(InputError, match="test has no picture of any class of train"):
+        image_folder.scan(root, drop_unknown=True)
 
 
 def test_a_class_may_be_called_train(tmp_path):

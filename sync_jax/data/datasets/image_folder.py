@@ -65,7 +65,7 @@ class ImageFolder(PictureDataset):
 
     @functools.cached_property
     def _tree(self) -> tuple[Listing, int]:
-        return scan(self.pictures)
+        return scan(self.pictures, drop_unknown=self.section.unknown_classes == "drop")
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -183,11 +183,12 @@ class ImageFolder(PictureDataset):
         return f"`{self.command} --config.data.folder=FOLDER` prepares it"
 
 
-def scan(folder: Path) -> tuple[Listing, int]:
+def scan(folder: Path, *, drop_unknown: bool = False) -> tuple[Listing, int]:
     """Finds the pictures of a folder; opens none.
 
-    Classes are the folders' names, sorted, and pictures are sorted by path. Also returns the number
-    of files that are left out: no pictures by their names, hidden, or in no class folder.
+    Classes are the names of the folders for training, sorted, and pictures are sorted by path.
+    Those of other classes are refused or dropped. Also returns the number of files that are left
+    out: no pictures by their names, hidden, or in no class folder.
     """
     where = f"config.data.folder={str(folder)!r}"
     check_folder(folder, where)
@@ -204,19 +205,18 @@ def scan(folder: Path) -> tuple[Listing, int]:
             if path.startswith(start) and below:
                 found[split].append((path, name))
     stray = len(pictures) - sum(map(len, found.values()))
-    classes = sorted({name for root in roots.values() for name in inside[root]})  # also empty ones
+    classes = sorted(inside[roots["train"]])  # also empty ones
     if len(classes) < 2:
         loose = f"{stray} pictures in no class folder and " if stray else ""
         raise InputError(
             f"{where} has {loose}{len(classes)} folder{'s' * (len(classes) != 1)} of pictures; it "
             "must hold one per class, of two classes or more: FOLDER/<class>/<picture>"
         )
-    for split, entries in found.items():
-        if empty := sorted(set(classes) - {name for _, name in entries}):
-            raise InputError(
-                f"{where}: {roots[split] or split} has no picture of "
-                f"{few([*map(repr, empty)])}; known are {', '.join(SUFFIXES)}"
-            )
+    notes = [
+        note
+        for split in found
+        for note in _reconcile(where, found, split, roots, classes, drop_unknown=drop_unknown)
+    ]
     label = {name: i for i, name in enumerate(classes)}
     listed = {
         split: [Picture(path, label[name], folder / path) for path, name in sorted(entries)]
@@ -224,12 +224,48 @@ def scan(folder: Path) -> tuple[Listing, int]:
     }
     if "test" not in listed:
         _check_hold_out(listed["train"], where)
-    note = "; ".join(
+    called = [
         f"the {split} split is the folder {root!r}"
         for split, root in roots.items()
         if root and not root.lower().startswith(split)
-    )
-    return Listing(tuple(classes), listed, note), others + stray
+    ]
+    return Listing(tuple(classes), listed, "; ".join((*called, *notes))), others + stray
+
+
+def _reconcile(
+    where: str,
+    found: dict[str, list[tuple[str, str]]],
+    split: str,
+    roots: Mapping[str, str],
+    classes: Sequence[str],
+    *,
+    drop_unknown: bool,
+) -> Iterator[str]:
+    """Compares a split's classes with those of train; yields notes on what it lacks or drops."""
+    entries, root = found[split], roots[split]
+    present = {name for _, name in entries}
+    missing, unknown = (sorted(x) for x in ({*classes} - present, present - {*classes}))
+    if missing and split == "train":
+        raise InputError(
+            f"{where}: the folder {os.path.join(root, missing[0])} has no picture"
+            f"{f', nor has {few(missing[1:])}' if missing[1:] else ''}; known are "
+            f"{', '.join(SUFFIXES)}"
+        )
+    if not present & {*classes}:
+        raise InputError(f"{where}: {root} has no picture of any class of {roots['train']}")
+    if unknown and not drop_unknown:
+        raise InputError(
+            f"{where}: {root} has classes that {roots['train']} has not, {few(unknown)}; "
+            "--config.data.unknown_classes=drop leaves their pictures out"
+        )
+    if unknown:
+        found[split] = [(path, name) for path, name in entries if name in classes]
+        yield (
+            f"{len(entries) - len(found[split]):,} pictures of {root} are dropped, of unknown "
+            f"classes ({few(unknown)})"
+        )
+    if missing:
+        yield f"{root} has no picture of {few(missing)}"
 
 
 def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]], int]:

@@ -365,7 +365,11 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             os.replace(shard.path, target)
         labels = [label for shard in shards for label in shard.labels]
         np.save(Path(self.data_path) / f"labels_{split}.npy", np.asarray(labels, np.int32))
-        lost = sorted(set(range(len(self._listing.class_names))) - set(labels))
+        # Other splits than train may lack a class.
+        needed = {picture.label for picture in self._listing.splits[split]} | (
+            {*range(len(self._listing.class_names))} if split == "train" else set()
+        )
+        lost = sorted(needed - {*labels})
         if lost:
             shutil.rmtree(self._work)  # files must change, and then nothing here can be used
             bad = [line for shard in self._shards[split] for line in shard.bad]
