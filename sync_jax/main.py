@@ -69,7 +69,8 @@ _MODE = flags.DEFINE_enum(
     ],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of the finished run in --workdir anew, with other "
-    "--config.evaluation.* values; it needs no --config. sweep: train every combination of the "
+    "--config.evaluation.* values, or on the pictures of another --config.data.folder; it needs no "
+    "--config. sweep: train every combination of the "
     "--vary values. labels: train on all but one of --folds parts in turn, and list the training "
     "examples whose label is probably wrong. compare: one table of the --runs. ensemble: evaluate "
     "the mean of their probabilities. check: say whether the options and the config are good, "

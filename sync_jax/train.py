@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +15,30 @@ from ml_collections import ConfigDict
 
 from sync_jax.config import describe_differences, find_method, from_saved, to_json
 from sync_jax.data import registry
-from sync_jax.data.info import Dataset, few
+from sync_jax.data.datasets.image_folder import ImageFolder, labelled_pictures
+from sync_jax.data.images import Layout
+from sync_jax.data.info import Dataset, DatasetInfo, few
 from sync_jax.data.loading import known_info, load_data
+from sync_jax.data.prepare.pictures import FilePictures
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
 from sync_jax.errors import InputError, TerminatedError
 from sync_jax.evaluation.predictions import Predictions, write_examples
 from sync_jax.evaluation.record import calibration_metrics, evaluation_record
-from sync_jax.evaluation.report import read_report, show_report, speed_before, write_report
+from sync_jax.evaluation.report import (
+    read_report,
+    shifted,
+    show,
+    show_report,
+    speed_before,
+    write_report,
+)
 from sync_jax.guarantees.binomial import fewest_accepted
 from sync_jax.methods import METHODS
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
-from sync_jax.runtime.console import say
-from sync_jax.runtime.files import check_plain
+from sync_jax.runtime.console import printable, say
+from sync_jax.runtime.files import check_plain, write_text
 from sync_jax.runtime.processes import Processes
 from sync_jax.runtime.profiling import Stopwatch, Trace, parse_steps
 from sync_jax.runtime.signals import terminated, watchdog
@@ -35,13 +47,15 @@ from sync_jax.runtime.workdir import (
     check_run,
     check_shared,
     check_workdir,
+    is_abandoned,
     owned,
     prepare_workdir,
     refuse_differences,
     saved_configs,
+    writing,
 )
 from sync_jax.steps import Metrics, TrainState
-from sync_jax.trainer import Trainer, check_dataset
+from sync_jax.trainer import Trainer, check_dataset, resolve
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -181,7 +195,17 @@ def begin(job: Job) -> Start:
     )
     if restored is not None:
         refuse_differences(trainer.config, restored.notes["config"], job.workdir)
-    processes.from_first("writing the config", lambda: prepare_workdir(trainer.config, job.workdir))
+
+    def write() -> None:
+        check_same_data(job)
+        prepare_workdir(trainer.config, job.workdir)
+        known = dataclasses.asdict(trainer.info) | {
+            "train_size": trainer.train_size,
+            "digest": job.dataset.digest(),
+        }
+        write_text(job.workdir / "dataset.json", json.dumps(known, indent=1) + "\n")
+
+    processes.from_first("writing the config", write)
     if restored is not None:
         processes.print(f"resuming at step {restored.step} of {trainer.total_steps}")
         unlogged = [(done, values) for done, values in restored.notes["unlogged"]]
@@ -190,6 +214,33 @@ def begin(job: Job) -> Start:
     if message:
         processes.print(message)
     return Start(state, 0, [])
+
+
+def check_same_data(job: Job) -> None:
+    """Raises an InputError where the run in the folder was begun on other data."""
+    path = job.workdir / "dataset.json"
+    before = read_dataset(path)["digest"] if path.exists() else ""
+    now = job.dataset.digest()
+    if before and now and before != now and not is_abandoned(job.trainer.config, job.workdir):
+        raise InputError(
+            f"--workdir={job.workdir} holds a run on other data (digest {before[:12]}, now "
+            f"{now[:12]}); name another --workdir"
+        )
+
+
+def read_dataset(path: Path) -> dict[str, Any]:
+    """Reads a run's dataset.json: the fields of `DatasetInfo`, `train_size` and `digest`."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text())
+        if not {"class_names", "mean", "std", "train_size", "digest"} <= known.keys():
+            raise ValueError("fields are missing")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing: an earlier version trained the run; train it anew"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    return known
 
 
 def fit(job: Job, start: Start) -> Fitted:
@@ -369,8 +420,73 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
                 "allow its import"
             )
         own.evaluation = config.evaluation
+        other = config.data.folder
+        if other and os.path.abspath(other) != os.path.abspath(own.data.folder):
+            drop = config.data.unknown_classes == "drop"
+            evaluate_elsewhere(own, workdir, Path(other), drop_unknown=drop)
+            return
         config = own
     evaluate_finished(config, workdir)
+
+
+def evaluate_elsewhere(
+    config: ConfigDict, workdir: Path, folder: Path, *, drop_unknown: bool = False
+) -> None:
+    """Evaluates a finished run on the labelled pictures of another folder, as at another site.
+
+    The thresholds are the run's own, from its calibration split. The report, the predictions and
+    their examples go to `workdir/elsewhere/<folder's name>`. Needs nothing but the two folders.
+    """
+    if jax.process_count() > 1:
+        raise InputError("one process evaluates on another folder; give the command once")
+    resolve(config)
+    known, folder = read_dataset(workdir / "dataset.json"), folder.expanduser()
+    info = DatasetInfo.from_json(known)
+    if len(info.image_shape) < 3:
+        raise InputError(f"{workdir} was trained on feature vectors, not on pictures")
+    pictures, note = labelled_pictures(folder, info.class_names, drop_unknown=drop_unknown)
+    size, _, channels = info.image_shape
+    layout = Layout.of(config.data)
+    if layout.size != size:  # a dataset of arrays, whose pictures are as large as they are
+        layout = Layout(size, size, size)
+    images = FilePictures(
+        np.arange(len(pictures)), size, pictures, layout, channels, ImageFolder.LARGEST_SIDE
+    )
+    labels = np.asarray([picture.label for picture in pictures], np.int32)
+    with_note = f" ({note})" if note else ""
+    say(f"{len(pictures):,} pictures of {folder}{with_note}, with the thresholds of {workdir}")
+    trainer = Trainer(config, sharding.make_mesh(), info, train_size=known["train_size"])
+    processes = Processes()
+    with Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, processes=processes
+    ) as checkpoints:
+        restored = checkpoints.restore(trainer.state_like, say, last=trainer.total_steps)
+    if restored is None or restored.step < trainer.total_steps:
+        raise InputError(f"{workdir} holds no checkpoint of a finished training")
+    everything = trainer.predict(restored.state, Part(images, labels, np.arange(len(labels))))
+    good = np.setdiff1d(everything.index, [*images.bad])
+    for row, problem in sorted(images.bad.items())[:5]:
+        say(f"cannot be read, left out: {pictures[row].name}: {problem}")
+    if images.bad:
+        say(f"{len(images.bad):,} of {len(pictures):,} pictures left out")
+    if not len(good):
+        raise InputError(f"no picture of {folder} can be read")
+    outputs = {name: x[good] for name, x in everything.outputs.items()}
+    there = Predictions(outputs, labels[good], good)
+    calibration, test = load_predictions(workdir)
+    record = evaluation_record(calibration, there, config, score=find_method(config.method).score)
+    record["training"] = {"steps": restored.step, "seconds": None, "speed": None}
+    word = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name) or "root"
+    out = workdir / "elsewhere" / word
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        there.save(out / "predictions_test.npz")
+        files = np.asarray([printable(picture.name) for picture in pictures])
+        write_examples(out / "examples.csv", {"test": (there, files)}, info.class_names)
+        report = write_report(record, there, config, out)
+    before = evaluation_record(calibration, test, config, score=record["method_score"])
+    show(shifted(before, report, folder))
+    say(f"Report: {out / 'report.json'}, {out / 'risk_coverage.png'}")
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:

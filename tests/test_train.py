@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from sync_jax import errors, steps, train
-from sync_jax.config import default_config, to_json
+from sync_jax.config import default_config, from_saved, to_json
 from sync_jax.data import registry
 from sync_jax.data.datasets.fashion_mnist import FashionMnist
 from sync_jax.data.loading import load_data
@@ -169,6 +170,23 @@ def test_the_host_is_two_dispatches_ahead_at_most(data_dir, tmp_path, monkeypatc
 def test_the_test_split_is_read_once_and_last(finished):
     reads = json.loads((finished / "reads.json").read_text())
     assert reads == [["train", False], ["test", True]]
+
+
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path):
+    """The digest decides, wherever the data lie; an earlier version's run has none."""
+    known = json.loads((finished / "dataset.json").read_text())
+    assert known["train_size"] == tiny.NUM_TRAIN - tiny.NUM_CALIBRATION
+    config = from_saved(json.loads((finished / "config.json").read_text()))
+    for digest, refused in ((known["digest"], False), ("", False), ("0" * 64, True)):
+        dataset = SimpleNamespace(digest=lambda digest=digest: digest)
+        job = SimpleNamespace(
+            workdir=finished, dataset=dataset, trainer=SimpleNamespace(config=config)
+        )
+        expected = pytest.raises(InputError, match="holds a run on other data")
+        with expected if refused else contextlib.nullcontext():
+            train.check_same_data(job)
+    job.workdir = tmp_path
+    train.check_same_data(job)
 
 
 def test_what_no_calibration_split_of_a_size_can_certify_is_said():

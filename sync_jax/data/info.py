@@ -35,6 +35,15 @@ class DatasetInfo:
         if not self.stored_shape:
             object.__setattr__(self, "stored_shape", self.image_shape)
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict` by way of JSON; fields of later versions are ignored."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()
+        }
+        return cls(**{name: x for name, x in values.items() if name in names})
+
     @property
     def splits(self) -> dict[str, int]:
         """The sizes of the official splits that there are."""
@@ -110,6 +119,9 @@ class Dataset(Protocol):
         Of several processes at once the first prepares, and the others wait. `log` is told what is
         done, a line at a time.
         """
+
+    def digest(self) -> str:
+        """Digest of what is trained on, the same wherever it lies; '' where it is not known."""
 
     def files(self, split: str) -> np.ndarray | None:
         """The names of a split's pictures, `[n]` in its order; None where they have none."""

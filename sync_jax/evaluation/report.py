@@ -17,6 +17,7 @@ import rich.console
 import rich.table
 import rich.text
 from ml_collections import ConfigDict
+from scipy.stats import binomtest
 
 import sync_jax
 from sync_jax import metrics
@@ -252,6 +253,46 @@ def _lead(report: dict[str, Any]) -> str:
         f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
         f"confidence. {advice}."
     )
+
+
+def shifted(before: dict[str, Any], there: dict[str, Any], folder: Path) -> list[Table | str]:
+    """What the run's own thresholds give on its test split and on another folder's pictures."""
+
+    def cells(entry: dict[str, Any]) -> list[str]:
+        errors, accepted = entry["n_errors"], entry["n_accepted"]
+        low, high = (
+            (binomtest(errors, accepted).proportion_ci(0.95, "exact")) if accepted else (0.0, 1.0)
+        )
+        interval = f"{number(low, spec='.1f')} to {number(high, spec='.1f')}"
+        return [number(entry["coverage"], spec=".1f"), number(entry["selective_risk"]), interval]
+
+    rows = []
+    for name, score in main_scores(before).items():
+        target = score["operating_point"]["target_coverage"]
+        where = f"{100 * target:g} % coverage by {label_of(before, name)}"
+        pair = (score["operating_point"], there["scores"][name]["operating_point"])
+        rows.append([where, *(cell for entry in pair for cell in cells(entry))])
+    certified, found = before["recommended"], there["recommended"]["test"]
+    if certified["feasible"]:
+        where = f"at most {100 * certified['target_risk']:g} % wrong, certified"
+        rows.append([where, *cells(certified["test"]), *cells(found)])
+    headings = ["threshold for", "test covers %", "wrong %", "95 % interval"]
+    headings += ["there covers %", *headings[2:]]
+    lines = []
+    if certified["feasible"]:
+        low = binomtest(found["n_errors"], max(found["n_accepted"], 1)).proportion_ci(0.95).low
+        kept = "is broken" if low > certified["bound"] else "does not look broken"
+        lines.append(
+            f"The certificate is about data as the calibration split's, and promises nothing of "
+            f"{folder}; there it {kept}."
+        )
+    accuracy = [number(x["test"]["accuracy"]) for x in (before, there)]
+    areas = [number(x["scores"]["softmax_response"]["aurc"]["mean"], 1000) for x in (before, there)]
+    lines.append(
+        f"Accuracy {accuracy[0]} % on test, {accuracy[1]} % there; AURC x1000 by SR {areas[0]} and "
+        f"{areas[1]}."
+    )
+    return [Table(f"The run's own thresholds on {folder}", headings, rows), *lines]
 
 
 def label_of(record: dict[str, Any], name: str) -> str:

@@ -14,6 +14,7 @@ from sync_jax.data import loading, registry, splits
 from sync_jax.data.datasets import image_folder
 from sync_jax.data.prepare import pictures as prepare_pictures
 from sync_jax.errors import InputError
+from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime import sharding
 from tests.data import pictures
 from tests.data.pictures import CLASSES, pixels, prepared, write_pictures
@@ -335,6 +336,10 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     config.evaluation.batch_size = 16
     config.optimizer.warmup_epochs = 0.5
     train.train_and_evaluate(config, tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "60 training and 6 calibration images of 3 classes (ant, bee, cat & dog); mlp" in shown
+    assert "; the calibration split is the folder 'val'\n" in shown
+    assert "images on the disk, read for each batch" in shown
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["calibration"]["n"], report["test"]["n"]) == (6, 24)
     lines = (tmp_path / "run" / "examples.csv").read_text().splitlines()
@@ -345,7 +350,36 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     ]
     assert lines[7 + 9] == "test,9,9,test/bee/001.png,bee"
     assert len(lines) == 1 + 6 + 24
+    # Elsewhere, without the cache and the pictures: the test split again, one of them broken.
+    shutil.rmtree(tmp_path / "data")
+    shutil.move(tmp_path / "pictures" / "test", tmp_path / "site")
+    shutil.rmtree(tmp_path / "pictures")
+    (tmp_path / "site" / "bee" / "003.png").write_bytes(b"no picture")
+    Image.fromarray(pixels(5)).save(tmp_path / "site" / "ant" / "dodo.png")
+    other = config.copy_and_resolve_references()
+    other.data.folder = str(tmp_path / "site")
+    capsys.readouterr()
+    train.evaluate(other, tmp_path / "run")
     shown = capsys.readouterr().out
-    assert "60 training and 6 calibration images of 3 classes (ant, bee, cat & dog); mlp" in shown
-    assert "; the calibration split is the folder 'val'\n" in shown
-    assert "images on the disk, read for each batch" in shown
+    assert "25 pictures of" in shown
+    assert "left out: bee/003.png: it is no picture of a known kind" in shown
+    assert "80 % coverage by SR" in shown
+    there = Predictions.load(tmp_path / "run" / "elsewhere" / "site" / "predictions_test.npz")
+    test = Predictions.load(tmp_path / "run" / "predictions_test.npz")
+    names = (tmp_path / "run" / "elsewhere" / "site" / "examples.csv").read_text().splitlines()
+    same = [i for i, line in enumerate(names[1:]) if "dodo" not in line]
+    for name, output in test.outputs.items():  # bit for bit, as the padding is another
+        np.testing.assert_array_equal(there.outputs[name][same], np.delete(output, 11, axis=0))
+    before = json.loads((tmp_path / "run" / "report.json").read_text())
+    after = json.loads((tmp_path / "run" / "elsewhere" / "site" / "report.json").read_text())
+    points = [
+        x["scores"]["softmax_response"]["operating_point"]["threshold"] for x in (before, after)
+    ]
+    assert points[0] == points[1]
+    (tmp_path / "site" / "dodo").mkdir()
+    shutil.move(tmp_path / "site" / "ant" / "dodo.png", tmp_path / "site" / "dodo" / "1.png")
+    with pytest.raises(InputError, match=r"does not know, dodo; its own are ant, bee, cat & dog"):
+        train.evaluate(other, tmp_path / "run")
+    other.data.unknown_classes = "drop"
+    train.evaluate(other, tmp_path / "run")
+    assert "without 1 of unknown classes (dodo)" in capsys.readouterr().out

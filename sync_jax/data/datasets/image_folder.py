@@ -191,19 +191,9 @@ def scan(folder: Path, *, drop_unknown: bool = False) -> tuple[Listing, int]:
     out: no pictures by their names, hidden, or in no class folder.
     """
     where = f"config.data.folder={str(folder)!r}"
-    check_folder(folder, where)
-    try:
-        pictures, inside, others = _walk(folder)
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
+    pictures, inside, others = _walk_checked(folder, where)
     roots = _split_folders(where, pictures, inside)
-    found: dict[str, list[tuple[str, str]]] = {split: [] for split in roots}  # (path, class)
-    for split, root in roots.items():
-        start = root and root + os.sep
-        for path in pictures:
-            name, below, _ = path.removeprefix(start).partition(os.sep)
-            if path.startswith(start) and below:
-                found[split].append((path, name))
+    found = {split: _of_classes(pictures, root) for split, root in roots.items()}
     stray = len(pictures) - sum(map(len, found.values()))
     classes = sorted(inside[roots["train"]])  # also empty ones
     if len(classes) < 2:
@@ -230,6 +220,54 @@ def scan(folder: Path, *, drop_unknown: bool = False) -> tuple[Listing, int]:
         if root and not root.lower().startswith(split)
     ]
     return Listing(tuple(classes), listed, "; ".join((*called, *notes))), others + stray
+
+
+def _walk_checked(folder: Path, where: str) -> tuple[list[str], dict[str, list[str]], int]:
+    check_folder(folder, where)
+    try:
+        return _walk(folder)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror} ({error.filename})") from error
+
+
+def _of_classes(pictures: Sequence[str], root: str) -> list[tuple[str, str]]:
+    """The pictures in the class folders of a root, with their classes."""
+    start, found = root and root + os.sep, []
+    for path in pictures:
+        name, below, _ = path.removeprefix(start).partition(os.sep)
+        if path.startswith(start) and below:
+            found.append((path, name))
+    return found
+
+
+def labelled_pictures(
+    folder: Path, class_names: Sequence[str], *, drop_unknown: bool = False
+) -> tuple[list[Picture], str]:
+    """The pictures of a folder by the names of known classes, with a note on what is left out.
+
+    Of a folder with split folders, those of its test split if it has one, else all.
+    """
+    where = f"config.data.folder={str(folder)!r}"
+    pictures, inside, _ = _walk_checked(folder, where)
+    roots = _split_folders(where, pictures, inside)
+    chosen = [roots["test"]] if "test" in roots else [*roots.values()]
+    entries = sorted(entry for root in chosen for entry in _of_classes(pictures, root))
+    label = {name: i for i, name in enumerate(class_names)}
+    unknown = sorted({name for _, name in entries} - label.keys())
+    if unknown and not drop_unknown:
+        raise InputError(
+            f"{where} has classes that the run does not know, {few(unknown)}; its own are "
+            f"{few(class_names)}. --config.data.unknown_classes=drop leaves their pictures out"
+        )
+    found = [Picture(x, label[name], folder / x) for x, name in entries if name in label]
+    if not found:
+        raise InputError(f"{where} has no picture of the run's classes, {few(class_names)}")
+    notes = [f"of its folder {roots['test']!r}"] if "test" in roots else []
+    if unknown:
+        notes.append(f"without {len(entries) - len(found):,} of unknown classes ({few(unknown)})")
+    if missing := label.keys() - {name for _, name in entries}:
+        notes.append(f"none of {few(sorted(missing))}")
+    return found, ", ".join(notes)
 
 
 def _reconcile(

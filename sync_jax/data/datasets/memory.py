@@ -1,5 +1,6 @@
 """Arrays that the caller has in memory: images, or features such as embeddings."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -81,6 +82,15 @@ class MemoryDataset:
 
     def prepare(self, log: Callable[[str], None] = say) -> None:
         """Does nothing."""
+
+    def digest(self) -> str:
+        """See `Dataset.digest`."""
+        digest = hashlib.sha256()
+        for split, (images, labels) in self._splits.items():
+            for array in (images, labels):
+                digest.update(f"{split} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def files(self, split: str) -> np.ndarray | None:
         """See `Dataset.files`; None."""

@@ -11,6 +11,7 @@ A prepared folder holds, beside what TFDS puts there and what prepare.records re
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 
-from sync_jax.data.images import BadImageError, Layout, decode, square
+from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import DatasetInfo, Pictures, contents
 from sync_jax.data.prepare import copies
 from sync_jax.data.prepare.archives import Listing, Picture
@@ -146,6 +147,19 @@ class PictureDataset(Prepared):
             if table is not None and len(table.file) != sum(self._stored.values()):
                 raise ValueError("it has not a line for each picture")
             return table
+
+    def digest(self) -> str:
+        """See `Dataset.digest`: of labels and pixels, '' where an earlier version prepared it."""
+        table, digest = self._pictures, hashlib.sha256()
+        if table is None:
+            return ""
+        for split, (of, rows) in self._division.items():
+            of_split = np.flatnonzero(table.split == of)[rows]
+            pairs = zip(
+                table.label[of_split].tolist(), table.pixels[of_split].tolist(), strict=True
+            )
+            digest.update("".join(f"{split},{label},{x}\n" for label, x in pairs).encode())
+        return digest.hexdigest()
 
     def files(self, split: str) -> np.ndarray | None:
         """See `Dataset.files`; None where an earlier version has prepared it."""
@@ -457,6 +471,37 @@ def load_picture(
         data = out.getvalue()
     moments = np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
     return data, moments, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePictures(Pictures):
+    """Pictures in files, decoded as if they had been prepared; what cannot be read is black."""
+
+    files: Sequence[Picture]
+    layout: Layout
+    channels: int
+    largest_side: int | None
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # by position: what is wrong
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[n, size, size, channels]`."""
+        return len(self.rows), self.size, self.size, self.channels
+
+    def __getitem__(self, wanted: Any) -> np.ndarray:
+        with ThreadPool(os.cpu_count()) as pool:
+            images = pool.map(self._square, self.rows[wanted].tolist(), chunksize=4)
+        return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+
+    def _square(self, row: int) -> np.ndarray:
+        loaded = load_picture(self.files[row], largest_side=self.largest_side)
+        if isinstance(loaded, str):
+            self.bad[row] = loaded
+            return np.zeros(self.shape[1:], np.uint8)
+        image = decode(loaded[0])
+        if self.channels == 1:
+            image = image.convert("L")
+        return centre(square(image, self.layout.short_side, self.layout.stored), self.size)
 
 
 def mean_and_std(moments: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,6 +7,7 @@ data_dir/incomplete-*/          a preparation in progress, or what is left of a 
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import shlex
@@ -69,6 +70,10 @@ class Prepared:
                 return
             self._build(source, tell)
         tell(f"prepared in {self.folder}")
+
+    def digest(self) -> str:
+        """See `Dataset.digest`: a published dataset is known by its name and its version here."""
+        return hashlib.sha256(f"{self.name} {self.VERSION}".encode()).hexdigest()
 
     def files(self, split: str) -> np.ndarray | None:
         """See `Dataset.files`."""
