@@ -411,8 +411,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
         return
     check_plain(workdir)
     for saved in saved_configs(workdir)[:1]:
-        if differing := describe_differences(config, saved):
-            say(f"{workdir} is evaluated with its own config: {'; '.join(differing)}")
         own = from_saved(saved)
         if own.method not in (config.method, *METHODS):  # a module that a run's file names
             raise InputError(
@@ -425,6 +423,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
             drop = config.data.unknown_classes == "drop"
             evaluate_elsewhere(own, workdir, Path(other), drop_unknown=drop)
             return
+        if differing := describe_differences(config, saved):
+            say(f"{workdir} is evaluated with its own config: {'; '.join(differing)}")
         config = own
     evaluate_finished(config, workdir)
 

@@ -210,7 +210,7 @@ def test_a_prepared_folder_names_modules_in_vain():
         path.unlink()
     shutil.rmtree(next(Path("new").rglob("squares_12_12")))
     assert run(*NEW_ALBUM) == 0
-    assert len(list(Path("new").rglob("squares_12_12/*.npy"))) == 2
+    assert len(list(Path("new").rglob("squares_12_12/*.npy"))) == 1
     idx_files.dataset("clothes/data").load("train")
     assert not Path(MARKER).exists()
     prepared = next(Path("new").rglob("features.json")).parent

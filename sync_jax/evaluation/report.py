@@ -258,26 +258,27 @@ def _lead(report: dict[str, Any]) -> str:
 def shifted(before: dict[str, Any], there: dict[str, Any], folder: Path) -> list[Table | str]:
     """What the run's own thresholds give on its test split and on another folder's pictures."""
 
-    def cells(entry: dict[str, Any]) -> list[str]:
-        errors, accepted = entry["n_errors"], entry["n_accepted"]
-        low, high = (
-            (binomtest(errors, accepted).proportion_ci(0.95, "exact")) if accepted else (0.0, 1.0)
-        )
-        interval = f"{number(low, spec='.1f')} to {number(high, spec='.1f')}"
-        return [number(entry["coverage"], spec=".1f"), number(entry["selective_risk"]), interval]
+    def cells(test: dict[str, Any], there: dict[str, Any]) -> list[str]:
+        pairs = [
+            number(x, spec=spec)
+            for entry in (test, there)
+            for x, spec in ((entry["coverage"], ".1f"), (entry["selective_risk"], ".2f"))
+        ]
+        accepted = max(there["n_accepted"], 1)  # of none the interval is that of one right answer
+        ends = binomtest(there["n_errors"], accepted).proportion_ci(0.95, "exact")
+        return [*pairs, " to ".join(number(end, spec=".1f") for end in ends)]
 
     rows = []
-    for name, score in main_scores(before).items():
-        target = score["operating_point"]["target_coverage"]
-        where = f"{100 * target:g} % coverage by {label_of(before, name)}"
-        pair = (score["operating_point"], there["scores"][name]["operating_point"])
-        rows.append([where, *(cell for entry in pair for cell in cells(entry))])
+    for name in main_scores(before):
+        own, other = (x["scores"][name]["operating_point"] for x in (before, there))
+        where = f"{100 * own['target_coverage']:g} % coverage by {label_of(before, name)}"
+        rows.append([where, *cells(own, other)])
     certified, found = before["recommended"], there["recommended"]["test"]
     if certified["feasible"]:
-        where = f"at most {100 * certified['target_risk']:g} % wrong, certified"
-        rows.append([where, *cells(certified["test"]), *cells(found)])
-    headings = ["threshold for", "test covers %", "wrong %", "95 % interval"]
-    headings += ["there covers %", *headings[2:]]
+        where = f"at most {100 * certified['target_risk']:g} % wrong"
+        rows.append([where, *cells(certified["test"], found)])
+    headings = ["threshold for", "test covers %", "wrong %"]
+    headings += ["there covers %", "wrong %", "95 % interval"]
     lines = []
     if certified["feasible"]:
         low = binomtest(found["n_errors"], max(found["n_accepted"], 1)).proportion_ci(0.95).low
