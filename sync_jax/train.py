@@ -34,7 +34,6 @@ from sync_jax.evaluation.report import (
     write_report,
 )
 from sync_jax.guarantees.binomial import fewest_accepted
-from sync_jax.methods import METHODS
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
 from sync_jax.runtime.console import printable, say
@@ -412,14 +411,19 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     check_plain(workdir)
     for saved in saved_configs(workdir)[:1]:
         own = from_saved(saved)
-        if own.method not in (config.method, *METHODS):  # a module that a run's file names
-            raise InputError(
-                f"{workdir} was trained with a custom method; add --config.method={own.method} to "
-                "allow its import"
-            )
-        own.evaluation = config.evaluation
         other = config.data.folder
-        if other and os.path.abspath(other) != os.path.abspath(own.data.folder):
+        elsewhere = other and os.path.abspath(other) != os.path.abspath(own.data.folder)
+        named = {"method": (own.method, config.method)}
+        if elsewhere:
+            named["model.name"] = own.model.name, config.model.name
+        for field, (name, given) in named.items():
+            if ":" in name and name != given:  # a module that a run's file names
+                raise InputError(
+                    f"{workdir} was trained with a {field} of another module; add "
+                    f"--config.{field}={name} to allow its import"
+                )
+        own.evaluation = config.evaluation
+        if elsewhere:
             drop = config.data.unknown_classes == "drop"
             evaluate_elsewhere(own, workdir, Path(other), drop_unknown=drop)
             return

@@ -113,6 +113,7 @@ def test_evaluate_imports_no_module_that_a_run_names(field, folder, monkeypatch,
     assert "names modules, which are imported only if you name them: give --config and " in shown
     assert f"--config.{field}=os:X" in shown
     assert run(*evaluate, QUICKSTART) == (2 if field == "method" else 0)
+    assert run(*evaluate, QUICKSTART, "--config.data.folder=pictures") == 2
 
 
 @pytest.mark.parametrize(
