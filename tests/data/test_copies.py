@@ -44,7 +44,8 @@ def test_pictures_that_are_stored_four_times_do_not_leak(tmp_path, duplicates):
     for label in ("ant", "bee"):
         for i in range(15):
             for copy in range(4):
-                write(tmp_path / "pictures" / label / f"{copy}-{i}.png", 100 * (label == "bee") + i)
+                name = f"{copy}-{i}{'<b>' if i == 7 else ''}.png"  # a page must not believe it
+                write(tmp_path / "pictures" / label / name, 100 * (label == "bee") + i)
     data = section(tmp_path, duplicates=duplicates)
     _, lines = prepared(data)
     assert any(
@@ -60,7 +61,12 @@ def test_pictures_that_are_stored_four_times_do_not_leak(tmp_path, duplicates):
         assert len(found["test"].labels) == 24
         assert len(np.unique(found["test"].groups)) == 6
         assert (np.bincount(found["calibration"].labels) == 4).all()
-        report = json.loads((registry.dataset(data).folder / "data_report.json").read_text())
+        folder = registry.dataset(data).folder
+        report = json.loads((folder / "data_report.json").read_text())
+        page = (folder / "data_report.html").read_text()
+        assert page.count("<figure>") == 4 * 30
+        assert page.count("<figcaption>ant/2-7&lt;b&gt;.png</figcaption>") == 1
+        assert "<b>" not in page
         assert report["equal"]["files"][0] == [f"ant/{copy}-0.png" for copy in range(4)]
 
 

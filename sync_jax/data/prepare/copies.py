@@ -5,10 +5,13 @@
     split, file, label, group, sha256 (of its bytes), pixels (SHA-256 of the decoded ones), dhash
 """
 
+import base64
 import csv
 import hashlib
+import html
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +20,29 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from sync_jax.data.images import decode
 from sync_jax.data.info import few
 from sync_jax.runtime.files import write_text
 
-TABLE, REPORT = "pictures.csv", "data_report.json"
+TABLE, REPORT, GALLERY = "pictures.csv", "data_report.json", "data_report.html"
 COLUMNS = ("split", "file", "label", "group", "sha256", "pixels", "dhash")
 NEAR = 2  # differing bits of each half of the hash, at most
 _NAMED = 200  # groups in the report, of each kind
+_SHOWN, _SHOWN_OF_GROUP, _THUMBNAIL = 60, 4, 96  # in the gallery; the last in pixels
+_COUNTS = ("groups", "pictures", "across_splits", "two_labels", "within_calibration")
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Copies among the pictures</title>
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }}
+div {{ display: flex; flex-wrap: wrap; gap: 1em; border-top: 1px solid gray; padding: .5em 0 }}
+figure {{ margin: 0; width: 12em }} img {{ min-width: 64px }}
+figcaption {{ overflow-wrap: anywhere; font-size: 12px }}
+</style></head><body><h1>Copies among the pictures</h1>
+{}</body></html>
+"""
 
 
 class Print(NamedTuple):
@@ -195,6 +214,40 @@ def describe(found: Mapping[str, Any]) -> str:
     return f"{'; '.join(parts)}; all are in {REPORT}" if parts else ""
 
 
-def write_report(folder: Path, found: Mapping[str, Any]) -> None:
-    """Writes data_report.json."""
+def write_report(
+    folder: Path, found: Mapping[str, Any], read: Mapping[str, Callable[[], bytes]]
+) -> None:
+    """Writes data_report.json, and data_report.html, which shows the first groups of each kind.
+
+    `read` has, by the names of `shown`, what reads a picture. The page holds its pictures, loads
+    nothing and runs no script.
+    """
     write_text(folder / REPORT, json.dumps(found, indent=1) + "\n")
+    sections = []
+    for kind, title in {"equal": "Equal pictures", "nearly_equal": "Nearly equal pictures"}.items():
+        rows = [
+            "".join(_figure(name, read[name]) for name in group[:_SHOWN_OF_GROUP])
+            for group in found[kind]["files"][:_SHOWN]
+        ]
+        counts = ", ".join(f"{found[kind][x]:,} {x.replace('_', ' ')}" for x in _COUNTS)
+        body = "".join(f"<div>{row}</div>\n" for row in rows)
+        sections.append(f"<h2>{title}</h2>\n<p>{counts}; shown are {len(rows)} groups.</p>\n{body}")
+    write_text(folder / GALLERY, _PAGE.format("".join(sections)))
+
+
+def shown(found: Mapping[str, Any]) -> set[str]:
+    """The names of the pictures in the gallery of a report."""
+    groups = [
+        group for kind in ("equal", "nearly_equal") for group in found[kind]["files"][:_SHOWN]
+    ]
+    return {name for group in groups for name in group[:_SHOWN_OF_GROUP]}
+
+
+def _figure(name: str, read: Callable[[], bytes]) -> str:
+    image, out = decode(read()), io.BytesIO()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.save(out, "JPEG", quality=85)
+    data = base64.b64encode(out.getvalue()).decode()
+    caption = html.escape(name)
+    picture = f'<img src="data:image/jpeg;base64,{data}" alt="{caption}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

@@ -4,7 +4,7 @@ A prepared folder holds, beside what TFDS puts there and what prepare.records re
 
     sync_jax.json           the facts of `DatasetInfo`, and the digest of what it was made from
     pictures.csv            the names and fingerprints of the pictures, see prepare.copies
-    data_report.json        copies among them
+    data_report.json, .html copies among them, counted and shown
     moments_train.npy       `[n, 2, 3]`, of each training picture the channels' means and squares
     bad_files.txt           pictures that cannot be decoded, and why; only if there are any
 """
@@ -411,7 +411,9 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         table = copies.read_table(folder)
         assert table is not None
         self.copies = copies.report(table)
-        copies.write_report(folder, self.copies)
+        every = (x for pictures in self._listing.splits.values() for x in pictures)
+        wanted, named = copies.shown(self.copies), ((printable(_text(x.name)), x) for x in every)
+        copies.write_report(folder, self.copies, {k: x.read for k, x in named if k in wanted})
         known = {
             "class_names": [_text(name) for name in self._listing.class_names],
             "mean": mean,
