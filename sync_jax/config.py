@@ -20,8 +20,9 @@ from sync_jax.options import Option, find, flatten
 COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
+# Pictures may move to another folder: a run knows them by their digest.
 OPERATIONAL = (
-    *("data.data_dir", "data.source", "data.workers", "optimizer.sharded"),
+    *("data.data_dir", "data.source", "data.folder", "data.workers", "optimizer.sharded"),
     *("train.on_nonfinite", "train.nonfinite_budget"),
     *("log.", "checkpoint.", "evaluation.", "process.", "profile."),
 )
@@ -39,7 +40,7 @@ FIELDS: dict[str, Option] = {
     "data.name": Option("fashion_mnist", "", "a name in data.registry, or tfds:NAME"),
     "data.data_dir": Option(os.path.join("~", ".cache", "sync_jax"), "", "prepared datasets"),
     "data.source": Option("", "", "folder with the published files; empty: look for them"),
-    "data.folder": Option("", "", "image_folder: the pictures, as folder/class/picture"),
+    "data.folder": Option("", "", "image_folder: folder/class/picture, a table or an archive"),
     "data.duplicates": Option(
         "group", ("group", "keep", "refuse"), "image_folder: equal pictures go to one side only"
     ),
@@ -47,8 +48,10 @@ FIELDS: dict[str, Option] = {
         "refuse", ("refuse", "drop"), "image_folder: pictures of a class that train has not"
     ),
     "data.group": Option(
-        "", "", "image_folder: pictures that go together: 'parent' or a regular expression"
+        "", "", "image_folder: what goes together: 'parent', a column or a regular expression"
     ),
+    "data.file_column": Option("", "", "of image_folder's table; empty: file_name, path, ..."),
+    "data.label_column": Option("", "", "of image_folder's table; empty: label, class, ..."),
     # Of encoded pictures, in pixels. Training crops squares that are stored; evaluation takes the
     # middle of them.
     "data.image_size": Option(64, "[8, 1024]", "side of the network's input"),
@@ -213,6 +216,8 @@ _LATER = {
     "data.fold": "",
     "data.duplicates": "group",
     "data.group": "",
+    "data.file_column": "",
+    "data.label_column": "",
     "data.unknown_classes": "refuse",
     "loss.prior_source": "class_head",
     "loss.prior_momentum": 0.9,

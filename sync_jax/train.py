@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sync_jax.config import describe_differences, find_method, from_saved, to_json
+from sync_jax.config import describe_differences, find_method, from_saved, to_json, upgraded
 from sync_jax.data import registry
-from sync_jax.data.datasets.image_folder import ImageFolder, labelled_pictures
+from sync_jax.data.datasets.image_folder import ImageFolder, source_of
 from sync_jax.data.images import Layout
 from sync_jax.data.info import Dataset, DatasetInfo, few
 from sync_jax.data.loading import known_info, load_data
+from sync_jax.data.prepare.layouts import Source, labelled_pictures
 from sync_jax.data.prepare.pictures import FilePictures
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
@@ -196,7 +197,7 @@ def begin(job: Job) -> Start:
         refuse_differences(trainer.config, restored.notes["config"], job.workdir)
 
     def write() -> None:
-        check_same_data(job)
+        check_same_data(trainer.config, job.dataset, job.workdir)
         prepare_workdir(trainer.config, job.workdir)
         known = dataclasses.asdict(trainer.info) | {
             "train_size": trainer.train_size,
@@ -215,16 +216,25 @@ def begin(job: Job) -> Start:
     return Start(state, 0, [])
 
 
-def check_same_data(job: Job) -> None:
+def check_same_data(config: ConfigDict, dataset: Dataset, workdir: Path) -> None:
     """Raises an InputError where the run in the folder was begun on other data."""
-    path = job.workdir / "dataset.json"
+    path = workdir / "dataset.json"
     before = read_dataset(path)["digest"] if path.exists() else ""
-    now = job.dataset.digest()
-    if before and now and before != now and not is_abandoned(job.trainer.config, job.workdir):
+    now = dataset.digest()
+    if before and now:
+        same, how = before == now, f"digest {before[:12]}, now {now[:12]}"
+    else:  # a run of an earlier version
+        same, how = not has_moved(config, workdir), f"now config.data.folder={config.data.folder!r}"
+    if not same and not is_abandoned(config, workdir):
         raise InputError(
-            f"--workdir={job.workdir} holds a run on other data (digest {before[:12]}, now "
-            f"{now[:12]}); name another --workdir"
+            f"--workdir={workdir} holds a run on other data ({how}); name another --workdir"
         )
+
+
+def has_moved(config: ConfigDict, workdir: Path) -> bool:
+    """Returns True where the run in the folder was begun with its pictures in another place."""
+    folders = {upgraded(saved).get("data.folder") for saved in saved_configs(workdir)}
+    return any(os.path.abspath(x or "") != os.path.abspath(config.data.folder) for x in folders)
 
 
 def read_dataset(path: Path) -> dict[str, Any]:
@@ -424,8 +434,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
                 )
         own.evaluation = config.evaluation
         if elsewhere:
-            drop = config.data.unknown_classes == "drop"
-            evaluate_elsewhere(own, workdir, Path(other), drop_unknown=drop)
+            evaluate_elsewhere(own, workdir, source_of(config.data))
             return
         if differing := describe_differences(config, saved):
             say(f"{workdir} is evaluated with its own config: {'; '.join(differing)}")
@@ -433,22 +442,20 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     evaluate_finished(config, workdir)
 
 
-def evaluate_elsewhere(
-    config: ConfigDict, workdir: Path, folder: Path, *, drop_unknown: bool = False
-) -> None:
-    """Evaluates a finished run on the labelled pictures of another folder, as at another site.
+def evaluate_elsewhere(config: ConfigDict, workdir: Path, source: Source) -> None:
+    """Evaluates a finished run on labelled pictures of another source, as of another site.
 
     The thresholds are the run's own, from its calibration split. The report, the predictions and
-    their examples go to `workdir/elsewhere/<folder's name>`. Needs nothing but the two folders.
+    their examples go to `workdir/elsewhere/<name of the source>`. Needs nothing but the two.
     """
     if jax.process_count() > 1:
         raise InputError("one process evaluates on another folder; give the command once")
     resolve(config)
-    known, folder = read_dataset(workdir / "dataset.json"), folder.expanduser()
+    known, folder = read_dataset(workdir / "dataset.json"), source.path
     info = DatasetInfo.from_json(known)
     if len(info.image_shape) < 3:
         raise InputError(f"{workdir} was trained on feature vectors, not on pictures")
-    pictures, note = labelled_pictures(folder, info.class_names, drop_unknown=drop_unknown)
+    pictures, note = labelled_pictures(source, info.class_names)
     size, _, channels = info.image_shape
     layout = Layout.of(config.data)
     if layout.size != size:  # a dataset of arrays, whose pictures are as large as they are
@@ -500,6 +507,10 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     """
     check_run(config, workdir)
     report = read_report(workdir)
+    if report is not None and has_moved(config, workdir):
+        dataset = registry.dataset(config.data)
+        dataset.prepare()
+        check_same_data(config, dataset, workdir)
     if not has_predictions(workdir):
         if report is None:
             return False

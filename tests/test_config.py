@@ -117,6 +117,8 @@ FREE = {
     "data.folder",
     "data.fold",
     "data.group",
+    "data.file_column",
+    "data.label_column",
     "data.data_dir",
     "data.source",
     "process.compilation_cache",
@@ -271,7 +273,7 @@ def test_differences_are_named(saved):
 def test_which_fields_make_another_experiment(saved):
     """Every field does, but those that move no weight."""
     operational = {
-        "data.data_dir", "data.source", "data.workers", "log.every_steps",
+        "data.data_dir", "data.source", "data.folder", "data.workers", "log.every_steps",
         "log.calibration_every_epochs",
         "checkpoint.every_epochs", "checkpoint.keep", "checkpoint.keep_best",
         "checkpoint.best_metric", "process.wait_seconds", "process.watchdog_seconds",

@@ -179,14 +179,14 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path):
     config = from_saved(json.loads((finished / "config.json").read_text()))
     for digest, refused in ((known["digest"], False), ("", False), ("0" * 64, True)):
         dataset = SimpleNamespace(digest=lambda digest=digest: digest)
-        job = SimpleNamespace(
-            workdir=finished, dataset=dataset, trainer=SimpleNamespace(config=config)
-        )
         expected = pytest.raises(InputError, match="holds a run on other data")
         with expected if refused else contextlib.nullcontext():
-            train.check_same_data(job)
-    job.workdir = tmp_path
-    train.check_same_data(job)
+            train.check_same_data(config, dataset, finished)
+    train.check_same_data(config, dataset, tmp_path)
+    config.data.folder = "elsewhere"  # where nothing is known by digest, the place decides
+    dataset = SimpleNamespace(digest=lambda: "")
+    with pytest.raises(InputError, match=r"other data \(now config.data.folder='elsewhere'"):
+        train.check_same_data(config, dataset, finished)
 
 
 def test_what_no_calibration_split_of_a_size_can_certify_is_said():

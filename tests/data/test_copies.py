@@ -96,8 +96,7 @@ def table(split, label, pixels, dhash):
     files = np.array([f"{i}.png" for i in range(n)])
     texts = [np.array(list(x)) for x in (split, pixels)]
     hashes = np.stack([np.array(dhash, np.uint64)] * 2, axis=1)
-    empty = np.array([""] * n)
-    return copies.Table(texts[0], files, np.array(label), empty, files, texts[1], hashes)
+    return copies.Table(texts[0], files, np.array(label), files, texts[1], hashes, {})
 
 
 def test_the_report_by_hand():
@@ -191,6 +190,16 @@ def test_a_patient_is_on_one_side(tmp_path, group, names):
     }.items():
         with pytest.raises(InputError, match=message):
             registry.dataset(section(tmp_path, group=bad)).info()
+
+
+def test_groups_that_would_be_whole_classes_are_refused(tmp_path):
+    """A folder per class has no groups: 'parent' would put each class on one side."""
+    for i in range(24):
+        write(tmp_path / "pictures" / ("ant" if i % 2 else "bee") / f"{i}.png", i)
+    data = section(tmp_path, group="parent")
+    prepared(data)
+    with pytest.raises(InputError, match=r"'parent': each class lies in one folder"):
+        registry.dataset(data).info()
 
 
 @given(

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sync_jax import train
+from sync_jax import train, trainer
 from sync_jax.config import default_config
 from sync_jax.data import loading, registry, splits
 from sync_jax.data.datasets import image_folder
 from sync_jax.data.prepare import pictures as prepare_pictures
+from sync_jax.data.prepare.layouts import Source, scan
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime import sharding
+from sync_jax.runtime.processes import Processes
 from tests.data import pictures
 from tests.data.pictures import CLASSES, pixels, prepared, write_pictures
 
@@ -66,10 +68,7 @@ def test_split_folders(tmp_path, monkeypatch, train_name, test_name):
     with pytest.raises(InputError, match=r"is not prepared: .*--mode=prepare .*data.folder=FOLDER"):
         dataset.load("train")
     scanned = []
-    scan = image_folder.scan
-    monkeypatch.setattr(
-        image_folder, "scan", lambda path, **x: scanned.append(path) or scan(path, **x)
-    )
+    monkeypatch.setattr(image_folder, "scan", lambda source: scanned.append(source) or scan(source))
     assert dataset.info().num_train == 12  # as the files' names tell
     lines = []
     dataset.prepare(lines.append)
@@ -137,96 +136,6 @@ def test_a_calibration_folder_is_the_calibration_part_whole(tmp_path, monkeypatc
         loading.check_sizes(config, info)
 
 
-def write_tree(folder, *class_folders):
-    """Empty files for pictures, five in each folder."""
-    for path in class_folders:
-        (folder / path).mkdir(parents=True, exist_ok=True)
-        for i in range(5):
-            (folder / path / f"{i}.png").touch()
-
-
-@pytest.mark.parametrize(
-    "folders",
-    [
-        {"train": "train", "test": "val"},
-        {"train": "train", "test": "valid"},
-        {"train": "training", "test": "validation"},
-        {"train": "train", "test": "dev"},
-        {"train": "train", "test": "eval"},
-        {"train": "train_set", "test": "test_set"},
-        {"train": "cars_train", "test": "cars_test"},
-        {"train": "seg_train/seg_train", "test": "seg_test/seg_test"},
-        {"train": "Train", "calibration": "Val", "test": "Test"},
-        {"train": "train", "calibration": "dev", "test": "eval"},
-        {"train": "train", "calibration": "calib", "test": "test"},
-        {"train": "train", "calibration": "cal", "test": "val"},
-    ],
-    ids=lambda folders: " ".join(folders.values()),
-)
-def test_layouts_that_are_understood_and_the_litter_in_them(tmp_path, folders):
-    names = ("ant", "bee")
-    write_tree(tmp_path, *(f"{root}/{name}" for root in folders.values() for name in names))
-    litter = ["__MACOSX/train/ant/0.png", "annotations/ant/0.xml", "annotations/bee/0.xml"]
-    train = folders["train"]
-    litter += [f"{train}/__pycache__/x.pyc", f"{train}/ant/@eaDir/0.png/THUMB.jpg"]
-    litter += [f"{train}/ant/._0.png", f"{train}/bee/Thumbs.db", f"{train}/0.png", "1.png"]
-    for path in litter:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    listing, ignored = image_folder.scan(tmp_path)
-    assert listing.class_names == names
-    assert {
-        split: [(picture.name, picture.label) for picture in found]
-        for split, found in listing.splits.items()
-    } == {
-        split: [(f"{root}/{n}/{i}.png", j) for j, n in enumerate(names) for i in range(5)]
-        for split, root in folders.items()
-    }
-    assert ignored == len(litter)
-    if folders["test"] in ("val", "seg_test/seg_test"):
-        assert f"the test split is the folder {folders['test']!r}" in listing.note
-
-
-@pytest.mark.parametrize(
-    ("folders", "found"),
-    [
-        ("train/ant train/bee holdout/ant holdout/bee", "beside train .* other names, holdout"),
-        (
-            "train/ant train/bee test/ant test/bee unlabelled/ant unlabelled/bee",
-            "beside test, train lie folders of other names, unlabelled",
-        ),
-        ("train/ant train/bee test/ant test/bee unlabelled", "other names, unlabelled"),
-        ("train test sample", "beside test, train .* other names, sample"),
-        ("a_train/ant a_train/bee a_test/ant a_test/bee a_pred/a_pred", "other names, a_pred"),
-        ("f1/ant f1/bee f2/ant f2/bee f3/ant f3/bee", "f1, f2, f3 .* same names, ant, bee"),
-        ("a/ant a/bee b/bee b/cat", "a, b hold folders of the same names, bee"),
-        ("cats/day cats/night dogs/day dogs/night", "cats, dogs .* same names, day, night"),
-        ("val/ant val/bee test/ant test/bee", "test, val name splits, and none is for training"),
-        ("train/ant train/bee Training/ant Training/bee", "both name the train split"),
-        ("train/ant train/bee val/ant val/bee cal/ant cal/bee test/ant test/bee", "val has no use"),
-    ],
-)
-def test_folders_that_look_like_splits_are_never_taken_for_classes(tmp_path, folders, found):
-    write_tree(tmp_path / "pictures", *folders.split())
-    with pytest.raises(InputError, match=rf"{found}.*calibration.* dev, .*into FOLDER/train/$"):
-        image_folder.scan(tmp_path / "pictures")
-    if found.startswith("cats"):  # the way out
-        (tmp_path / "links").mkdir()
-        (tmp_path / "links" / "train").symlink_to(tmp_path / "pictures")
-        listing, _ = image_folder.scan(tmp_path / "links")
-        assert listing.class_names == ("cats", "dogs")
-        assert {split: len(found) for split, found in listing.splits.items()} == {"train": 20}
-
-
-@pytest.mark.parametrize(
-    "folders", ["ant/images bee/images", "ant/more bee", "ant/x ant/y bee/z", "train test_tube"]
-)
-def test_what_looks_like_no_split_is_a_class(tmp_path, folders):
-    write_tree(tmp_path, *folders.split())
-    listing, _ = image_folder.scan(tmp_path)
-    assert listing.class_names == tuple(sorted({x.partition("/")[0] for x in folders.split()}))
-
-
 def test_without_split_folders_a_fifth_of_each_class_is_held_out(tmp_path):
     written = write_pictures(tmp_path / "pictures", {"": 10})[""]
     data = section(tmp_path)
@@ -259,12 +168,12 @@ def test_a_test_split_that_lacks_a_class_or_has_one_more(tmp_path):
     shutil.rmtree(root / "train" / "bee")
     (root / "train" / "bee").mkdir()
     with pytest.raises(InputError, match=r"the folder train/bee has no picture; known are .jpg"):
-        image_folder.scan(root, drop_unknown=True)
+        scan(Source(root, drop_unknown=True))
     shutil.rmtree(root / "test" / "ant")
     shutil.rmtree(root / "train" / "bee")
     shutil.rmtree(root / "test" / "bee")
     with pytest.raises(InputError, match="test has no picture of any class of train"):
-        image_folder.scan(root, drop_unknown=True)
+        scan(Source(root, drop_unknown=True))
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -323,6 +232,39 @@ def test_sizes_have_folders_of_their_own_and_a_full_disk_is_said_so(tmp_path, mo
     assert middle.info().squares_bytes == (6 + 3) * 16 * 16 * 3 + 2 * 128
     with pytest.raises(InputError, match=r"needs 0.0 MB for squares of 16 pixels, 0.0 MB are free"):
         middle.load("train")
+
+
+@pytest.mark.slow
+def test_pictures_may_move_while_a_run_waits(tmp_path, capsys):
+    """A stopped or finished run goes on in another place, and with no other pictures."""
+    write_pictures(tmp_path / "pictures", {"train": 20, "test": 8})
+    config = default_config()
+    config.data = section(tmp_path, placement="device")
+    config.model.name, config.model.width, config.model.features = "mlp", 4, 8
+    config.train.batch_size, config.train.epochs = 16, 1.0
+    config.evaluation.batch_size = 16
+    config.optimizer.warmup_epochs = 0.5
+    trainer.resolve(config)
+    dataset, workdir = registry.dataset(config.data), tmp_path / "run"
+    with train.prepared(config, dataset, workdir, Processes()) as job:
+        start = train.begin(job)
+        notes = {"config": config.to_dict(), "unlogged": [], "placement": "device"}
+        job.checkpoints.save(start.state, 0, notes=notes, score=None)
+    shutil.move(tmp_path / "pictures", tmp_path / "moved")
+    config.data.folder = str(tmp_path / "moved")
+    train.train_and_evaluate(config, workdir)
+    assert "resuming at step 0" in capsys.readouterr().out
+    shutil.move(tmp_path / "moved", tmp_path / "again")
+    config.data.folder = str(tmp_path / "again")
+    train.train_and_evaluate(config, workdir)
+    assert "holds a finished run" in capsys.readouterr().out
+    write_pictures(tmp_path / "others", {"train": 19, "test": 8})
+    config.data.folder = str(tmp_path / "others")
+    with pytest.raises(InputError, match="holds a run on other data"):
+        train.train_and_evaluate(config, workdir)
+    config.data.folder = str(tmp_path / "gone")
+    with pytest.raises(InputError, match="gone' does not exist"):
+        train.train_and_evaluate(config, workdir)
 
 
 @pytest.mark.slow

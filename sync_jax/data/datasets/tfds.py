@@ -137,7 +137,7 @@ class TfdsDataset(PictureDataset):
 class _Picture:
     """In place of a `Picture` of a file; its label is known once it has been read."""
 
-    group = ""
+    extra = ()
 
     def __init__(self, source: Any, position: int, keys: tuple[str, str], path: str):
         self._source, self._position, self._keys = source, position, keys

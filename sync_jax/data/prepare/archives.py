@@ -1,14 +1,16 @@
-"""Encoded pictures in folders and in tar archives, and other files that authors publish.
+"""Encoded pictures in folders, tar and zip archives, and other files that authors publish.
 
-Nothing is unpacked: a tar archive is a row of files one after the other, so each picture in it is
-read from its place, by any thread, and what an archive says of paths, links and permissions is
-never followed.
+Nothing is unpacked: each picture is read from its place in the archive, by any thread, and what an
+archive says of paths, links and permissions is never followed.
 """
 
 import dataclasses
 import hashlib
 import os
+import struct
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,9 @@ import scipy.io
 from sync_jax.data.images import SUFFIXES
 from sync_jax.errors import InputError
 
+_ZIP_METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+# A member begins with 30 bytes, the last four the lengths of what stands before its contents.
+_ZIP_HEADER, _ZIP_LENGTHS = 30, 26
 _LARGEST = 200_000_000  # bytes of a file that is read into memory; the largest has 155 million
 
 
@@ -30,16 +35,24 @@ class Picture(NamedTuple):
     path: Path
     offset: int = 0
     size: int = -1
-    group: str = ""  # of a column that the user names
+    inflated: int = -1  # bytes once decompressed, in a zip archive; -1: not compressed
+    extra: tuple[str, ...] = ()  # of `Listing.columns`
 
     def read(self) -> bytes:
-        """Its bytes; raises an OSError where the file ends before."""
+        """Its bytes; raises an OSError where the file ends before, or is damaged."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if self.size >= 0 and len(data) < self.size:
             raise OSError(f"{self.path} ends in the middle of it")
-        return data
+        if self.inflated < 0:
+            return data
+        try:
+            # A picture that claims to be larger is cut off, and is then no picture.
+            most = min(max(self.inflated, 1), _LARGEST)
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+        except zlib.error as error:
+            raise OSError(f"{self.path} is damaged: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +62,18 @@ class Listing:
     class_names: tuple[str, ...]
     splits: Mapping[str, Sequence[Any]]  # "train", "test" and, where one is given, "calibration"
     note: str = ""  # see `DatasetInfo.note`
+    columns: tuple[str, ...] = ()  # of a table beside the pictures: the names of `Picture.extra`
 
     def digest(self) -> str:
-        """Digest of all names, labels, places, sizes and times of change."""
-        digest = hashlib.sha256()
+        """Digest of all names, labels, columns, places, sizes and times of change."""
+        digest = hashlib.sha256(repr(self.columns).encode())
         times: dict[Path, tuple[int, int]] = {}
         for split, pictures in sorted(self.splits.items()):
-            for name, label, path, offset, size, group in pictures:
+            for name, label, path, offset, size, _, extra in pictures:
                 if path not in times or size < 0:
                     status = os.stat(path)
                     times[path] = status.st_size, status.st_mtime_ns
-                line = (split, name, label, offset, size, *times[path], *([group] if group else ()))
+                line = (split, name, label, offset, size, *times[path], *extra)
                 digest.update("\0".join(map(str, line)).encode(errors="surrogateescape") + b"\n")
         return digest.hexdigest()
 
@@ -102,6 +116,32 @@ def tar_members(path: Path, *, offset: int = 0, size: int = -1) -> Iterator[Pict
                         return  # the next header would be of the archive around this one
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be read as a tar archive: {error}") from error
+
+
+def zip_members(path: Path) -> Iterator[Picture]:
+    """Yields the files of a zip archive, without their contents.
+
+    Raises an InputError where one is encrypted, compressed in another way than by "deflate", or of
+    a name that leads out of its folder.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for member in archive.infolist():
+                name = member.filename
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise InputError(f"{path} is unsafe: it has a member named {name!r}")
+                if member.is_dir():
+                    continue
+                if member.flag_bits & 1 or member.compress_type not in _ZIP_METHODS:
+                    raise InputError(f"{path}: {name!r} is encrypted, or compressed in a rare way")
+                file.seek(member.header_offset + _ZIP_LENGTHS)
+                lengths = struct.unpack("<HH", file.read(4))
+                offset = member.header_offset + _ZIP_HEADER + sum(lengths)
+                deflated = member.compress_type == zipfile.ZIP_DEFLATED
+                inflated = member.file_size if deflated else -1
+                yield Picture(name, -1, path, offset, member.compress_size, inflated)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
+        raise InputError(f"{path} cannot be read as a zip archive: {error}") from error
 
 
 def named_members(archive: tarfile.TarFile, names: Container[str]) -> Iterator[tuple[str, bytes]]:

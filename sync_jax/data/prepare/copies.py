@@ -2,7 +2,9 @@
 
 `pictures.csv` in a prepared folder has a line per kept picture, in the order of the records:
 
-    split, file, label, group, sha256 (of its bytes), pixels (SHA-256 of the decoded ones), dhash
+    split, file, label, sha256 (of its bytes), pixels (SHA-256 of the decoded ones), dhash
+
+and the other columns of a table that lay beside the pictures, as they were.
 """
 
 import base64
@@ -25,7 +27,7 @@ from sync_jax.data.info import few
 from sync_jax.runtime.files import write_text
 
 TABLE, REPORT, GALLERY = "pictures.csv", "data_report.json", "data_report.html"
-COLUMNS = ("split", "file", "label", "group", "sha256", "pixels", "dhash")
+COLUMNS = ("split", "file", "label", "sha256", "pixels", "dhash")
 NEAR = 2  # differing bits of each half of the hash, at most
 _NAMED = 200  # groups in the report, of each kind
 _SHOWN, _SHOWN_OF_GROUP, _THUMBNAIL = 60, 4, 96  # in the gallery; the last in pixels
@@ -83,17 +85,17 @@ class Table(NamedTuple):
     split: np.ndarray
     file: np.ndarray
     label: np.ndarray  # int64
-    group: np.ndarray
     sha256: np.ndarray
     pixels: np.ndarray
     dhash: np.ndarray  # [n, 2] uint64
+    extra: Mapping[str, np.ndarray]  # the user's own columns
 
 
-def write_table(folder: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes pictures.csv; the rows are as `COLUMNS`."""
+def write_table(folder: Path, rows: Iterable[Sequence[Any]], extra: Sequence[str] = ()) -> None:
+    """Writes pictures.csv; the rows are as `COLUMNS`, and then as `extra`."""
     with (folder / TABLE).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow((*COLUMNS, *extra))
         writer.writerows(rows)
 
 
@@ -104,13 +106,10 @@ def read_table(folder: Path) -> Table | None:
             header, *rows = csv.reader(file)
     except FileNotFoundError:
         return None
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{TABLE} has the columns {', '.join(header)}")
-    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
-    columns[2] = columns[2].astype(np.int64)
-    halves = [(int(x[:16], 16), int(x[16:], 16)) for x in columns[6]]
-    columns[6] = np.asarray(halves, np.uint64)
-    return Table(*columns)
+    columns = dict(zip(header, map(np.asarray, zip(*rows, strict=True)), strict=True))
+    split, name, label, sha256, pixels, dhash = (columns.pop(name) for name in COLUMNS)
+    halves = np.asarray([(int(x[:16], 16), int(x[16:], 16)) for x in dhash], np.uint64)
+    return Table(split, name, label.astype(np.int64), sha256, pixels, halves, columns)
 
 
 def linked(*keys: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ from sync_jax.data.images import BadImageError, Layout, centre, decode, square
 from sync_jax.data.info import DatasetInfo, Pictures, contents
 from sync_jax.data.prepare import copies
 from sync_jax.data.prepare.archives import Listing, Picture
+from sync_jax.data.prepare.layouts import SPLITS
 from sync_jax.data.prepare.records import (
     DecodedPictures,
     DecodedSquares,
@@ -62,7 +63,6 @@ from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_text
 
 INFO, BAD_FILES, MOMENTS = "sync_jax.json", "bad_files.txt", "moments_train.npy"
-SPLITS = ("train", "calibration", "test")  # not every dataset has a calibration split
 SHARD = 1024  # pictures in a file: of ImageNet's, 110 MB
 # ImageNet's mean and deviation, which the field's codes use for the published datasets.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -284,7 +284,7 @@ class Shard:
     path: Path
     labels: list[int]
     bad: list[str]  # a line for each picture that was left out
-    rows: list[list[str]]  # of each kept one file, group and fingerprint
+    rows: list[list[str]]  # of each kept one file, fingerprint and extra columns
     moments: list[list[list[float]]]  # `[n, 2, 3]`, each channel's mean and mean square
     num_bytes: int
 
@@ -352,7 +352,8 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
             record = serializer.serialize_example(self.info.features.encode_example(example))
             writer.write(record)
             labels.append(picture.label)
-            rows.append([printable(_text(picture.name)), _text(picture.group), *fingerprint])
+            extra = [printable(_text(value)) for value in picture.extra]
+            rows.append([printable(_text(picture.name)), *fingerprint, *extra])
             num_bytes += len(record)
             moments.append(own.tolist())
         writer.close()
@@ -407,7 +408,7 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         bad = self.bad_files
         if bad:
             (folder / BAD_FILES).write_text("".join(f"{printable(line)}\n" for line in bad))
-        copies.write_table(folder, self._rows())
+        copies.write_table(folder, self._rows(), self._listing.columns)
         table = copies.read_table(folder)
         assert table is not None
         self.copies = copies.report(table)
@@ -429,8 +430,8 @@ class PictureBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
         """The rows of pictures.csv."""
         for split, shards in self._shards.items():
             for shard in shards:
-                for label, (file, group, *rest) in zip(shard.labels, shard.rows, strict=True):
-                    yield (split, file, label, group, *rest)
+                for label, (file, *rest) in zip(shard.labels, shard.rows, strict=True):
+                    yield (split, file, label, *rest)
 
     @property
     def bad_files(self) -> list[str]:
