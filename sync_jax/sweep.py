@@ -19,11 +19,13 @@ from sync_jax.data.loading import known_info
 from sync_jax.errors import InputError, NonFiniteError, suggestion
 from sync_jax.evaluation.comparison import FREE, compare
 from sync_jax.evaluation.label_errors import (
+    GALLERY,
     LIST,
     LabelErrors,
     describe,
     find_label_errors,
     joined,
+    write_gallery,
     write_label_errors,
 )
 from sync_jax.evaluation.report import read_report
@@ -112,9 +114,15 @@ def label_errors(
     every, info = joined(predicted), known_info(dataset)
     errors = find_label_errors(every)
     if jax.process_index() == 0:
-        write_label_errors(errors, out, info.class_names, dataset.files("train"))
+        files = dataset.files("train")
+        write_label_errors(errors, out, info.class_names, files)
         say(describe(errors, len(every.labels), info.class_names))
-        say(f"they are listed in {out / LIST}, the most suspect first")
+        where = f"they are listed in {out / LIST}, the most suspect first"
+        if len(info.image_shape) == 3:
+            images, _ = dataset.load("train")
+            write_gallery(errors, out, info.class_names, images, files)
+            where += f", and shown in {out / GALLERY}"
+        say(where)
     return errors
 
 

@@ -114,6 +114,9 @@ def test_planted_label_errors_are_listed_by_networks_that_never_saw_them(tmp_pat
     expected = f"{first},,{names[noisy[first]]},{suggested},{found.quality[0]:.6f}"
     assert lines[1:][0] == expected
     assert len(lines) == 1 + len(found.index)
+    shown = (tmp_path / "out" / "label_errors.html").read_text()
+    assert shown.count("<figure>") == len(found.index)
+    assert f"suggested: {suggested}\nexample {first}</figcaption>" in shown
     for number in (1, 2):  # half of the examples, in turn
         saved = json.loads((tmp_path / "out" / f"fold-{number}" / "config.json").read_text())
         assert saved["data"]["fold"] == f"{number}/2"

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from sync_jax.data.info import few
+from sync_jax.data.gallery import figure, page
+from sync_jax.data.info import Images, few
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime.files import write_text
 
-LIST = "label_errors.csv"
+LIST, GALLERY = "label_errors.csv", "label_errors.html"
+_SHOWN = 300  # of the most suspected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,32 @@ def write_label_errors(
         file = files[index] if files is not None else ""
         writer.writerow((index, file, class_names[label], class_names[suggested], f"{quality:.6f}"))
     write_text(folder / LIST, text.getvalue())
+
+
+def write_gallery(
+    errors: LabelErrors,
+    folder: Path,
+    class_names: Sequence[str],
+    images: Images,
+    files: np.ndarray | None,
+) -> None:
+    """Writes label_errors.html, which shows the most suspected of the training split's `images`."""
+    figures = []
+    columns = (column[:_SHOWN] for column in dataclasses.astuple(errors))
+    for index, label, suggested, quality in zip(*columns, strict=True):
+        image = Image.fromarray(images[index : index + 1][0].squeeze())
+        lines = (
+            f"{class_names[label]} ({100 * quality:.2g} %)",
+            f"suggested: {class_names[suggested]}",
+            f"example {index}" if files is None else files[index],
+        )
+        figures.append(figure(image, "\n".join(lines)))
+    text = (
+        f"{len(errors.index):,} labels are suspect; shown are {len(figures)}, the most suspect "
+        "first. The percentage is the probability of the label."
+    )
+    title = "Labels that are probably wrong"
+    write_text(folder / GALLERY, page(title, [("Suspects", text, ["".join(figures)])]))
 
 
 def describe(errors: LabelErrors, total: int, class_names: Sequence[str]) -> str:

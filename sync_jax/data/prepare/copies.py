@@ -7,11 +7,8 @@
 and the other columns of a table that lay beside the pictures, as they were.
 """
 
-import base64
 import csv
 import hashlib
-import html
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from sync_jax.data.gallery import figure, page
 from sync_jax.data.images import decode
 from sync_jax.data.info import few
 from sync_jax.runtime.files import write_text
@@ -30,21 +28,8 @@ TABLE, REPORT, GALLERY = "pictures.csv", "data_report.json", "data_report.html"
 COLUMNS = ("split", "file", "label", "sha256", "pixels", "dhash")
 NEAR = 2  # differing bits of each half of the hash, at most
 _NAMED = 200  # groups in the report, of each kind
-_SHOWN, _SHOWN_OF_GROUP, _THUMBNAIL = 60, 4, 96  # in the gallery; the last in pixels
+_SHOWN, _SHOWN_OF_GROUP = 60, 4  # in the gallery
 _COUNTS = ("groups", "pictures", "across_splits", "two_labels", "within_calibration")
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Copies among the pictures</title>
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }}
-div {{ display: flex; flex-wrap: wrap; gap: 1em; border-top: 1px solid gray; padding: .5em 0 }}
-figure {{ margin: 0; width: 12em }} img {{ min-width: 64px }}
-figcaption {{ overflow-wrap: anywhere; font-size: 12px }}
-</style></head><body><h1>Copies among the pictures</h1>
-{}</body></html>
-"""
 
 
 class Print(NamedTuple):
@@ -225,13 +210,12 @@ def write_report(
     sections = []
     for kind, title in {"equal": "Equal pictures", "nearly_equal": "Nearly equal pictures"}.items():
         rows = [
-            "".join(_figure(name, read[name]) for name in group[:_SHOWN_OF_GROUP])
+            "".join(figure(decode(read[name]()), name) for name in group[:_SHOWN_OF_GROUP])
             for group in found[kind]["files"][:_SHOWN]
         ]
         counts = ", ".join(f"{found[kind][x]:,} {x.replace('_', ' ')}" for x in _COUNTS)
-        body = "".join(f"<div>{row}</div>\n" for row in rows)
-        sections.append(f"<h2>{title}</h2>\n<p>{counts}; shown are {len(rows)} groups.</p>\n{body}")
-    write_text(folder / GALLERY, _PAGE.format("".join(sections)))
+        sections.append((title, f"{counts}; shown are {len(rows)} groups.", rows))
+    write_text(folder / GALLERY, page("Copies among the pictures", sections))
 
 
 def shown(found: Mapping[str, Any]) -> set[str]:
@@ -240,13 +224,3 @@ def shown(found: Mapping[str, Any]) -> set[str]:
         group for kind in ("equal", "nearly_equal") for group in found[kind]["files"][:_SHOWN]
     ]
     return {name for group in groups for name in group[:_SHOWN_OF_GROUP]}
-
-
-def _figure(name: str, read: Callable[[], bytes]) -> str:
-    image, out = decode(read()), io.BytesIO()
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    image.save(out, "JPEG", quality=85)
-    data = base64.b64encode(out.getvalue()).decode()
-    caption = html.escape(name)
-    picture = f'<img src="data:image/jpeg;base64,{data}" alt="{caption}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
