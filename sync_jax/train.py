@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +30,11 @@ from sync_jax.evaluation.record import calibration_metrics, evaluation_record
 from sync_jax.evaluation.report import (
     read_report,
     shifted,
-    show,
     show_report,
     speed_before,
     write_report,
 )
+from sync_jax.evaluation.tables import show
 from sync_jax.guarantees.binomial import fewest_accepted
 from sync_jax.runtime import profiling, sharding
 from sync_jax.runtime.checkpoint import Checkpoints, latest_notes
@@ -63,7 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
 
     The config has gone through `trainer.resolve`. The folder is made when needed; all processes
     must see the same one, or end. It holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
-    predictions_*.npz and, when the run is finished, risk_coverage.png and report.json.
+    predictions_*.npz and, when the run is finished, risk_coverage.png, report.html and report.json.
 
     Raises:
         InputError: the data cannot be had or do not fit, or `workdir` holds another experiment.
@@ -204,6 +205,8 @@ def begin(job: Job) -> Start:
             "digest": job.dataset.digest(),
         }
         write_text(job.workdir / "dataset.json", json.dumps(known, indent=1) + "\n")
+        for report in job.dataset.reports():
+            shutil.copyfile(report, job.workdir / report.name)
 
     processes.from_first("writing the config", write)
     if restored is not None:
@@ -497,7 +500,7 @@ def evaluate_elsewhere(config: ConfigDict, workdir: Path, source: Source) -> Non
         report = write_report(record, there, config, out)
     before = evaluation_record(calibration, test, config, score=record["method_score"])
     show(shifted(before, report, folder))
-    say(f"Report: {out / 'report.json'}, {out / 'risk_coverage.png'}")
+    say(f"Report: {out / 'report.html'}, report.json and risk_coverage.png beside it")
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:

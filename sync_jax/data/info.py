@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -131,6 +132,9 @@ class Dataset(Protocol):
 
         A number means the same group in every split.
         """
+
+    def reports(self) -> list[Path]:
+        """Files on the data themselves, such as copies among them, that a run keeps."""
 
     def load(self, split: str, *, decode: bool = False) -> tuple[Images, np.ndarray]:
         """Reads an official split, in its order: images, and labels `[n]` int32.

@@ -22,6 +22,7 @@ from sync_jax import metrics
 from sync_jax.config import default_config, upgraded
 from sync_jax.errors import InputError
 from sync_jax.evaluation import report as reports
+from sync_jax.evaluation import tables
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.evaluation.record import evaluation_record
 from sync_jax.evaluation.report import label_of, read_report, strict
@@ -370,13 +371,13 @@ def show(record: dict[str, Any], out: Path) -> None:
     title, shown = "Selective error % on test, by coverage", [headings[i] for i in kept]
     best = record["rows"][0]["label"]
     differences = zip(record["differences"], _differences(record), strict=True)
-    parts: list[reports.Table | str] = [reports.Table(title, shown, cells), *NOTES]
+    parts: list[tables.Table | str] = [tables.Table(title, shown, cells), *NOTES]
     parts += [f"  {line}" for entry, line in differences if entry["a"] == best]
     if record["ignored"]:
         parts.append(
             f"These runs differ in more than method and seed: {'; '.join(record['ignored'])}"
         )
-    reports.show(parts)
+    tables.show(parts)
     say(f"All coverages and pairs: {out / 'compare.md'}, .json, .csv, .png")
 
 

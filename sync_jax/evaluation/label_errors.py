@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sync_jax.data.gallery import figure, page
 from sync_jax.data.info import Images, few
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions
 from sync_jax.runtime.files import write_text
+from sync_jax.runtime.page import figures, page, paragraph
 
 LIST, GALLERY = "label_errors.csv", "label_errors.html"
 _SHOWN = 300  # of the most suspected
@@ -89,7 +89,7 @@ def write_gallery(
     files: np.ndarray | None,
 ) -> None:
     """Writes label_errors.html, which shows the most suspected of the training split's `images`."""
-    figures = []
+    shown = []
     columns = (column[:_SHOWN] for column in dataclasses.astuple(errors))
     for index, label, suggested, quality in zip(*columns, strict=True):
         image = Image.fromarray(images[index : index + 1][0].squeeze())
@@ -98,13 +98,13 @@ def write_gallery(
             f"suggested: {class_names[suggested]}",
             f"example {index}" if files is None else files[index],
         )
-        figures.append(figure(image, "\n".join(lines)))
+        shown.append((image, "\n".join(lines)))
     text = (
-        f"{len(errors.index):,} labels are suspect; shown are {len(figures)}, the most suspect "
+        f"{len(errors.index):,} labels are suspect; shown are {len(shown)}, the most suspect "
         "first. The percentage is the probability of the label."
     )
     title = "Labels that are probably wrong"
-    write_text(folder / GALLERY, page(title, [("Suspects", text, ["".join(figures)])]))
+    write_text(folder / GALLERY, page(title, paragraph(text), figures(shown)))
 
 
 def describe(errors: LabelErrors, total: int, class_names: Sequence[str]) -> str:

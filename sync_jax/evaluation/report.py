@@ -5,17 +5,12 @@ import datetime
 import json
 import math
 import platform
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
-import rich.text
 from ml_collections import ConfigDict
 from scipy.stats import binomtest
 
@@ -25,6 +20,8 @@ from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions, Ranked
 from sync_jax.evaluation.record import known_scores
+from sync_jax.evaluation.tables import Table, as_html, show
+from sync_jax.runtime import page
 from sync_jax.runtime.console import printable, say
 from sync_jax.runtime.files import write_atomically, write_text
 from sync_jax.runtime.profiling import describe
@@ -32,7 +29,6 @@ from sync_jax.scores import SCORES
 
 SCHEMA = 3
 OLDER = 2  # has no recommended certificate, and its thresholds are float64's
-WIDTH = 80  # of a terminal that does not say, and of what is piped
 CERTIFICATE_LABELS = {
     "sgr_fixed_sequence": "SGR + fixed sequence",
     "sgr": "SGR",
@@ -42,20 +38,11 @@ CERTIFICATE_LABELS = {
 }
 
 
-class Table(NamedTuple):
-    """A table for the console; the first `keys` columns say what a row is of."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str | rich.text.Text]]
-    keys: int = 1
-
-
 @metrics.unchecked()
 def write_report(
     record: dict[str, Any], test: Predictions, config: ConfigDict, workdir: Path
 ) -> dict[str, Any]:
-    """Writes risk_coverage.png, then report.json: where that is, the run is finished.
+    """Writes risk_coverage.png, report.html, then report.json: where that is, a run is finished.
 
     `record` is of `record.evaluation_record`, with `training`; `test` are the predictions that it
     was made from. Returns the report as `read_report` reads it back.
@@ -80,8 +67,22 @@ def write_report(
     }
     plot(record, curves, workdir / "risk_coverage.png")
     report = strict(report)
+    write_page(converted(report, lambda x: printable(x) if isinstance(x, str) else x), workdir)
     write_text(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
+
+
+def write_page(report: dict[str, Any], workdir: Path) -> None:
+    """Writes report.html: the decision, the plot, all tables, and copies among the pictures."""
+    lead, *rest = as_html(_shown(report))
+    alt = "Risk-coverage curves on test, and the operating points"
+    parts = [lead, page.plot(workdir / "risk_coverage.png", alt), *rest]
+    if (copies := workdir / "data_report.html").is_file():
+        parts += [page.heading("Copies among the pictures"), page.inside(copies.read_text())]
+    config, environment = report["config"], report["environment"]
+    parts.append(page.paragraph(f"{environment['date']}, sync_jax {environment['sync_jax']}"))
+    title = f"{config['method']} on {config['data']['name']}, seed {config['seed']}"
+    write_text(workdir / "report.html", page.page(title, *parts))
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
@@ -124,57 +125,7 @@ def speed_before(workdir: Path) -> dict[str, Any] | None:
 def show_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints the report's tables."""
     show(_shown(report))
-    say(f"Report: {workdir / 'report.json'}, {workdir / 'risk_coverage.png'}")
-
-
-def show(parts: Iterable[Table | str]) -> None:
-    """Prints tables and lines, as wide as the terminal."""
-    console = rich.console.Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    for part in parts:
-        for each in [part] if isinstance(part, str) else _split(part, console.width):
-            console.print(each)
-
-
-def _split(table: Table, width: int) -> Iterator[rich.table.Table]:
-    """Makes tables of at most a width, each with the keys and some of the other columns.
-
-    Keys are wrapped where they must be; a number never is.
-    """
-    headings, keys, gap = [*table.headings], table.keys, 3
-    columns = [[str(row[k]) for row in table.rows] for k in range(len(headings))]
-    longest = [max(map(len, column), default=0) for column in columns]
-    for k, heading in enumerate(headings):
-        word = min(max(map(len, heading.split())), 16)
-        lines = textwrap.wrap(heading, max(longest[k], word, 8), break_on_hyphens=False)
-        headings[k] = "\n".join(lines)
-        longest[k] = max(longest[k], *map(len, lines))
-    words = [" ".join([headings[k], *columns[k]]).split() for k in range(keys)]
-    least = [min(max(map(len, each)), width // 3) for each in words]
-    taken = sum(least) + gap * keys
-    title, first = table.title, keys
-    while first < len(headings):
-        end, room = first, width + gap - taken
-        while end < len(headings) and (end == first or longest[end] + gap <= room):
-            room -= longest[end] + gap
-            end += 1
-        chosen = [*range(keys), *range(first, end)]
-        made = rich.table.Table(
-            *(
-                rich.table.Column(headings[k], overflow="fold", min_width=least[k])
-                for k in range(keys)
-            ),
-            *(rich.table.Column(headings[k], justify="right", no_wrap=True) for k in chosen[keys:]),
-            title=title,
-            box=rich.box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-        )
-        for row in table.rows:
-            made.add_row(*(row[k] for k in chosen))
-        yield made
-        title, first = "", end
+    say(f"Report: {workdir / 'report.html'}, report.json and risk_coverage.png beside it")
 
 
 def _shown(report: dict[str, Any]) -> list[Table | str]:

@@ -1,7 +1,9 @@
+import copy
 import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import rich.console
 
 from sync_jax.config import default_config
+from sync_jax.data.prepare import copies
 from sync_jax.errors import InputError
 from sync_jax.evaluation import comparison, report
 from sync_jax.evaluation.predictions import Predictions
@@ -55,6 +58,33 @@ def test_report_is_strict_json_and_reads_back(written, perfect):
     assert (auroc is None) == perfect  # without errors there is nothing to detect
 
 
+def test_the_page_shows_the_tables_and_believes_no_name(tmp_path, written):
+    """report.html: self-contained, without a script, and what is in the console's tables."""
+    expected, folder = written[False]
+    shutil.copy(folder / "risk_coverage.png", tmp_path)
+    hostile = "<script>alert(1)</script>"
+    made = copy.deepcopy(expected)
+    made["scores"]["selection"]["label"] = hostile
+    made["config"]["data"]["name"] = hostile
+    copies.write_report(tmp_path, copies.report(NO_COPIES), {})
+    report.write_page(made, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") > 4
+    assert "default-src 'none'" in page
+    assert not re.findall(r"(?:src|href)=(?!\"data:)", page)
+    assert "Answer when the log odds are at least" in page or "No threshold of the log" in page
+    for entry in expected["scores"]["softmax_response"]["rank_based"]:
+        assert f"<td>{100 * entry['selective_risk']:.2f}</td>" in page
+    assert "<h2>Copies among the pictures</h2>" in page
+    assert page.count("shown are 0 groups") == 2
+
+
+NO_COPIES = copies.Table(
+    *(np.array(["train"]), np.array(["1.png"]), np.array([0]), np.array(["x"]), np.array(["x"])),
+    dhash=np.ones((1, 2), np.uint64),
+    extra={},
+)
 SPLIT_FIELDS = {
     *("n", "accuracy", "negative_log_likelihood", "brier", "mean_selection"),
     *("ece_15_bins_of_equal_width", "ece_15_bins_of_equal_mass"),

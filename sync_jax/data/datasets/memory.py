@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -100,6 +101,10 @@ class MemoryDataset:
     def groups(self, split: str) -> np.ndarray | None:
         """See `Dataset.groups`."""
         return self._groups if split == "train" else None
+
+    def reports(self) -> list[Path]:
+        """See `Dataset.reports`."""
+        return []
 
     def load(self, split: str, *, decode: bool = False) -> Examples:
         """See `Dataset.load`."""

@@ -19,10 +19,10 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from sync_jax.data.gallery import figure, page
 from sync_jax.data.images import decode
 from sync_jax.data.info import few
 from sync_jax.runtime.files import write_text
+from sync_jax.runtime.page import figures, heading, page, paragraph
 
 TABLE, REPORT, GALLERY = "pictures.csv", "data_report.json", "data_report.html"
 COLUMNS = ("split", "file", "label", "sha256", "pixels", "dhash")
@@ -210,12 +210,13 @@ def write_report(
     sections = []
     for kind, title in {"equal": "Equal pictures", "nearly_equal": "Nearly equal pictures"}.items():
         rows = [
-            "".join(figure(decode(read[name]()), name) for name in group[:_SHOWN_OF_GROUP])
+            figures([(decode(read[name]()), name) for name in group[:_SHOWN_OF_GROUP]])
             for group in found[kind]["files"][:_SHOWN]
         ]
         counts = ", ".join(f"{found[kind][x]:,} {x.replace('_', ' ')}" for x in _COUNTS)
-        sections.append((title, f"{counts}; shown are {len(rows)} groups.", rows))
-    write_text(folder / GALLERY, page("Copies among the pictures", sections))
+        text = f"{counts}; shown are {len(rows)} groups."
+        sections += [heading(title), paragraph(text), *rows]
+    write_text(folder / GALLERY, page("Copies among the pictures", *sections))
 
 
 def shown(found: Mapping[str, Any]) -> set[str]:

@@ -167,6 +167,11 @@ class PictureDataset(Prepared):
         table = self._pictures
         return None if table is None else table.file[table.split == of][rows]
 
+    def reports(self) -> list[Path]:
+        """See `Dataset.reports`."""
+        files = (self.folder / name for name in (copies.REPORT, copies.GALLERY))
+        return [path for path in files if path.is_file()]  # an earlier version wrote none
+
     def _expected(self) -> DatasetInfo | None:
         """The info before it is prepared."""
         raise NotImplementedError

@@ -85,6 +85,10 @@ class Prepared:
         del split
         return None
 
+    def reports(self) -> list[Path]:
+        """See `Dataset.reports`."""
+        return []
+
     def _find(self, log: Log) -> Any:
         """Finds what the user names, and writes nothing."""
         raise NotImplementedError
