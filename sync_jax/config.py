@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 
 from sync_jax.errors import InputError, suggestion
 from sync_jax.methods import METHODS, Method
-from sync_jax.options import Option, find, flatten
+from sync_jax.options import EVALUATION, Option, find, flatten
 
 # The coverages of published tables, in percent.
-COVERAGES = (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10)
 
 # Fields that may change between a run and its continuation or re-evaluation: they move no weight.
 # Pictures may move to another folder: a run knows them by their digest.
@@ -36,7 +35,7 @@ _COUNT, _SIZE = "[1, inf)", "[0, inf)"
 FIELDS: dict[str, Option] = {
     "method": Option("sync", "", "a name in methods.METHODS, or package.module:NAME"),
     "seed": Option(0, _SEED, "of initialisation, order of examples and augmentation"),
-    "target_coverage": Option(0.8, "(0, 1]", "that training aims at; the operating point"),
+    "target_coverage": EVALUATION["target_coverage"],
     "data.name": Option("fashion_mnist", "", "a name in data.registry, or tfds:NAME"),
     "data.data_dir": Option(os.path.join("~", ".cache", "sync_jax"), "", "prepared datasets"),
     "data.source": Option("", "", "folder with the published files; empty: look for them"),
@@ -108,13 +107,7 @@ FIELDS: dict[str, Option] = {
     "process.compilation_cache": Option(os.path.join("~", ".cache", "sync_jax_compiled")),
     "profile.steps": Option("", "", "steps to write a trace of, such as 100-110; empty: none"),
     "evaluation.batch_size": Option(1000, "[1, 100000]"),
-    "evaluation.coverages": Option(COVERAGES, "(0, 100]", "percent", each="percentages"),
-    # Each certificate holds with confidence 1 - delta over the draw of the calibration split. The
-    # defaults are what some thousands of calibration examples can prove, at the confidence that
-    # people are used to from intervals: one calibration split in twenty may mislead. The report
-    # leads with the first target.
-    "evaluation.target_risks": Option((0.05, 0.02, 0.01), "[1e-6, 1)", each="error rates"),
-    "evaluation.delta": Option(0.05, "(0, 1)", "chance that a certificate is broken"),
+    **EVALUATION,
     "evaluation.scores": Option((), each="names package.module:SCORE of your own scores"),
 }
 for _method in METHODS.values():

@@ -10,6 +10,8 @@ Make the report of a finished run anew:
   python -m sync_jax.main --mode=evaluate --workdir=runs/quickstart-sync-seed0
 Train every combination of some values, and compare them:
   python -m sync_jax.main --config=quickstart --mode=sweep --vary=seed=0,1,2
+Evaluate predictions of any program:
+  python -m sync_jax.main --mode=evaluate --predictions=calibration.npz,test.npz
 Compare finished runs in one table:
   python -m sync_jax.main --mode=compare --runs='runs/quickstart-*'
 
@@ -25,7 +27,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -69,8 +71,8 @@ _MODE = flags.DEFINE_enum(
     ],
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of the finished run in --workdir anew, with other "
-    "--config.evaluation.* values, or on the pictures of another --config.data.folder; it needs no "
-    "--config. sweep: train every combination of the "
+    "--config.evaluation.* values, or on the pictures of another --config.data.folder, or that of "
+    "--predictions; it needs no --config. sweep: train every combination of the "
     "--vary values. labels: train on all but one of --folds parts in turn, and list the training "
     "examples whose label is probably wrong. compare: one table of the --runs. ensemble: evaluate "
     "the mean of their probabilities. check: say whether the options and the config are good, "
@@ -83,6 +85,12 @@ _REMOVE = flags.DEFINE_list(
 )
 _RUNS = flags.DEFINE_list(
     "runs", [], "compare, ensemble: folders of finished runs, or patterns such as 'runs/x-*'."
+)
+_PREDICTIONS = flags.DEFINE_list(
+    "predictions",
+    [],
+    "evaluate: files of predictions that any program made, of the calibration split and the test "
+    "split, in place of a run; docs/evaluation.md says what they hold.",
 )
 _VARY = flags.DEFINE_multi_string(
     "vary", [], "sweep: a field and its values, such as seed=0,1,2; may be given repeatedly."
@@ -150,6 +158,9 @@ def _do() -> None:
 
         print(listing.describe())
         return
+    if _PREDICTIONS.value:
+        _evaluate_given(mode)
+        return
     from sync_jax.config import check_path, validate
 
     for name, path in [("--workdir", _WORKDIR.value), *(("--runs", x) for x in _RUNS.value)]:
@@ -194,6 +205,33 @@ def _do() -> None:
         say(line)
     with ending_at_sigterm(processes.outlast_others):
         _do_together(mode, config)
+
+
+def _evaluate_given(mode: str) -> None:
+    """Evaluates files of predictions; without JAX, if no field of a config is given."""
+    from sync_jax.evaluation.given import evaluate_logits
+
+    if mode != "evaluate":
+        _stop("--predictions belongs to --mode=evaluate", 2)
+    if len(_PREDICTIONS.value) > 2:
+        _stop("--predictions names one or two files, for calibration and for test", 2)
+    options: dict[str, Any] = {}
+    if flags.FLAGS["config"].present:
+        from sync_jax.config import validate
+
+        config = _CONFIG.value
+        validate(config)
+        options = {x: config.evaluation[x] for x in ("coverages", "target_risks", "delta")}
+        options["target_coverage"] = config.target_coverage
+    try:
+        evaluate_logits(
+            *_PREDICTIONS.value,
+            workdir=Path(_WORKDIR.value or "runs/predictions"),
+            verbose=True,
+            **options,
+        )
+    except ValueError as error:
+        _stop(f"--predictions={','.join(_PREDICTIONS.value)}: {error}", 2)
 
 
 def _check_options(mode: str) -> None:
@@ -253,7 +291,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
         _stop(f"--config is given {len(given)} times ({' '.join(given)}); name one", 2)
     if not given and "clean" in _values(arguments, "mode"):
         arguments = [arguments[0], "--config=quickstart", *arguments[1:]]  # for data.data_dir
-    if not given and "evaluate" in _values(arguments, "mode"):
+    if not given and _values(arguments, "predictions"):
+        if any(re.match(r"--?config\.", x) for x in arguments):
+            arguments = [arguments[0], "--config=quickstart", *arguments[1:]]
+    elif not given and "evaluate" in _values(arguments, "mode"):
         for workdir in _values(arguments, "workdir")[-1:]:
             arguments = [arguments[0], f"--config={RUN}:{workdir}", *arguments[1:]]
     try:

@@ -82,6 +82,23 @@ class Option:
         return f"in {self.bounds}"
 
 
+# The fields that an evaluation reads, with or without a training.
+EVALUATION = {
+    "target_coverage": Option(0.8, "(0, 1]", "that training aims at; the operating point"),
+    "evaluation.coverages": Option(
+        (100, 99, 98, 97, 95, 90, 85, 80, 75, 70, 60, 50, 40, 30, 20, 10),
+        *("(0, 100]", "percent"),
+        each="percentages",
+    ),
+    # Each certificate holds with confidence 1 - delta over the draw of the calibration split. The
+    # defaults are what some thousands of calibration examples can prove, at the confidence that
+    # people are used to from intervals: one calibration split in twenty may mislead. The report
+    # leads with the first target.
+    "evaluation.target_risks": Option((0.05, 0.02, 0.01), "[1e-6, 1)", each="error rates"),
+    "evaluation.delta": Option(0.05, "(0, 1)", "chance that a certificate is broken"),
+}
+
+
 def _is_finite(value: float) -> bool:
     # An integer in a float's place can be too large for one.
     return abs(value) <= sys.float_info.max and math.isfinite(value)

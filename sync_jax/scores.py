@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 Outputs = Mapping[str, Any]  # name -> array, as the network returns them
 
 
@@ -193,6 +195,19 @@ class Score:
         """True if the score means something for these outputs."""
         averaged = "expected_entropy" in outputs
         return outputs.keys() >= {*self.needs} and not (averaged and self.of_raw_logits)
+
+
+def deployed_confidence(score: Score, outputs: Outputs, **parameters: Any) -> np.ndarray:
+    """Confidence `[n]` float32 as a threshold is compared with it: by the unsaturated form.
+
+    It is computed in float64, and rounded, so that whoever computes in float32 decides alike.
+    """
+    exact = {name: np.asarray(output).astype(np.float64) for name, output in outputs.items()}
+    form = score.unsaturated
+    confidence = score.function(exact, **parameters) if form is None else form.function(exact)
+    with np.errstate(over="ignore"):  # 1e39 is infinite for them too
+        rounded: np.ndarray = confidence.astype(np.float32)
+    return rounded
 
 
 LOG_ODDS = Score(log_odds, "log odds")

@@ -13,7 +13,7 @@ from sync_jax import guarantees
 from sync_jax.data.splits import Part
 from sync_jax.errors import InputError
 from sync_jax.runtime.files import write_atomically, write_text
-from sync_jax.scores import SCORES, Score, softmax
+from sync_jax.scores import SCORES, Score, deployed_confidence, softmax
 
 
 class Ranked(NamedTuple):
@@ -50,6 +50,11 @@ class Predictions:
         return np.argmax(self.outputs["logits"], axis=-1)
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.outputs["logits"].shape[-1])
+
+    @property
     def wrong(self) -> np.ndarray:
         """`[n]` float64, 1 where the prediction is not the label."""
         return (self.predicted != self.labels).astype(np.float64)
@@ -68,18 +73,15 @@ class Predictions:
     def ranked(self, score: str | Score, **parameters: Any) -> Ranked:
         """The examples under a score; see `confidence`."""
         confidence = self.confidence(score, **parameters)
-        num_classes = self.outputs["logits"].shape[-1]
-        return Ranked(confidence, self.wrong, self.predicted, num_classes, self.groups)
+        return Ranked(confidence, self.wrong, self.predicted, self.num_classes, self.groups)
 
     def decided(self, score: Score, **parameters: Any) -> Ranked:
         """The examples as a threshold sees them: by the score's unsaturated form, in float32.
 
         Thresholds then separate only examples that float32 separates.
         """
-        form = score.unsaturated
-        ranked = self.ranked(score, **parameters) if form is None else self.ranked(form)
-        with np.errstate(over="ignore"):  # 1e39 is infinite for them too
-            return ranked._replace(confidence=ranked.confidence.astype(np.float32))
+        confidence = deployed_confidence(score, self.outputs, **parameters)
+        return Ranked(confidence, self.wrong, self.predicted, self.num_classes, self.groups)
 
     def same_examples(self, other: "Predictions") -> bool:
         """True where both are of the same examples in the same order."""

@@ -27,7 +27,10 @@ def known_scores(config: ConfigDict, *own: str) -> dict[str, Score]:
 
 def summary(predictions: Predictions) -> dict[str, Any]:
     """Metrics of the classifier as a whole, apart from any confidence score."""
-    probabilities, labels = predictions.probabilities, predictions.labels
+    labels = predictions.labels
+    if "logits" not in predictions.outputs:  # a user's confidences
+        return {"n": len(labels), "accuracy": float(1 - predictions.wrong.mean())}
+    probabilities = predictions.probabilities
     record: dict[str, Any] = {
         "n": len(labels),
         "accuracy": metrics.accuracy(probabilities, labels),
@@ -57,33 +60,44 @@ def calibration_metrics(predictions: Predictions) -> dict[str, float]:
 
 @metrics.unchecked()
 def evaluation_record(
-    calibration: Predictions, test: Predictions, config: ConfigDict, *, score: str
+    calibration: Predictions,
+    test: Predictions,
+    config: ConfigDict,
+    *,
+    score: str,
+    scores: Mapping[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Both protocols for every score that the outputs allow; its fields are in docs/report.md.
 
     Thresholds and the scores' parameters come from `calibration`; `score` is the method's own.
-    Which certificate is recommended does not depend on the data (docs/report.md).
+    `scores` are by default those of `known_scores`. Which certificate is recommended does not
+    depend on the data (docs/report.md).
     """
-    known = {k: s for k, s in known_scores(config, score).items() if s.applies(test.outputs)}
+    chosen = known_scores(config, score) if scores is None else scores
+    known = {k: s for k, s in chosen.items() if s.applies(test.outputs)}
+    reference = "softmax_response" if "softmax_response" in known else score
     shapes = [
         {name: output.shape[1:] for name, output in part.outputs.items()}
         for part in (calibration, test)
     ]
     differ = any(shapes[0].get(name) != shape for name, shape in shapes[1].items())
     if score not in known or differ:
-        found = " and ".join(f"{', '.join(s)} of {s['logits'][0]} classes" for s in shapes)
+        found = " and ".join(
+            ", ".join(f"{x} {[*shape]}" if shape else x for x, shape in s.items()) for s in shapes
+        )
         raise InputError(
             f"the predictions do not go with the score {score}: calibration and test have {found}"
         )
     record: dict[str, Any] = {
-        "recommended": {"score": "log_odds"},  # first in the file, and filled in below
+        # First in the file, and filled in below.
+        "recommended": {"score": "log_odds" if reference == "softmax_response" else reference},
         "calibration": summary(calibration),
         "test": summary(test),
         "method_score": score,
         "scores": {n: ranking_record(calibration, test, config, score=s) for n, s in known.items()},
     }
     ranked = {}
-    for name in {"softmax_response", score}:
+    for name in {reference, score}:
         entry, own = record["scores"][name], known[name]
         parameters = entry["parameters"]
         ranked[name] = test.ranked(own, **parameters)
@@ -91,19 +105,19 @@ def evaluation_record(
         entry["thresholds_on"] = (own.unsaturated or own).label
         held_out, decided = (part.decided(own, **parameters) for part in (calibration, test))
         entry |= threshold_record(held_out, decided, config)
-    best = record["scores"]["softmax_response"]["certificates"][0]
-    held_out = calibration.decided(known["log_odds"]).independent()
+    best = record["scores"][reference]["certificates"][0]
+    held_out = calibration.decided(known[reference]).independent()
     plan = None if best["feasible"] else enough(held_out, config)
     record["recommended"] |= best | {"calibration_plan": plan}
     if calibration.groups is not None:  # each certificate's n_calibration is their number
         record["calibration"]["groups"] = len(np.unique(calibration.groups))
-    if score != "softmax_response":
+    if score != reference:
         difference = metrics.paired_bootstrap_interval(
             metrics.aurc,
             confidence_a=ranked[score].confidence,
             loss_a=ranked[score].wrong,
-            confidence_b=ranked["softmax_response"].confidence,
-            loss_b=ranked["softmax_response"].wrong,
+            confidence_b=ranked[reference].confidence,
+            loss_b=ranked[reference].wrong,
         )
         record["aurc_minus_softmax_response"] = dataclasses.asdict(difference)
     return record
@@ -219,8 +233,8 @@ def class_certificates(
     calibration: Ranked, test: Ranked, config: ConfigDict
 ) -> list[dict[str, Any]]:
     """Certificates by predicted class, all together at delta, by learn-then-test (Bonferroni)."""
-    rows = []
-    for risk in config.evaluation.target_risks:
+    rows: list[dict[str, Any]] = []
+    for risk in config.evaluation.target_risks if test.num_classes else ():
         found = guarantees.group_certificates(
             guarantees.learn_then_test,
             calibration.confidence,

@@ -5,18 +5,17 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from scipy.stats import binomtest
 
 import sync_jax
 from sync_jax import metrics
-from sync_jax.config import default_config
 from sync_jax.errors import InputError
 from sync_jax.evaluation.predictions import Predictions, Ranked
 from sync_jax.evaluation.record import known_scores
@@ -24,8 +23,7 @@ from sync_jax.evaluation.tables import Table, as_html, show
 from sync_jax.runtime import page
 from sync_jax.runtime.console import printable, say
 from sync_jax.runtime.files import write_atomically, write_text
-from sync_jax.runtime.profiling import describe
-from sync_jax.scores import SCORES
+from sync_jax.scores import SCORES, Score
 
 SCHEMA = 3
 OLDER = 2  # has no recommended certificate, and its thresholds are float64's
@@ -40,13 +38,19 @@ CERTIFICATE_LABELS = {
 
 @metrics.unchecked()
 def write_report(
-    record: dict[str, Any], test: Predictions, config: ConfigDict, workdir: Path
+    record: dict[str, Any],
+    test: Predictions,
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    scores: Mapping[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Writes risk_coverage.png, report.html, then report.json: where that is, a run is finished.
 
     `record` is of `record.evaluation_record`, with `training`; `test` are the predictions that it
-    was made from. Returns the report as `read_report` reads it back.
+    was made from, by `scores`, as there. Returns the report as `read_report` reads it back.
     """
+    jax = sys.modules.get("jax")  # a report on given numbers does without
     report = {
         "schema": SCHEMA,
         **record,
@@ -54,13 +58,13 @@ def write_report(
         "environment": {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "sync_jax": sync_jax.__version__,
-            "jax": jax.__version__,
+            "jax": jax.__version__ if jax else None,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "devices": [device.device_kind for device in jax.devices()],
+            "devices": [device.device_kind for device in jax.devices()] if jax else [],
         },
     }
-    known = known_scores(config, record["method_score"])
+    known = known_scores(config, record["method_score"]) if scores is None else scores
     curves = {
         name: test.ranked(known[name], **score["parameters"])
         for name, score in main_scores(record).items()
@@ -81,12 +85,16 @@ def write_page(report: dict[str, Any], workdir: Path) -> None:
         parts += [page.heading("Copies among the pictures"), page.inside(copies.read_text())]
     config, environment = report["config"], report["environment"]
     parts.append(page.paragraph(f"{environment['date']}, sync_jax {environment['sync_jax']}"))
-    title = f"{config['method']} on {config['data']['name']}, seed {config['seed']}"
+    title = "Given predictions"
+    if "method" in config:
+        title = f"{config['method']} on {config['data']['name']}, seed {config['seed']}"
     write_text(workdir / "report.html", page.page(title, *parts))
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
     """The report of a finished run, its strings `printable`; None where there is none."""
+    from sync_jax.config import default_config  # here, for that imports JAX
+
     path = workdir / "report.json"
     if not path.exists():
         return None
@@ -133,6 +141,7 @@ def _shown(report: dict[str, Any]) -> list[Table | str]:
     certified, joint = _certificate_tables(report)
     parts: list[Table | str] = [
         _lead(report),
+        *([report["note"]] if report.get("note") else []),
         "",
         _coverage_table(report),
         "Rank-based: coverage imposed on the test ranking, as in published tables. Deployed: "
@@ -152,12 +161,16 @@ def _shown(report: dict[str, Any]) -> list[Table | str]:
     ]
     test, training, calibration = (report[name] for name in ("test", "training", "calibration"))
     seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
-    parts.append(
-        f"Test accuracy {number(test['accuracy'])} % on {test['n']:,} images{seconds}. "
-        f"NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
-        f"ECE {number(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
-    )
+    accuracy = f"Test accuracy {number(test['accuracy'])} % on {test['n']:,} examples{seconds}."
+    if "brier" in test:  # not of confidences alone
+        accuracy += (
+            f" NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
+            f"ECE {number(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."
+        )
+    parts.append(accuracy)
     if training.get("speed"):
+        from sync_jax.runtime.profiling import describe
+
         parts.append(describe(training["speed"]))
     if "aurc_minus_softmax_response" in report:
         difference = report["aurc_minus_softmax_response"]
@@ -180,17 +193,20 @@ def _lead(report: dict[str, Any]) -> str:
     if report["schema"] == OLDER:
         return "An older report, with thresholds for float64 alone; --mode=evaluate renews it."
     found = report["recommended"]
+    name = str(found["score"]).replace("_", " ")
     wrong, sure = (f"{100 * x:g} %" for x in (found["target_risk"], 1 - found["delta"]))
     if found["feasible"]:
         # All digits: the certificate is that of this threshold and of none beside it.
-        threshold = str(np.float32(found["threshold"]))
+        value = float(found["threshold"])
+        threshold = str(np.float32(value)) if np.float32(value) == value else str(value)
         covered = number(found["test"]["coverage"], spec=".1f")
+        what = "log odds are" if found["score"] == "log_odds" else f"{found['score']} is"
         return (
-            f"Answer when the log odds are at least {threshold}: at most {wrong} wrong with {sure} "
-            f"confidence; answers {covered} % of the test images. (Its "
+            f"Answer when the {what} at least {threshold}: at most {wrong} wrong with {sure} "
+            f"confidence; answers {covered} % of the test examples. (Its "
             "assumptions stand below the certificates.)"
         )
-    what = "groups" if "groups" in report["calibration"] else "images"
+    what = "groups" if "groups" in report["calibration"] else "examples"
     if (plan := found["calibration_plan"]) is not None:
         advice = (
             f"With about {plan['n_calibration']:,} calibration {what} (there are "
@@ -201,7 +217,7 @@ def _lead(report: dict[str, Any]) -> str:
     else:
         advice = "The error is too high at every coverage; more calibration data would not help"
     return (
-        f"No threshold of the log odds is certified for at most {wrong} wrong with {sure} "
+        f"No threshold of the {name} is certified for at most {wrong} wrong with {sure} "
         f"confidence. {advice}."
     )
 
@@ -254,9 +270,9 @@ def label_of(record: dict[str, Any], name: str) -> str:
 
 
 def main_scores(record: dict[str, Any]) -> dict[str, Any]:
-    """The softmax response and the method's own score, which may be the same."""
+    """The softmax response, where there is one, and the method's own score; they may be one."""
     names = dict.fromkeys(("softmax_response", record["method_score"]))
-    return {name: record["scores"][name] for name in names}
+    return {name: record["scores"][name] for name in names if name in record["scores"]}
 
 
 def _coverage_table(report: dict[str, Any]) -> Table:
@@ -266,7 +282,7 @@ def _coverage_table(report: dict[str, Any]) -> Table:
     for label in labels:
         headings += [f"deployed {label}", "covers %"]
     rows = []
-    for k, entry in enumerate(report["scores"]["softmax_response"]["rank_based"]):
+    for k, entry in enumerate(next(iter(scores.values()))["rank_based"]):
         cells = [f"{100 * entry['coverage']:g}"]
         cells += [number(score["rank_based"][k]["selective_risk"]) for score in scores.values()]
         for score in scores.values():
@@ -348,12 +364,15 @@ def _certificate_notes(report: dict[str, Any]) -> list[str]:
         for target, feasible in certified.items()
     )
     what = "examples" if groups is None else "groups"
-    return [
-        *lines,
+    lines.append(
         f"Calibration {what} for one threshold at {100 * plan['coverage']:g} % coverage by "
-        f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}.",
-        f"Predicted classes with a certificate of their own, all together, by {own}: {counts}.",
-    ]
+        f"{own}, where {number(plan['expected_risk'])} % of them are wrong: {needs}."
+    )
+    if counts:
+        lines.append(
+            f"Predicted classes with a certificate of their own, all together, by {own}: {counts}."
+        )
+    return lines
 
 
 def plot(record: dict[str, Any], curves: dict[str, Ranked], path: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_report_leads_with_the_recommended_certificate(written, capsys):
     first = " ".join(printed(content, folder, capsys).split())
     threshold = re.match(
         r"Answer when the log odds are at least ([\d.]+): at most 5 % wrong with 95 % confidence; "
-        r"answers ([\d.]+) % of the test images",
+        r"answers ([\d.]+) % of the test examples",
         first,
     )
     assert np.float32(threshold[1]) == np.float32(found["threshold"])
@@ -178,7 +178,7 @@ def test_the_report_leads_with_the_recommended_certificate(written, capsys):
     first = " ".join(printed(content, folder, capsys).split())
     assert first.startswith(
         "No threshold of the log odds is certified for at most 5 % wrong with 95 % confidence. "
-        f"With about {plan['n_calibration']:,} calibration images (there are 300) a threshold at "
+        f"With about {plan['n_calibration']:,} calibration examples (there are 300) a threshold at "
         f"{100 * plan['coverage']:.0f} % coverage would be certified four times in five. "
     )
 
