@@ -60,6 +60,9 @@ _MODE = flags.DEFINE_enum(
         "prepare",
         "train",
         "evaluate",
+        "predict",
+        "export",
+        "serve",
         "sweep",
         "labels",
         "compare",
@@ -72,7 +75,9 @@ _MODE = flags.DEFINE_enum(
     "prepare: obtain and convert the dataset. train: prepare, train or resume, calibrate, evaluate "
     "and report. evaluate: make the report of the finished run in --workdir anew, with other "
     "--config.evaluation.* values, or on the pictures of another --config.data.folder, or that of "
-    "--predictions; it needs no --config. sweep: train every combination of the "
+    "--predictions; it needs no --config. predict: answer or abstain for the pictures of --input. "
+    "export: write the classifier to --output, to be used without the training part. serve: answer "
+    "over HTTP. sweep: train every combination of the "
     "--vary values. labels: train on all but one of --folds parts in turn, and list the training "
     "examples whose label is probably wrong. compare: one table of the --runs. ensemble: evaluate "
     "the mean of their probabilities. check: say whether the options and the config are good, "
@@ -91,6 +96,27 @@ _PREDICTIONS = flags.DEFINE_list(
     [],
     "evaluate: files of predictions that any program made, of the calibration split and the test "
     "split, in place of a run; docs/evaluation.md says what they hold.",
+)
+_INPUT = flags.DEFINE_string(
+    "input",
+    None,
+    "predict: a folder of pictures, one picture, a .txt with a path per line, or an array in .npy.",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "predict: a .csv, .jsonl or .parquet. export: a folder."
+)
+_ARTIFACT = flags.DEFINE_string(
+    "artifact", None, "check: an exported classifier, to be compared with the run in --workdir."
+)
+_COVERAGE = flags.DEFINE_float(
+    "coverage", None, "predict, export, serve: answer for this share, such as 0.8."
+)
+_RISK = flags.DEFINE_float(
+    "risk", None, "predict, export, serve: answer where at most this share is certified wrong."
+)
+_DELTA = flags.DEFINE_float("delta", 0.05, "The chance that the certificate of --risk fails.")
+_COST = flags.DEFINE_list(
+    "cost", None, "predict, export, serve: prices of an error and of an abstention, such as 10,1."
 )
 _VARY = flags.DEFINE_multi_string(
     "vary", [], "sweep: a field and its values, such as seed=0,1,2; may be given repeatedly."
@@ -160,6 +186,9 @@ def _do() -> None:
         return
     if _PREDICTIONS.value:
         _evaluate_given(mode)
+        return
+    if mode in ("predict", "export", "serve") or _ARTIFACT.value:
+        _deploy(mode)
         return
     from sync_jax.config import check_path, validate
 
@@ -232,6 +261,70 @@ def _evaluate_given(mode: str) -> None:
         )
     except ValueError as error:
         _stop(f"--predictions={','.join(_PREDICTIONS.value)}: {error}", 2)
+
+
+def _deploy(mode: str) -> None:
+    """Uses a trained classifier: that of the run, or of the export, in --workdir."""
+    from sync_jax.runtime.console import say
+
+    if not _WORKDIR.value:
+        _stop(f"--mode={mode} needs --workdir, the folder of a finished run", 2)
+    if mode == "check":
+        from sync_jax.predictor import check_artifact
+
+        assert _ARTIFACT.value
+
+        say(check_artifact(_WORKDIR.value, _ARTIFACT.value))
+        return
+    classifier = _classifier(_WORKDIR.value)
+    say(repr(classifier))
+    if mode == "predict":
+        _predict(classifier)
+    elif mode == "export":
+        from sync_jax.predictor import check_artifact
+
+        if not _OUTPUT.value:
+            _stop("--mode=export needs --output, a folder", 2)
+        classifier.export(_OUTPUT.value)
+        say(check_artifact(_WORKDIR.value, _OUTPUT.value))
+
+
+def _classifier(folder: str) -> Any:
+    """The classifier of a folder, with the threshold that the options ask for."""
+    from sync_jax.predictor import SelectiveClassifier
+
+    classifier = SelectiveClassifier.load(folder)
+    asked = {"coverage": _COVERAGE.value, "risk": _RISK.value}
+    try:
+        if _COST.value:
+            error, look = map(float, _COST.value)
+            asked["cost"] = error, look  # type: ignore[assignment]
+        if any(x is not None for x in asked.values()):
+            classifier = classifier.with_threshold(delta=_DELTA.value, **asked)  # type: ignore[arg-type]
+    except ValueError as error:
+        _stop(f"no threshold can be chosen: {error}", 2)
+    return classifier
+
+
+def _predict(classifier: Any) -> None:
+    """Predicts all pictures of --input into --output."""
+    from sync_jax.deploy.stream import counter, stream
+    from sync_jax.runtime.console import say
+
+    if not _INPUT.value or not _OUTPUT.value:
+        _stop("--mode=predict needs --input and --output", 2)
+    with counter() as progress:
+        done = stream(classifier, Path(_INPUT.value), Path(_OUTPUT.value), progress=progress)
+    if done.resumed:
+        say(f"went on after {done.resumed:,} rows that were there")
+    for line in done.examples[:5]:
+        say(line)
+    share = 100 * done.accepted / max(done.rows, 1)
+    unreadable = f", {done.unreadable:,} unreadable" if done.unreadable else ""
+    say(
+        f"{done.rows:,} pictures: {done.accepted:,} answered ({share:.1f} %), "
+        f"{done.rows - done.accepted - done.unreadable:,} abstained{unreadable}; {_OUTPUT.value}"
+    )
 
 
 def _check_options(mode: str) -> None:

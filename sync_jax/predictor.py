@@ -1,77 +1,213 @@
-"""Classifiers that abstain, from arrays in memory: `fit` trains one, `predict` answers."""
+"""Classifiers that abstain: `fit` trains one, `SelectiveClassifier.load` reads one."""
 
 import contextlib
 import dataclasses
 import io
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from sync_jax import metrics, train
-from sync_jax.config import FIELDS, default_config, find_method
-from sync_jax.data.datasets.memory import MemoryDataset, as_inputs
-from sync_jax.data.splits import Part
+from sync_jax.data.preprocessing import Inputs, Preprocessing
 from sync_jax.errors import InputError, suggestion
-from sync_jax.evaluation.predictions import Predictions
-from sync_jax.evaluation.record import fit_parameters, known_scores
-from sync_jax.models import find_backbone
-from sync_jax.runtime import sharding
-from sync_jax.runtime.files import check_plain
-from sync_jax.runtime.processes import Processes
-from sync_jax.scores import Score
-from sync_jax.steps import TrainState
-from sync_jax.trainer import Trainer, resolve
+from sync_jax.evaluation.decision import Decision, Prediction, fitted_temperature
+
+# What trains is imported when it is needed: an exported classifier runs without it.
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from sync_jax.evaluation.predictions import Predictions
+    from sync_jax.steps import TrainState
+    from sync_jax.trainer import Trainer
 
 
-class Prediction(NamedTuple):
-    """Answers for n examples."""
+class Network(Protocol):
+    """A trained network."""
 
-    label: np.ndarray  # [n], the most probable class, as it was named when fitting
-    # [n] float32, higher is more confident: the method's own score, in the form that thresholds are
-    # on (`Score.unsaturated`), such as the log odds.
-    confidence: np.ndarray
-    accepted: np.ndarray  # [n] bool, False where the classifier abstains
-    probabilities: np.ndarray  # [n, classes] float64, in the order of SelectiveClassifier.classes
+    def __call__(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Maps inputs `[n, ...]`, as `Preprocessing.batch` makes them, to outputs by name."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunNetwork:
+    """The network of a run, or of `fit`."""
+
+    trainer: "Trainer"
+    state: "TrainState"
+
+    def __call__(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Network`."""
+        return self.trainer.outputs(self.state, inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SelectiveClassifier:
-    """A trained classifier that answers where its confidence reaches a threshold."""
+    """A trained classifier that answers where its confidence reaches a threshold.
 
-    trainer: Trainer
-    state: TrainState
-    classes: np.ndarray  # [classes], the sorted labels
-    calibration: Predictions  # on the examples that were held out
-    score: Score
-    parameters: dict[str, Any]  # the score's arguments
-    threshold: float  # accepts `target_coverage` of the held-out examples
+    >>> classifier = SelectiveClassifier.load("runs/image_folder-sync-seed0")
+    >>> label, confidence, accepted, probabilities = classifier.predict(["cat.jpg", "dog.jpg"])
+    """
 
-    def predict(self, images_or_features: ArrayLike) -> Prediction:
-        """Answers or abstains, for each of n examples.
+    network: Network
+    preprocessing: Preprocessing
+    decision: Decision
+    source: str = ""  # where it is from
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SelectiveClassifier":
+        """Reads the classifier of a finished run, or an exported one.
+
+        Of a run the threshold is that of the report's first line: of the recommended certificate,
+        or where none is certified that of the target coverage; on the log odds.
 
         Raises:
-            ValueError: the examples are not as those of `fit` were.
+            InputError: the folder holds neither, or is damaged or altered.
         """
-        inputs = as_inputs(images_or_features, "images_or_features")
-        expected = self.trainer.info.image_shape
-        if inputs.shape[1:] != expected:
-            raise ValueError(
-                f"images_or_features has shape {inputs.shape}, expected [n, "
-                f"{', '.join(map(str, expected))}]"
-            )
-        nothing = np.zeros(len(inputs), np.int32)  # labels are not known
-        predictions = self.trainer.predict(self.state, Part(inputs, nothing, nothing))
-        confidence, _, predicted, *_ = predictions.decided(self.score, **self.parameters)
-        return Prediction(
-            self.classes[predicted],
-            confidence,
-            confidence >= self.threshold,
-            predictions.probabilities,
+        folder = Path(folder).expanduser()
+        if (folder / "card.json").exists():
+            from sync_jax.deploy import artifact
+
+            return cls(*artifact.load(folder), str(folder))
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} holds neither a run nor an exported classifier")
+        return _of_run(folder)
+
+    def predict(self, inputs: Inputs) -> Prediction:
+        """Answers or abstains, for each of n inputs.
+
+        Args:
+            inputs: paths of pictures, PIL images, or a sequence of these; images `[n, height,
+                width, channels]` uint8 of any size; or features `[n, d]`.
+
+        Raises:
+            InputError: a file cannot be read as a picture.
+            ValueError: an array is of another shape or type, or not finite.
+        """
+        return self.decision(self.outputs(inputs))
+
+    def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The network's outputs `[n, ...]` by name, such as "logits"; see `predict`."""
+        return self.network(self.preprocessing.batch(inputs))
+
+    def with_threshold(
+        self,
+        *,
+        coverage: float | None = None,
+        risk: float | None = None,
+        delta: float = 0.05,
+        cost: tuple[float, float] | None = None,
+    ) -> "SelectiveClassifier":
+        """The same with another threshold; see `Decision.with_threshold`."""
+        decision = self.decision.with_threshold(
+            coverage=coverage, risk=risk, delta=delta, cost=cost
         )
+        return dataclasses.replace(self, decision=decision)
+
+    def evaluate(self, inputs: Inputs, labels: ArrayLike) -> dict[str, float]:
+        """Judges the answers by labels `[n]`, of `classes`.
+
+        Returns:
+            n, accuracy, coverage, the selective risk of the accepted (NaN of none), and AURC.
+        """
+        from sync_jax import metrics
+
+        found, truth = self.predict(inputs), np.asarray(labels)
+        if found.label is None or truth.shape != found.label.shape:
+            raise ValueError(f"labels has shape {truth.shape}, and there are {len(found.accepted)}")
+        if unknown := {*truth.tolist()} - {*self.classes.tolist()}:
+            raise ValueError(f"labels hold {sorted(unknown)[0]!r}, which is no class of it")
+        wrong = (found.label != truth).astype(np.float64)
+        accepted = found.accepted
+        return {
+            "n": len(truth),
+            "accuracy": float(1 - wrong.mean()),
+            "coverage": float(accepted.mean()),
+            "selective_risk": float(wrong[accepted].mean()) if accepted.any() else float("nan"),
+            "aurc": metrics.aurc(found.confidence, loss=wrong),
+        }
+
+    def export(self, folder: str | Path) -> None:
+        """Writes a folder that needs only JAX, NumPy and flatbuffers; see `deploy.artifact`."""
+        if not isinstance(self.network, RunNetwork):
+            raise InputError(f"{self.source} is exported already: copy the folder")
+        from sync_jax.deploy.export import export
+
+        export(
+            self.network.trainer,
+            self.network.state,
+            self.preprocessing,
+            self.decision,
+            Path(folder),
+            source=Path(self.source).name,
+            method=self.network.trainer.config.method,
+        )
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The classes `[classes]`, in the order of the probabilities."""
+        assert self.decision.classes is not None
+        return self.decision.classes
+
+    @property
+    def threshold(self) -> float:
+        """It answers where the confidence is at least this."""
+        return self.decision.threshold
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.classes[:3].tolist()))
+        more = ", ..." if len(self.classes) > 3 else ""
+        return (
+            f"SelectiveClassifier of {len(self.classes)} classes ({names}{more}) from "
+            f"{self.source}: {self.decision.describe()}"
+        )
+
+
+def check_artifact(run: str | Path, folder: str | Path) -> str:
+    """Compares an exported classifier with the run that it is from; returns a line on it.
+
+    Raises:
+        InputError: a file of it was altered, or it answers otherwise than the run.
+    """
+    from sync_jax.deploy.export import check
+
+    classifier = SelectiveClassifier.load(run)
+    if not isinstance(classifier.network, RunNetwork):
+        raise InputError(f"{run} is no run")
+    network, decision = classifier.network, classifier.decision
+    worst = check(network.trainer, network.state, classifier.preprocessing, decision, Path(folder))
+    return (
+        f"{folder} answers as {run} does: outputs differ by at most {worst:.1g} of the largest; "
+        "all files are as they were exported"
+    )
+
+
+def _of_run(folder: Path) -> SelectiveClassifier:
+    from sync_jax import train
+    from sync_jax.config import config_of_run
+    from sync_jax.evaluation.report import read_report
+
+    config = config_of_run(str(folder))
+    trainer, state, known = train.restored(config, folder)
+    report = read_report(folder)
+    if report is None:
+        raise InputError(f"{folder} holds no finished run: it has no report.json")
+    held_out, _ = train.load_predictions(folder)
+    best = report.get("recommended", {"feasible": False})
+    target = config.target_coverage
+    classes = np.asarray(known["class_names"])
+    decision = _decision(held_out, "log_odds", {}, classes, target=target)
+    if best["feasible"]:
+        kept = ("score", "test", "calibration_plan")
+        chosen = {name: value for name, value in best.items() if name not in kept}
+        decision = dataclasses.replace(
+            decision, threshold=float(best["threshold"]), chosen_by=chosen
+        )
+    return SelectiveClassifier(
+        RunNetwork(trainer, state), train.preprocessing_of(config, known), decision, str(folder)
+    )
 
 
 def fit(
@@ -110,6 +246,13 @@ def fit(
         ValueError: an array is not as described; names the argument.
         InputError: there is no such method, backbone or field, or its value is out of bounds.
     """
+    from sync_jax import train
+    from sync_jax.data.datasets.memory import MemoryDataset, as_inputs
+    from sync_jax.evaluation.record import fit_parameters, known_scores
+    from sync_jax.runtime.files import check_plain
+    from sync_jax.runtime.processes import Processes
+    from sync_jax.trainer import resolve
+
     inputs = as_inputs(images_or_features, "images_or_features")
     given = np.asarray(labels)
     if given.shape != (len(inputs),) or given.dtype.kind not in "iubUS":
@@ -141,14 +284,47 @@ def fit(
     name = job.trainer.method.score
     score = known_scores(config, name)[name]
     parameters = fit_parameters(held_out, score=score)
-    threshold = metrics.threshold_for_coverage(
-        held_out.decided(score, **parameters).confidence, coverage=config.target_coverage
+    decision = _decision(held_out, name, parameters, classes, target=config.target_coverage)
+    shape = job.trainer.info.image_shape
+    side = shape[0] if len(shape) == 3 else 0
+    return SelectiveClassifier(
+        RunNetwork(job.trainer, state), Preprocessing(shape, side, side), decision, "arrays"
     )
-    return SelectiveClassifier(job.trainer, state, classes, held_out, score, parameters, threshold)
 
 
-def _config(inputs: np.ndarray, calibration: float) -> ConfigDict:
+def _decision(
+    held_out: "Predictions",
+    name: str,
+    parameters: Mapping[str, Any],
+    classes: np.ndarray,
+    *,
+    target: float,
+) -> Decision:
+    """The threshold of a score that accepts the target coverage of the calibration examples."""
+    from sync_jax import metrics
+    from sync_jax.scores import SCORES
+
+    if name not in SCORES:
+        raise InputError(f"the score {name} is of another package, and not of a classifier to keep")
+    ranked = held_out.decided(SCORES[name], **parameters)
+    return Decision(
+        score=name,
+        threshold=metrics.threshold_for_coverage(ranked.confidence, coverage=target),
+        confidence=ranked.confidence,
+        correct=ranked.wrong == 0,
+        groups=held_out.groups,
+        parameters=parameters,
+        classes=classes,
+        temperature=fitted_temperature(held_out.outputs["logits"], held_out.labels),
+        chosen_by={"coverage": target},
+    )
+
+
+def _config(inputs: np.ndarray, calibration: float) -> "ConfigDict":
     """The default config for arrays."""
+    from sync_jax.config import default_config
+    from sync_jax.runtime import sharding
+
     config = default_config()
     config.data.name = "memory"
     config.data.crop_padding, config.data.flip = 0, False
@@ -161,8 +337,11 @@ def _config(inputs: np.ndarray, calibration: float) -> ConfigDict:
     return config
 
 
-def _override(config: ConfigDict, overrides: dict[str, Any]) -> None:
+def _override(config: "ConfigDict", overrides: dict[str, Any]) -> None:
     """Sets the fields that keyword arguments name."""
+    from sync_jax.config import FIELDS, find_method
+    from sync_jax.models import find_backbone
+
     fields = {
         *FIELDS,
         *(f"loss.{name}" for name in find_method(config.method).hyperparameters),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from sync_jax.data.info import Dataset, DatasetInfo, few
 from sync_jax.data.loading import known_info, load_data
 from sync_jax.data.prepare.layouts import Source, labelled_pictures
 from sync_jax.data.prepare.pictures import FilePictures
+from sync_jax.data.preprocessing import Preprocessing
 from sync_jax.data.resident import examples_of_step
 from sync_jax.data.splits import Part, load_test
 from sync_jax.errors import InputError, TerminatedError
@@ -453,31 +454,16 @@ def evaluate_elsewhere(config: ConfigDict, workdir: Path, source: Source) -> Non
     """
     if jax.process_count() > 1:
         raise InputError("one process evaluates on another folder; give the command once")
-    resolve(config)
-    known, folder = read_dataset(workdir / "dataset.json"), source.path
-    info = DatasetInfo.from_json(known)
-    if len(info.image_shape) < 3:
+    trainer, state, known = restored(config, workdir)
+    prepare, folder = preprocessing_of(config, known), source.path
+    if len(prepare.shape) < 3:
         raise InputError(f"{workdir} was trained on feature vectors, not on pictures")
-    pictures, note = labelled_pictures(source, info.class_names)
-    size, _, channels = info.image_shape
-    layout = Layout.of(config.data)
-    if layout.size != size:  # a dataset of arrays, whose pictures are as large as they are
-        layout = Layout(size, size, size)
-    images = FilePictures(
-        np.arange(len(pictures)), size, pictures, layout, channels, ImageFolder.LARGEST_SIDE
-    )
+    pictures, note = labelled_pictures(source, known["class_names"])
+    images = FilePictures(np.arange(len(pictures)), prepare.shape[0], pictures, prepare)
     labels = np.asarray([picture.label for picture in pictures], np.int32)
     with_note = f" ({note})" if note else ""
     say(f"{len(pictures):,} pictures of {folder}{with_note}, with the thresholds of {workdir}")
-    trainer = Trainer(config, sharding.make_mesh(), info, train_size=known["train_size"])
-    processes = Processes()
-    with Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, processes=processes
-    ) as checkpoints:
-        restored = checkpoints.restore(trainer.state_like, say, last=trainer.total_steps)
-    if restored is None or restored.step < trainer.total_steps:
-        raise InputError(f"{workdir} holds no checkpoint of a finished training")
-    everything = trainer.predict(restored.state, Part(images, labels, np.arange(len(labels))))
+    everything = trainer.predict(state, Part(images, labels, np.arange(len(labels))))
     good = np.setdiff1d(everything.index, [*images.bad])
     for row, problem in sorted(images.bad.items())[:5]:
         say(f"cannot be read, left out: {pictures[row].name}: {problem}")
@@ -489,18 +475,45 @@ def evaluate_elsewhere(config: ConfigDict, workdir: Path, source: Source) -> Non
     there = Predictions(outputs, labels[good], good)
     calibration, test = load_predictions(workdir)
     record = evaluation_record(calibration, there, config, score=find_method(config.method).score)
-    record["training"] = {"steps": restored.step, "seconds": None, "speed": None}
+    record["training"] = {"steps": trainer.total_steps, "seconds": None, "speed": None}
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name) or "root"
     out = workdir / "elsewhere" / word
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         there.save(out / "predictions_test.npz")
         files = np.asarray([printable(picture.name) for picture in pictures])
-        write_examples(out / "examples.csv", {"test": (there, files)}, info.class_names)
+        write_examples(out / "examples.csv", {"test": (there, files)}, known["class_names"])
         report = write_report(record, there, config, out)
     before = evaluation_record(calibration, test, config, score=record["method_score"])
     show(shifted(before, report, folder))
     say(f"Report: {out / 'report.html'}, report.json and risk_coverage.png beside it")
+
+
+def restored(config: ConfigDict, workdir: Path) -> tuple[Trainer, TrainState, dict[str, Any]]:
+    """The trainer and the last state of a finished run, and its dataset.json."""
+    resolve(config)
+    known = read_dataset(workdir / "dataset.json")
+    info = DatasetInfo.from_json(known)
+    trainer = Trainer(config, sharding.make_mesh(), info, train_size=known["train_size"])
+    with Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, processes=Processes()
+    ) as checkpoints:
+        found = checkpoints.restore(trainer.state_like, say, last=trainer.total_steps)
+    if found is None or found.step < trainer.total_steps:
+        raise InputError(f"{workdir} holds no checkpoint of a finished training")
+    return trainer, found.state, known
+
+
+def preprocessing_of(config: ConfigDict, known: Mapping[str, Any]) -> Preprocessing:
+    """What a run's inputs are, from its config and its dataset.json."""
+    shape = tuple(known["image_shape"])
+    if len(shape) < 3:
+        return Preprocessing(shape)
+    layout = Layout.of(config.data)
+    if layout.size != shape[0]:  # a dataset of arrays, whose pictures are as large as they are
+        return Preprocessing(shape, shape[0], shape[0])
+    largest = ImageFolder.LARGEST_SIDE if config.data.name == "image_folder" else None
+    return Preprocessing(shape, layout.short_side, layout.stored, largest)
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:

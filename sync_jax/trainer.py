@@ -208,15 +208,30 @@ class Trainer:
         self.alive()
         return result
 
-    def predict(self, state: TrainState, part: Part) -> Predictions:
-        """The network's outputs for every example of a part; each process reads its share."""
+    def outputs(self, state: TrainState, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The network's outputs for some inputs, in batches no larger than they need to be.
+
+        Those of a full batch are the bits of `predict`; of smaller ones rounding may differ.
+        """
+        devices, nothing = self.mesh.size, np.zeros(len(inputs), np.int32)
+        size = 1 << max(len(inputs) - 1, 7).bit_length()
+        size = min(-(-size // devices) * devices, self.config.evaluation.batch_size)
+        return self.predict(state, Part(inputs, nothing, nothing), batch_size=size).outputs
+
+    def predict(
+        self, state: TrainState, part: Part, *, batch_size: int | None = None
+    ) -> Predictions:
+        """The network's outputs for every example of a part; each process reads its share.
+
+        The batch size is by default the config's, of evaluation.
+        """
 
         def outputs_of(images: np.ndarray) -> dict[str, jax.Array]:
             outputs = self._outputs(state, sharding.from_shares(images, self.mesh))
             self.alive()
             return outputs
 
-        batch_size = self.config.evaluation.batch_size
+        batch_size = batch_size or self.config.evaluation.batch_size
         share = sharding.share(batch_size, self.mesh)
         predictions = predict(part, outputs_of, batch_size, share=share)
         bad = [name for name, x in predictions.outputs.items() if not np.isfinite(x).all()]

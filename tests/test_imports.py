@@ -22,6 +22,7 @@ ORDER = (
     ("evaluation",),
     ("trainer",),
     ("train",),
+    ("deploy",),
     ("predictor", "sweep", "listing"),
     ("main",),
 )

@@ -54,7 +54,7 @@ def test_images_with_labels_that_are_words_in_a_folder_that_goes_on(tmp_path, ca
         sync_jax.fit(images, words, **options)
     options["train__batch_size"] = options.pop("batch_size")
     first = sync_jax.fit(images, words, workdir=tmp_path, verbose=True, **options)
-    assert first.trainer.config.model.features == 8
+    assert first.network.trainer.config.model.features == 8
     assert list(first.classes) == sorted(set(words))
     answers = first.predict(images[:50])
     assert set(answers.label) <= set(words)

@@ -5,12 +5,15 @@ import io
 import threading
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sync_jax.errors import InputError
+
+if TYPE_CHECKING:  # an exported classifier is used without it
+    from ml_collections import ConfigDict
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Not all kinds that Pillow knows: it would hand PostScript to Ghostscript, which executes it.
@@ -28,7 +31,7 @@ class Layout:
     size: int  # side of the network's input, the middle of the square
 
     @classmethod
-    def of(cls, section: ConfigDict) -> "Layout":
+    def of(cls, section: "ConfigDict") -> "Layout":
         """Reads the `data` section of a config, where 0 stands for the size below."""
         stored = section.stored_size or section.short_side or section.image_size
         short_side = section.short_side or stored
@@ -89,6 +92,18 @@ def centre(images: np.ndarray, size: int) -> np.ndarray:
     """Cuts the square of a size from the middle of images `[..., height, width, channels]`."""
     top, left = ((length - size) // 2 for length in images.shape[-3:-1])
     return images[..., top : top + size, left : left + size, :]
+
+
+def reduced(image: Image.Image, largest_side: int | None) -> bytes | None:
+    """A picture whose short side is longer than `largest_side`, resized to that, as a JPEG."""
+    short = min(image.size)
+    if not largest_side or short <= largest_side:
+        return None
+    width, height = (max(round(x * largest_side / short), 1) for x in image.size)
+    out = io.BytesIO()
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    resized.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ SCHEMA = 1
 CONFIDENCE = "confidence"  # in place of a score's name: what the user gives
 
 
-class Answers(NamedTuple):
+class Prediction(NamedTuple):
     """Answers for n examples."""
 
     label: np.ndarray | None  # [n], the most probable class; None where only confidence is known
@@ -48,8 +48,8 @@ class Decision:
     # a `guarantees.Certificate`.
     chosen_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, outputs: ArrayLike | Mapping[str, ArrayLike]) -> Answers:
-        """Answers or abstains, for each of n examples.
+    def __call__(self, outputs: ArrayLike | Mapping[str, ArrayLike]) -> Prediction:
+        """Prediction or abstains, for each of n examples.
 
         Args:
             outputs: logits `[n, classes]`, or a mapping of all that the score reads by name, such
@@ -67,7 +67,7 @@ class Decision:
             raise ValueError(f"{', '.join(bad)}: not finite")
         if self.score == CONFIDENCE:
             confidence = arrays[CONFIDENCE].astype(np.float64)
-            return Answers(None, confidence, confidence >= self.threshold, None)
+            return Prediction(None, confidence, confidence >= self.threshold, None)
         if missing := {*SCORES[self.score].needs} - arrays.keys():
             raise ValueError(f"the score {self.score} also needs {', '.join(sorted(missing))}")
         logits = arrays["logits"]
@@ -75,7 +75,7 @@ class Decision:
             raise ValueError(f"logits are of {logits.shape[1]} classes, not {len(self.classes)}")
         confidence = deployed_confidence(SCORES[self.score], arrays, **self.parameters)
         predicted = logits.argmax(axis=-1)
-        return Answers(
+        return Prediction(
             predicted if self.classes is None else self.classes[predicted],
             confidence,
             confidence >= self.threshold,
@@ -141,6 +141,23 @@ class Decision:
 
     def _at(self, threshold: float, chosen_by: Mapping[str, Any]) -> "Decision":
         return dataclasses.replace(self, threshold=float(threshold), chosen_by=chosen_by)
+
+    def describe(self) -> str:
+        """One line on when it answers, and what that is worth."""
+        known = SCORES.get(self.score)
+        label = self.score if known is None else (known.unsaturated or known).label
+        name = f"the {label} {'are' if label == 'log odds' else 'is'}"
+        line = f"answers when {name} at least {self.threshold:.7g}"
+        if "promise" in self.chosen_by:
+            bound, delta = self.chosen_by["bound"], self.chosen_by["delta"]
+            return (
+                f"{line}: at most {100 * bound:.3g} % wrong with {100 * (1 - delta):g} % confidence"
+            )
+        if "cost" in self.chosen_by:
+            error, look = self.chosen_by["cost"]
+            return f"{line}: cheapest where an error costs {error:g} and an abstention {look:g}"
+        share = float((self.confidence >= self.threshold).mean())
+        return f"{line}: {100 * share:.3g} % of the calibration examples"
 
     @property
     def certificate(self) -> str:

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,10 +25,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from ml_collections import ConfigDict
-from PIL import Image
 from tensorflow_datasets.core import dataset_builder, example_serializer, naming
 
-from sync_jax.data.images import BadImageError, Layout, centre, decode, square
+from sync_jax.data.images import BadImageError, Layout, decode, reduced, square
 from sync_jax.data.info import DatasetInfo, Pictures, contents
 from sync_jax.data.prepare import copies
 from sync_jax.data.prepare.archives import Listing, Picture
@@ -58,6 +56,7 @@ from sync_jax.data.prepare.staging import (
     remove_leftovers,
     tfds_info,
 )
+from sync_jax.data.preprocessing import Preprocessing
 from sync_jax.errors import InputError
 from sync_jax.runtime.console import printable
 from sync_jax.runtime.files import flush, write_text
@@ -470,13 +469,7 @@ def load_picture(
     size = min(short, _MEASURED)
     middle = square(image, size, size)
     pixels, fingerprint = middle / 255.0, copies.fingerprint(data, image, middle)
-    if largest_side and short > largest_side:
-        width, height = (max(round(x * largest_side / short), 1) for x in image.size)
-        out = BytesIO()
-        image.resize((width, height), Image.Resampling.BILINEAR).save(
-            out, "JPEG", quality=95, subsampling=0
-        )
-        data = out.getvalue()
+    data = reduced(image, largest_side) or data
     moments = np.stack([pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))])
     return data, moments, fingerprint
 
@@ -486,15 +479,13 @@ class FilePictures(Pictures):
     """Pictures in files, decoded as if they had been prepared; what cannot be read is black."""
 
     files: Sequence[Picture]
-    layout: Layout
-    channels: int
-    largest_side: int | None
+    preprocessing: Preprocessing
     bad: dict[int, str] = dataclasses.field(default_factory=dict)  # by position: what is wrong
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[n, size, size, channels]`."""
-        return len(self.rows), self.size, self.size, self.channels
+        return len(self.rows), *self.preprocessing.shape
 
     def __getitem__(self, wanted: Any) -> np.ndarray:
         with ThreadPool(os.cpu_count()) as pool:
@@ -502,14 +493,11 @@ class FilePictures(Pictures):
         return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
 
     def _square(self, row: int) -> np.ndarray:
-        loaded = load_picture(self.files[row], largest_side=self.largest_side)
-        if isinstance(loaded, str):
-            self.bad[row] = loaded
+        try:
+            return self.preprocessing.picture(self.files[row].read())
+        except (BadImageError, OSError) as error:
+            self.bad[row] = str(error)
             return np.zeros(self.shape[1:], np.uint8)
-        image = decode(loaded[0])
-        if self.channels == 1:
-            image = image.convert("L")
-        return centre(square(image, self.layout.short_side, self.layout.stored), self.size)
 
 
 def mean_and_std(moments: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,1 @@
+"""Trained classifiers outside the training program: exported, served and monitored."""
