@@ -118,6 +118,8 @@ _DELTA = flags.DEFINE_float("delta", 0.05, "The chance that the certificate of -
 _COST = flags.DEFINE_list(
     "cost", None, "predict, export, serve: prices of an error and of an abstention, such as 10,1."
 )
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen on.")
+_PORT = flags.DEFINE_integer("port", 8000, "serve: the port.", 0, 65535)
 _VARY = flags.DEFINE_multi_string(
     "vary", [], "sweep: a field and its values, such as seed=0,1,2; may be given repeatedly."
 )
@@ -280,6 +282,13 @@ def _deploy(mode: str) -> None:
     say(repr(classifier))
     if mode == "predict":
         _predict(classifier)
+    elif mode == "serve":
+        try:
+            from sync_jax.deploy.serve import serve
+        except ImportError as error:
+            _stop(f"serving needs more packages: pip install 'sync_jax[serve]' ({error})", 2)
+        token = os.environ.get("SYNC_JAX_TOKEN", "")
+        serve(classifier, host=_HOST.value, port=_PORT.value, token=token)
     elif mode == "export":
         from sync_jax.predictor import check_artifact
 

@@ -125,6 +125,34 @@ class Decision:
         assert cost is not None
         return self._at(self._cheapest(*cost), {"cost": [float(x) for x in cost]})
 
+    def recalibrated(
+        self, confidence: ArrayLike, correct: ArrayLike, groups: ArrayLike | None = None
+    ) -> "Decision":
+        """The same choice of a threshold on other examples, such as those of the last weeks.
+
+        Args:
+            confidence: `[n]`, of `__call__`.
+            correct: `[n]`, True where the answer was right, or would have been.
+            groups: `[n]`, see `guarantees.one_per_group`.
+
+        Raises:
+            ValueError: an array does not fit, or no threshold meets the risk.
+        """
+        scores, right = np.asarray(confidence), np.asarray(correct).astype(bool)
+        if scores.ndim != 1 or right.shape != scores.shape or not scores.size:
+            raise ValueError(
+                f"confidence and correct must be [n], got {scores.shape}, {right.shape}"
+            )
+        numbers = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+        fresh = dataclasses.replace(self, confidence=scores, correct=right, groups=numbers)
+        chosen = self.chosen_by
+        if "promise" in chosen:
+            return fresh.with_threshold(risk=chosen["target_risk"], delta=chosen["delta"])
+        if "cost" in chosen:
+            error, look = chosen["cost"]
+            return fresh.with_threshold(cost=(error, look))
+        return fresh.with_threshold(coverage=chosen["coverage"])
+
     def _cheapest(self, error: float, look: float) -> float:
         """The threshold of the least mean cost; the largest coverage of several."""
         if not (0 < error < np.inf and 0 < look < np.inf):
