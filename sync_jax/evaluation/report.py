@@ -27,6 +27,11 @@ from sync_jax.scores import SCORES, Score
 
 SCHEMA = 3
 OLDER = 2  # has no recommended certificate, and its thresholds are float64's
+_DUPLICATES = {
+    "group": "Equal pictures are on one side only: in train, calibration or test. Of those in two "
+    "split folders only the copies in one are used (config.data.duplicates='group').",
+    "keep": "Equal pictures were left where they lie (config.data.duplicates='keep').",
+}
 CERTIFICATE_LABELS = {
     "sgr_fixed_sequence": "SGR + fixed sequence",
     "sgr": "SGR",
@@ -78,12 +83,16 @@ def write_report(
 
 def write_page(report: dict[str, Any], workdir: Path) -> None:
     """Writes report.html: the decision, the plot, all tables, and copies among the pictures."""
+    config, environment = report["config"], report["environment"]
+    data = config.get("data", {})
     lead, *rest = as_html(_shown(report))
     alt = "Risk-coverage curves on test, and the operating points"
     parts = [lead, page.plot(workdir / "risk_coverage.png", alt), *rest]
     if (copies := workdir / "data_report.html").is_file():
-        parts += [page.heading("Copies among the pictures"), page.inside(copies.read_text())]
-    config, environment = report["config"], report["environment"]
+        parts.append(page.heading("Copies among the pictures"))
+        if data.get("name") == "image_folder" and data["duplicates"] in _DUPLICATES:
+            parts.append(page.paragraph(_DUPLICATES[data["duplicates"]]))
+        parts.append(page.inside(copies.read_text()))
     parts.append(page.paragraph(f"{environment['date']}, sync_jax {environment['sync_jax']}"))
     title = "Given predictions"
     if "method" in config:

@@ -292,7 +292,9 @@ def test_from_a_folder_to_a_report(tmp_path, capsys):
     ]
     assert lines[7 + 9] == "test,9,9,test/bee/001.png,bee"
     assert json.loads((tmp_path / "run" / "data_report.json").read_text())["pictures"] == 90
-    assert "Copies among the pictures" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Copies among the pictures" in page
+    assert "Equal pictures are on one side only" in page
     assert len(lines) == 1 + 6 + 24
     # Elsewhere, without the cache and the pictures: the test split again, one of them broken.
     shutil.rmtree(tmp_path / "data")
