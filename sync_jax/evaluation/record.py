@@ -83,7 +83,7 @@ def evaluation_record(
     differ = any(shapes[0].get(name) != shape for name, shape in shapes[1].items())
     if score not in known or differ:
         found = " and ".join(
-            ", ".join(f"{x} {[*shape]}" if shape else x for x, shape in s.items()) for s in shapes
+            f"{', '.join(s)} of {s['logits'][0] if 'logits' in s else 0} classes" for s in shapes
         )
         raise InputError(
             f"the predictions do not go with the score {score}: calibration and test have {found}"

@@ -171,7 +171,7 @@ def _shown(report: dict[str, Any]) -> list[Table | str]:
     test, training, calibration = (report[name] for name in ("test", "training", "calibration"))
     seconds = "" if training["seconds"] is None else f", trained in {training['seconds']:.0f} s"
     accuracy = f"Test accuracy {number(test['accuracy'])} % on {test['n']:,} examples{seconds}."
-    if "brier" in test:  # not of confidences alone
+    if "softmax_response" in report["scores"]:  # not of confidences alone
         accuracy += (
             f" NLL {test['negative_log_likelihood']:.3f}, Brier {test['brier']:.3f}, "
             f"ECE {number(test['ece_15_bins_of_equal_width'])} % (15 bins of equal width)."

@@ -27,7 +27,7 @@ CASES = {
     "unknown flag": Bad([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "unknown mode": Bad(
         [QUICKSTART, "--mode=tset"],
-        "--mode=tset: .*prepare.train.evaluate.sweep.labels.compare.ensemble",
+        "--mode=tset: .*prepare.train.evaluate.predict.export.serve.sweep.labels.compare.ensemble",
     ),
     "unknown field": Bad(
         [QUICKSTART, "--config.train.epocs=3"],

@@ -26,7 +26,9 @@ def served(run):
     """The address of a real server, with a token."""
     classifier = SelectiveClassifier.load(run)
     app = create_app(classifier, token="secret")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    # Another loop than asyncio's would become that of all tests that follow.
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none", loop="asyncio")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
