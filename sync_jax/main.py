@@ -189,6 +189,7 @@ def _do() -> None:
     if _PREDICTIONS.value:
         _evaluate_given(mode)
         return
+    _check_belongs(mode)
     if mode in ("predict", "export", "serve") or _ARTIFACT.value:
         _deploy(mode)
         return
@@ -236,6 +237,20 @@ def _do() -> None:
         say(line)
     with ending_at_sigterm(processes.outlast_others):
         _do_together(mode, config)
+
+
+def _check_belongs(mode: str) -> None:
+    """Refuses an option on a trained classifier in another mode."""
+    for name, value, modes in (
+        ("artifact", _ARTIFACT.value, ("check",)),
+        ("input", _INPUT.value, ("predict",)),
+        ("output", _OUTPUT.value, ("predict", "export")),
+        ("coverage", _COVERAGE.value, ("predict", "export", "serve")),
+        ("risk", _RISK.value, ("predict", "export", "serve")),
+        ("cost", _COST.value, ("predict", "export", "serve")),
+    ):
+        if value is not None and mode not in modes:
+            _stop(f"--{name} belongs to --mode={' and --mode='.join(modes)}", 2)
 
 
 def _evaluate_given(mode: str) -> None:

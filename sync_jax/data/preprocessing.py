@@ -21,7 +21,7 @@ Inputs = Any  # a path, a PIL image, a sequence of these, or an array
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What a network's inputs are; see `data.images.Layout` for the first three, in pixels."""
+    """The form of a network's inputs; sizes in pixels, as of `data.images.Layout`."""
 
     shape: tuple[int, ...]  # (height, width, channels), or (features,)
     short_side: int = 0

@@ -14,7 +14,7 @@ from sync_jax.deploy.stream import Classifier
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits of requests and of the queue."""
 
     bytes: int = 20_000_000  # of a request
     images: int = 64  # of a request

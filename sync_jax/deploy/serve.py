@@ -53,7 +53,7 @@ _OUTPUTS = {"label": "BYTES", "confidence": "FP32", "accepted": "BOOL"}
 
 
 class Metrics:
-    """What /metrics shows."""
+    """The Prometheus metrics of the service."""
 
     def __init__(self) -> None:
         """Begins at zero."""

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 class Classifier(Protocol):
-    """What `predictor.SelectiveClassifier` is."""
+    """The interface of `predictor.SelectiveClassifier` that is needed here."""
 
     preprocessing: Preprocessing
     decision: Decision
@@ -45,7 +45,7 @@ class Classifier(Protocol):
 
 @dataclasses.dataclass
 class Summary:
-    """What `stream` has done."""
+    """Counts of the rows that `stream` has written."""
 
     rows: int = 0
     accepted: int = 0
@@ -196,7 +196,7 @@ def counter() -> Iterator[Callable[[int], None]]:
 
 
 def _key(classifier: Classifier, given: Path) -> dict[str, Any]:
-    """What must be the same for a stopped prediction to go on."""
+    """Identifies a prediction: a stopped one goes on only if all of this is the same."""
     decision = classifier.decision
     return {
         "source": classifier.source,

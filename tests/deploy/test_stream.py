@@ -146,6 +146,8 @@ def test_by_the_command_line(run, album, capsys):
         ("--mode=predict", f"--workdir={album}", *options[1:]): "neither a run nor an exported",
         ("--mode=predict", *options, "--risk=0.001"): "no threshold can be chosen: no threshold is",
         ("--mode=predict", *options, "--risk=0.1", "--coverage=0.5"): "give one of coverage",
+        ("--mode=train", "--artifact=x"): "--artifact belongs to --mode=check",
+        ("--mode=evaluate", "--coverage=0.5"): "--coverage belongs to --mode=predict",
         ("--mode=predict", *options, "--cost=1"): "no threshold can be chosen",
         ("--mode=predict", *options, "--cost=a,b"): "no threshold can be chosen",
     }.items():

@@ -161,7 +161,7 @@ class ImageFolder(PictureDataset):
 
 
 def source_of(section: ConfigDict) -> Source:
-    """What a section `data` says of labelled pictures."""
+    """Reads the source of labelled pictures from a section `data`."""
     return Source(
         expand(section.folder),
         section.file_column,

@@ -140,6 +140,7 @@ def zip_members(path: Path) -> Iterator[Picture]:
                 deflated = member.compress_type == zipfile.ZIP_DEFLATED
                 inflated = member.file_size if deflated else -1
                 yield Picture(name, -1, path, offset, member.compress_size, inflated)
+    # zipfile knows not all versions, and a local header may be cut off.
     except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a zip archive: {error}") from error
 

@@ -49,7 +49,7 @@ _LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "tar
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a user says of labelled pictures: the fields of the section `data` of those names."""
+    """A source of labelled pictures, by the fields of these names in the section `data`."""
 
     path: Path  # a folder, an archive or a table
     file_column: str = ""  # of a table; empty: by its usual names
